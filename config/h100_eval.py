@@ -1,0 +1,12 @@
+"""Evaluation of the 253M model: perplexity protocols on WikiText-2, GSM8K, held-out HH-RLHF pairs. About 10 minutes, not yet run.
+
+    python eval.py config/h100_eval.py
+"""
+out_dir = "out/h100"
+data = "wikitext-103"
+text = "wikitext-2-valid,wikitext-2"
+problems = "gsm8k-test"
+pairs = "hh-rlhf"
+n_samples = 8
+temperature = 0.7
+max_new_tokens = 256

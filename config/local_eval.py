@@ -1,0 +1,12 @@
+"""Evaluation of the small local model on WikiText-2, GSM8K and held-out HH-RLHF pairs.
+
+    python eval.py config/local_eval.py
+"""
+out_dir = "out/local"
+data = "english"
+text = "wikitext-2-valid,wikitext-2"
+problems = "gsm8k-test"
+pairs = "hh-rlhf"
+n_problems = 50  # of 1,319: a model of this size solves none
+n_samples = 2
+max_new_tokens = 100

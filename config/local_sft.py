@@ -1,0 +1,19 @@
+"""SFT of the small local model on Alpaca's records and GSM8K's solutions, minutes on 2 CPU cores.
+
+    python align.py config/local_sft.py --init_from=out/local/pretrain
+"""
+mode = "sft"
+out_dir = "out/local/sft"
+init_from = "out/local/pretrain"
+data = "alpaca,gsm8k"
+optimizer = "adamw"
+learning_rate = 1e-3  # SmolLM2-135M's SFT value (alignment-handbook recipes/smollm2)
+schedule = "cosine"
+warmup_frac = 0.1
+batch_tokens = 4096
+micro_batch = 16
+max_steps = 100
+eval_interval = 50
+eval_rows = 32
+save_interval = 50
+log_interval = 5

@@ -1,0 +1,21 @@
+"""The verifier of the small local model on GSM8K, minutes on 2 CPU cores. A model of this size solves none of it: expect the note
+that there is nothing to rerank; what this recipe shows is that the stage runs on the real problems.
+
+    python align.py config/local_verifier.py --init_from=out/local/dpo
+"""
+mode = "verifier"
+out_dir = "out/local/verifier"
+init_from = "out/local/dpo"
+data = "gsm8k"
+n_problems = 60
+n_samples = 2
+max_new_tokens = 100
+optimizer = "adamw"
+learning_rate = 3e-4
+batch_tokens = 4096
+micro_batch = 16
+max_steps = 40
+eval_interval = 20
+eval_rows = 16
+save_interval = 20
+log_interval = 5

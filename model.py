@@ -1,0 +1,558 @@
+"""The model: a decoder-only transformer with RoPE, RMSNorm, QK-norm, GQA, SwiGLU, optional MoE, attention sinks and windows.
+
+Every switch is a field of ModelConfig, and every combination has a home in transformers (Flint; Qwen3 without sinks).
+Sources: RoPE arXiv 2104.09864, RMSNorm 1910.07467, QK-norm 2010.04245, GQA 2305.13245, SwiGLU 2002.05202, sigmoid-routed MoE
+with a shared expert 2412.19437, sinks as a learned logit per head: gpt-oss; streaming: 2309.17453.
+
+Shapes: B batch, T time, S cache slots, C d_model, H query heads, K key/value heads, D d_head, F d_ff, E experts, N rows,
+V vocabulary padded to a multiple of 128.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from configurator import UserError
+
+aten = torch.ops.aten
+
+
+@dataclass
+class ModelConfig:
+    vocab_size: int = 50262  # ids in use, special tokens included (gpt2: 50262, byte: 262)
+    seq_len: int = 1024  # tokens of training context
+    n_layer: int = 12  # blocks
+    n_head: int = 16  # query heads
+    n_kv_head: int | None = None  # key/value heads, a divisor of n_head; None = n_head
+    d_model: int = 1024  # width of the residual stream
+    d_head: int | None = None  # width of a head, even; None = d_model / n_head
+    d_ff: int | None = None  # hidden width of the MLP; None = 8/3 d_model rounded up to 64
+    rope_base: float = 10000.0  # RoPE: wavelengths run from 2 pi to 2 pi * rope_base tokens
+    qk_norm: bool = True  # RMSNorm on queries and keys, per head, before RoPE
+    sinks: bool = True  # one learned logit per head in the softmax denominator
+    sliding_window: int | None = None  # tokens a query sees, itself included; None = all before it
+    tied: bool = True  # one matrix for the embedding and the head
+    n_expert: int = 0  # routed experts per MoE layer; 0 = dense SwiGLU
+    n_expert_active: int = 2  # routed experts a token goes to
+    d_expert: int | None = None  # hidden width of an expert; None = d_ff / n_expert_active, down to a multiple of 8
+    shared_expert: bool = True  # MoE: one more expert that every token goes to
+    balance_coef: float = 0.01  # MoE: weight of the load-balancing loss
+    score_head: bool = False  # a scalar head per token (verifier)
+
+    def __post_init__(self):
+        undivided = self.d_head is None and self.n_head > 0 and self.d_model % self.n_head
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head
+        if self.d_head is None and self.n_head > 0:
+            self.d_head = self.d_model // self.n_head
+        if self.d_ff is None:
+            self.d_ff = -(-8 * self.d_model // (3 * 64)) * 64
+        if self.d_expert is None:
+            self.d_expert = max(8, self.d_ff // max(1, self.n_expert_active) // 8 * 8)  # the grouped kernels want multiples of 8
+        faults = [f"{key} must be at least 1, got {getattr(self, key)}" for key in
+                  ("vocab_size", "seq_len", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff") if getattr(self, key) < 1]
+        if not faults:
+            if undivided:
+                faults.append(f"d_model={self.d_model} must be a multiple of n_head={self.n_head}, or give d_head")
+            if self.n_expert and self.d_expert < 1:
+                faults.append(f"d_expert must be at least 1, got {self.d_expert}")
+            if self.rope_base <= 0:
+                faults.append(f"rope_base must be above 0, got {self.rope_base}")
+            if self.n_head % self.n_kv_head:
+                faults.append(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
+            if self.d_head < 2 or self.d_head % 2:
+                faults.append(f"RoPE needs an even d_head, got {self.d_head} (d_model={self.d_model}, n_head={self.n_head})")
+            if self.n_expert and not 1 <= self.n_expert_active <= self.n_expert:
+                faults.append(f"n_expert_active={self.n_expert_active} must be between 1 and n_expert={self.n_expert}")
+            if self.sliding_window is not None and self.sliding_window < 1:
+                faults.append(f"sliding_window must be None or at least 1, got {self.sliding_window}")
+        if faults:
+            raise UserError("; ".join(faults))
+
+    @property
+    def padded_vocab(self) -> int:
+        return -(-self.vocab_size // 128) * 128
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Norm and rotary positions
+
+class RMSNorm(nn.Module):
+    def __init__(self, d: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+
+    def forward(self, x):
+        return F.rms_norm(x, (x.size(-1),), self.weight.to(x.dtype), eps=1e-6)
+
+
+def rotary_angles(pos, d_head: int, base: float, dtype):
+    """cos, sin: (T, D/2) for integer positions (T,). Only differences of positions matter to the scores."""
+    precise = torch.float32 if pos.device.type == "mps" else torch.float64  # a streaming cache counts far
+    inv_freq = base ** (-torch.arange(0, d_head, 2, device=pos.device, dtype=precise) / d_head)
+    angle = pos.to(precise)[:, None] * inv_freq
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x, cos, sin):
+    """Turn the pair (x[i], x[i + D/2]) by the angle of frequency i. x: (B, T, heads, D); cos, sin: (T, D/2)."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention with sinks: a reference in plain maths, and the same on fused kernels
+
+def attention_reference(q, k, v, sinks=None, mask=None):
+    """Softmax attention; sinks (H,) add one logit per head to the denominator. The definition that fast paths are held to.
+
+    q: (B, H, T, D); k, v: (B, K, S, D); mask: (B or 1, 1, T, S), added to the scores; None = causal, S = T. -> (B, H, T, D)
+    """
+    B, H, T, D = q.shape
+    k, v = (x.repeat_interleave(H // k.size(1), dim=1) for x in (k, v))
+    if mask is None:
+        mask = torch.full((T, T), -math.inf, device=q.device, dtype=q.dtype).triu(1)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(D) + mask  # (B, H, T, S)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.to(q.dtype).view(1, H, 1, 1).expand(B, H, T, 1)), dim=-1)
+    return F.softmax(scores, dim=-1)[..., :k.size(2)] @ v
+
+
+class FlashSinks(torch.autograd.Function):
+    """Sinks on a fused kernel that knows none: out = o * g with g = sigmoid(lse - s), because the sink only scales the
+    softmax denominator. Flash backward uses `out` for D = rowsum(dout * out) alone, so handing it out = o * g and dout * g
+    gives the exact gradients of q, k and v; the gradient of s is -sum((1 - g) * D).
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, sinks, mask):
+        if q.is_cuda:
+            o, lse, *kernel_state = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
+            kernel_state = kernel_state[:6]  # cum_seq_q, cum_seq_k, max_q, max_k, rng state, unused
+        else:
+            o, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, mask is None, attn_mask=mask)
+            kernel_state = []
+        gate = torch.sigmoid(lse - sinks.view(1, -1, 1).to(lse.dtype)).unsqueeze(-1)  # (B, H, T, 1)
+        out = o * gate.to(o.dtype)
+        ctx.save_for_backward(q, k, v, out, lse, gate, mask)
+        ctx.kernel_state = kernel_state
+        ctx.sink_dtype = sinks.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, out, lse, gate, mask = ctx.saved_tensors
+        dgate = (dout * gate.to(dout.dtype)).contiguous()
+        if q.is_cuda:
+            dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
+                dgate, q, k, v, out, lse, *ctx.kernel_state[:4], 0.0, True, *ctx.kernel_state[4:])
+        else:
+            dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                dgate, q, k, v, out, lse, 0.0, mask is None, attn_mask=mask)
+        d = (dout * out).sum(-1, keepdim=True).to(gate.dtype)  # (B, H, T, 1)
+        dsinks = -((1 - gate) * d).sum(dim=(0, 2, 3)).to(ctx.sink_dtype)
+        return dq, dk, dv, dsinks, None
+
+
+def attention_flex(q, k, v, sinks, mask):
+    """Documents and windows on CUDA: FlexAttention skips the masked blocks and returns a differentiable lse."""
+    from torch.nn.attention.flex_attention import flex_attention
+    o, lse = torch.compile(flex_attention)(q, k, v, block_mask=mask, return_lse=True, enable_gqa=q.size(1) != k.size(1))
+    return o if sinks is None else o * torch.sigmoid(lse - sinks.view(1, -1, 1)).unsqueeze(-1).to(o.dtype)
+
+
+def attention(q, k, v, sinks=None, mask=None):
+    """attention_reference by the fastest exact way there is for the device, dtype and mask."""
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        return attention_flex(q, k, v, sinks, mask)
+    k, v = k.to(q.dtype), v.to(q.dtype)  # under autocast the cache keeps the dtype of the weights
+    if sinks is None:
+        mask = mask if mask is None else mask.to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1))
+    flash = mask is None and q.dtype in (torch.bfloat16, torch.float16) if q.is_cuda else q.device.type == "cpu"
+    if not flash:
+        return attention_reference(q, k, v, sinks, mask)
+    return FlashSinks.apply(q, k, v, sinks, mask if mask is None else mask.to(q.dtype))
+
+
+def training_mask(docs, window, T: int, device):
+    """Causal, inside one document, at most `window` back. None (plain causal) | (B or 1, 1, T, T) on the CPU | BlockMask."""
+    if docs is None and (window is None or window >= T):
+        return None
+
+    def allowed(b, h, q, k):
+        ok = q >= k
+        if window is not None:
+            ok = ok & (q - k < window)
+        return ok if docs is None else ok & (docs[b, q] == docs[b, k])
+
+    B = 1 if docs is None else docs.size(0)
+    if device.type == "cuda":
+        from torch.nn.attention.flex_attention import create_block_mask
+        return create_block_mask(allowed, B, None, T, T, device=device)
+    b, t = torch.arange(B, device=device), torch.arange(T, device=device)
+    ok = allowed(b.view(B, 1, 1, 1), 0, t.view(1, 1, T, 1), t.view(1, 1, 1, T))
+    return torch.zeros(B, 1, T, T, device=device).masked_fill(~ok, -math.inf)
+
+
+class KVCache:
+    """Keys (rotated) and values of the last S tokens of every layer. When the slots are full the oldest are overwritten:
+    memory and time per token stay constant for any length, and the model sees the last S tokens, no more.
+
+    Rows of unequal length are padded on the left; pads are never attended to, and RoPE does not mind the shift.
+    """
+
+    def __init__(self, cfg: ModelConfig, batch: int, slots: int, device, dtype):
+        shape = (cfg.n_layer, batch, cfg.n_kv_head, slots, cfg.d_head)
+        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+        self.real = torch.ones(batch, slots, device=device, dtype=torch.bool)  # slot holds a token, not a pad
+        self.pos = torch.full((slots,), -1, device=device)  # position of the token in each slot
+        self.length, self.slots, self.window = 0, slots, cfg.sliding_window or slots
+
+    def reserve(self, T: int, pads=None):
+        """Take slots for T further tokens. -> positions (T,), mask (B, 1, T, used slots) or None where plain causal."""
+        assert T == 1 or self.length + T <= self.slots, "a full cache rolls token by token"
+        pos = torch.arange(self.length, self.length + T, device=self.pos.device)
+        self.taken = pos % self.slots
+        self.pos[self.taken] = pos
+        self.real[:, self.taken] = True if pads is None else pos >= pads[:, None]
+        self.length += T
+        self.used = min(self.length, self.slots)
+        if pads is None and self.length == T <= self.window:
+            return pos, None
+        age = pos[:, None] - self.pos[:self.used]  # (T, used)
+        ok = (age >= 0) & (age < self.window) & self.real[:, None, :self.used] | (age == 0)  # a pad sees itself: no 0/0
+        return pos, torch.zeros(ok.shape, device=ok.device, dtype=self.k.dtype).masked_fill_(~ok, -math.inf).unsqueeze(1)
+
+    def put(self, layer: int, k, v):
+        """Store k, v: (B, K, T, D). -> everything stored so far, (B, K, used, D)."""
+        if self.taken.numel() == 1:  # a slice is written faster than an index
+            slot = (self.length - 1) % self.slots
+            self.k[layer, :, :, slot], self.v[layer, :, :, slot] = k[:, :, 0], v[:, :, 0]
+        else:
+            self.k[layer].index_copy_(2, self.taken, k.to(self.k.dtype))
+            self.v[layer].index_copy_(2, self.taken, v.to(self.v.dtype))
+        return self.k[layer, :, :, :self.used], self.v[layer, :, :, :self.used]
+
+    def keep(self, rows):
+        """Drop all batch rows but these."""
+        self.k, self.v, self.real = self.k[:, rows], self.v[:, rows], self.real[rows]
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.d_head = cfg.n_head, cfg.n_kv_head, cfg.d_head
+        self.qkv = nn.Linear(cfg.d_model, (cfg.n_head + 2 * cfg.n_kv_head) * cfg.d_head, bias=False)
+        self.out = nn.Linear(cfg.n_head * cfg.d_head, cfg.d_model, bias=False)
+        self.q_norm = RMSNorm(cfg.d_head) if cfg.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(cfg.d_head) if cfg.qk_norm else nn.Identity()
+        self.sinks = nn.Parameter(torch.zeros(cfg.n_head)) if cfg.sinks else None
+
+    def forward(self, x, cos, sin, mask=None, cache=None, layer=0):
+        B, T, _ = x.shape
+        H, K, D = self.n_head, self.n_kv_head, self.d_head
+        q, k, v = self.qkv(x).view(B, T, H + 2 * K, D).split((H, K, K), dim=2)  # (B, T, H or K, D)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)
+        if cache is not None:
+            k, v = cache.put(layer, k, v)
+        y = attention(q, k, v, self.sinks, mask)
+        return self.out(y.transpose(1, 2).reshape(B, T, H * D))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MLP: dense or a mixture of experts
+
+class SwiGLU(nn.Module):
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__()
+        self.gate_up = nn.Linear(d_model, 2 * d_ff, bias=False)
+        self.down = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class MoE(nn.Module):
+    """Each token goes to the n_expert_active experts of highest sigmoid score, weighted by these scores renormalised to 1,
+    and to the shared expert. balance_loss is E * sum(share of tokens * mean score share), 1 when all experts are used alike.
+    """
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.n_expert, self.n_active = cfg.n_expert, cfg.n_expert_active
+        self.router = nn.Linear(cfg.d_model, cfg.n_expert, bias=False)
+        self.gate_up = nn.Parameter(torch.empty(cfg.n_expert, 2 * cfg.d_expert, cfg.d_model))
+        self.down = nn.Parameter(torch.empty(cfg.n_expert, cfg.d_model, cfg.d_expert))
+        self.shared = SwiGLU(cfg.d_model, cfg.d_expert) if cfg.shared_expert else None
+        self.balance_loss = None
+
+    def forward(self, x):
+        shape = x.shape
+        x = x.reshape(-1, shape[-1])  # (N, C)
+        scores = torch.sigmoid(self.router(x).float())  # (N, E)
+        weight, expert = scores.topk(self.n_active, dim=-1)  # (N, active)
+        weight = weight / weight.sum(-1, keepdim=True)
+        order = expert.flatten().argsort()  # (N * active,) grouped by expert
+        token = order // self.n_active
+        counts = torch.bincount(expert.flatten(), minlength=self.n_expert)  # (E,)
+        gate, up = self.grouped_linear(x[token], self.gate_up, counts).chunk(2, dim=-1)
+        y = self.grouped_linear(F.silu(gate) * up, self.down, counts)
+        y = y * weight.flatten()[order].unsqueeze(-1).to(y.dtype)
+        y = torch.zeros_like(x, dtype=y.dtype).index_add(0, token, y)
+        share = scores / scores.sum(-1, keepdim=True)
+        self.balance_loss = (counts / counts.sum() * share.mean(0)).sum() * self.n_expert
+        if self.shared is not None:
+            y = y + self.shared(x)
+        return y.view(shape)
+
+    @staticmethod
+    def grouped_linear(x, weight, counts):
+        """Rows of x (N, in), sorted by expert, each through its expert's matrix: weight (E, out, in). -> (N, out)"""
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+        aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])  # grouped_mm wants rows of whole 16 bytes
+        compiled = x.dtype == torch.float32 and torch.compiler.is_compiling()  # its meta kernel knows bfloat16 only
+        if hasattr(F, "grouped_mm") and x.dtype in (torch.bfloat16, torch.float32) and aligned and not compiled:
+            return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
+        return torch.cat([F.linear(part, w) for part, w in zip(x.split(counts.tolist()), weight)])
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.attn_norm, self.attn = RMSNorm(cfg.d_model), Attention(cfg)
+        self.mlp_norm, self.mlp = RMSNorm(cfg.d_model), MoE(cfg) if cfg.n_expert else SwiGLU(cfg.d_model, cfg.d_ff)
+
+    def forward(self, x, *args):
+        x = x + self.attn(self.attn_norm(x), *args)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Head and loss, without a (B, T, V) tensor
+
+def row_chunks(n_rows: int, n_columns: int) -> int:
+    """Rows per chunk, so that a chunk of float32 logits stays near 32 MB."""
+    return max(1, min(n_rows, (1 << 23) // n_columns))
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Sum over rows of the cross-entropy of x @ weight.T, walking over chunks of rows: the forward pass takes loss and both
+    gradients from each chunk of logits and keeps none. x: (N, C), weight: (V, C), targets: (N,); rows with target < 0 and
+    vocabulary entries from n_vocab on do not count. (Peak memory and time beside other forms: LOG.md.)
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, n_vocab):
+        w = weight.to(x.dtype)
+        loss = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        need = any(ctx.needs_input_grad)
+        dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if need else (None, None)
+        n = row_chunks(len(x), w.size(0))
+        for rows in (slice(start, start + n) for start in range(0, len(x), n)):
+            supervised = targets[rows] >= 0
+            target = targets[rows].clamp(min=0).unsqueeze(1)
+            logits = (x[rows] @ w.T).to(loss.dtype)  # (n, V)
+            logits[:, n_vocab:] = -math.inf
+            lse = logits.logsumexp(-1, keepdim=True)
+            loss += ((lse - logits.gather(1, target)).squeeze(1) * supervised).sum()
+            if need:
+                dlogits = logits.sub_(lse).exp_()  # softmax, then minus one at the target
+                dlogits.scatter_add_(1, target, -torch.ones_like(target, dtype=dlogits.dtype))
+                dlogits = dlogits.mul_(supervised.unsqueeze(1)).to(x.dtype)
+                dx[rows] = dlogits @ w
+                dw += dlogits.T @ x[rows]
+        ctx.save_for_backward(dx, dw)
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        dx, dw = ctx.saved_tensors
+        return dx * dloss.to(dx.dtype), dw * dloss.to(dw.dtype), None, None
+
+
+def chunk_logprobs(x, weight, targets, n_vocab):
+    """log p(target) per row: (N,). Gradients by autograd; called under checkpoint, so that no logits outlive the chunk."""
+    logits = (x @ weight.to(x.dtype).T)[:, :n_vocab]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.gather(1, targets.unsqueeze(1)).squeeze(1) - logits.logsumexp(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+class GPT(nn.Module):
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.padded_vocab, cfg.d_model)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.norm = RMSNorm(cfg.d_model)
+        self.head = nn.Linear(cfg.d_model, cfg.padded_vocab, bias=False)
+        if cfg.tied:
+            self.head.weight = self.embed.weight
+        self.score = nn.Linear(cfg.d_model, 1, bias=False) if cfg.score_head else None
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """embed              normal, std min(0.02, 4/C): a tied head must not predict the current token
+        head (untied)      normal, std 0.02
+        qkv, gate_up       normal, std 1/sqrt(C)
+        router             normal, std 0.02
+        out, down          zero: every block starts as the identity
+        norms              one
+        sinks, score       zero
+        """
+        for name, p in self.named_parameters():
+            match name.removesuffix(".weight").rsplit(".", 1)[-1]:
+                case "embed":
+                    nn.init.normal_(p, std=min(0.02, 4 / self.cfg.d_model))
+                case "head" | "router":
+                    nn.init.normal_(p, std=0.02)
+                case "qkv" | "gate_up":
+                    nn.init.normal_(p, std=self.cfg.d_model ** -0.5)
+                case "out" | "down" | "sinks" | "score":
+                    nn.init.zeros_(p)
+                case "attn_norm" | "mlp_norm" | "norm" | "q_norm" | "k_norm":
+                    nn.init.ones_(p)
+                case _:
+                    raise AssertionError(f"no initialisation rule for parameter {name}")
+
+    def hidden(self, idx, docs=None, cache: KVCache | None = None, pads=None):
+        """Final hidden states (B, T, C) of token ids (B, T). docs (B, T): document numbers; attention stays inside one."""
+        if cache is not None:
+            pos, mask = cache.reserve(idx.size(1), pads)
+        else:
+            pos = torch.arange(idx.size(1), device=idx.device)
+            mask = training_mask(docs, self.cfg.sliding_window, idx.size(1), idx.device)
+        x = self.embed(idx)
+        if torch.is_autocast_enabled(idx.device.type):
+            x = x.to(torch.get_autocast_dtype(idx.device.type))  # the residual stream too is in the compute dtype
+        cos, sin = rotary_angles(pos, self.cfg.d_head, self.cfg.rope_base, x.dtype)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cos, sin, mask, cache, layer)
+        return self.norm(x)
+
+    def logits(self, x):
+        """(..., C) -> (..., vocab_size): ids of the padding have no logit and so are never sampled."""
+        return self.head(x)[..., :self.cfg.vocab_size].float()
+
+    def nll(self, x, targets):
+        """Sum of -log p(target) over targets >= 0, for hidden states x (B, T, C) and targets (B, T)."""
+        x, targets = x.flatten(0, -2), targets.flatten()
+        if not torch.compiler.is_compiling():  # unsupervised rows need no logits; a compiled graph wants fixed shapes
+            supervised = targets >= 0
+            x, targets = x[supervised], targets[supervised]
+        return LinearCrossEntropy.apply(x, self.head.weight, targets, self.cfg.vocab_size)
+
+    def logprobs(self, x, targets):
+        """log p(target) at every position (B, T); 0 where target < 0."""
+        flat, target = x.flatten(0, -2), targets.flatten()
+        rows = row_chunks(len(flat), self.cfg.padded_vocab)
+        parts = [checkpoint(chunk_logprobs, h, self.head.weight, t.clamp(min=0), self.cfg.vocab_size, use_reentrant=False)
+                 for h, t in zip(flat.split(rows), target.split(rows))]
+        return (torch.cat(parts) * (target >= 0)).view(targets.shape)
+
+    def scores(self, x):
+        """Verifier scores (B, T) in float32 of hidden states (B, T, C)."""
+        return self.score(x).squeeze(-1).float()
+
+    def balance_loss(self):
+        """Mean load-balancing loss of the MoE layers in the last forward pass, times balance_coef; 0 for a dense model."""
+        losses = [block.mlp.balance_loss for block in self.blocks if isinstance(block.mlp, MoE)]
+        return self.cfg.balance_coef * sum(losses) / len(losses) if losses else 0.0
+
+    def forward(self, idx, targets=None, docs=None):
+        """Logits (B, T, vocab_size), or with targets (B, T) the summed negative log-likelihood of targets >= 0."""
+        x = self.hidden(idx, docs)
+        return self.logits(x) if targets is None else self.nll(x, targets)
+
+    def param_groups(self) -> dict[str, list[nn.Parameter]]:
+        """muon: the hidden matrices (experts are stacks of them); adamw: embedding, head, norms, sinks, router, score."""
+        groups = {"muon": [], "adamw": []}
+        for name, p in self.named_parameters():
+            hidden = name.startswith("blocks.") and p.ndim >= 2 and "router" not in name
+            groups["muon" if hidden else "adamw"].append(p)
+        assert sum(map(len, groups.values())) == len(list(self.parameters())), "a parameter is in no or two groups"
+        return groups
+
+    def num_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self) -> float:
+        """Forward + backward FLOPs of a training token: 6 per active matrix weight plus 12 L H D T for attention, as PaLM
+        (arXiv 2204.02311, appendix B) counts it; the causal half is not subtracted, the embedding is a lookup.
+        """
+        cfg = self.cfg
+        weights = sum(p.numel() for p in self.param_groups()["muon"]) + cfg.padded_vocab * cfg.d_model
+        if cfg.n_expert:
+            weights -= cfg.n_layer * (cfg.n_expert - cfg.n_expert_active) * 3 * cfg.d_expert * cfg.d_model
+        return 6.0 * weights + 12.0 * cfg.n_layer * cfg.n_head * cfg.d_head * min(cfg.seq_len, cfg.sliding_window or cfg.seq_len)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+def sample(logits, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, generator=None):
+    """Next ids (B,) from logits (B, vocab). temperature 0 is greedy; top_p keeps the smallest set of that probability."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k and top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        probs = ordered.softmax(-1)
+        beyond = probs.cumsum(-1) - probs >= top_p
+        beyond[:, 0] = False  # the most likely id always stays
+        ordered = ordered.masked_fill(beyond, -math.inf)
+        logits = torch.full_like(logits, -math.inf).scatter(1, order, ordered)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+
+
+@torch.no_grad()
+def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, stop: tuple[int, ...] = (), generator=None,
+             slots: int | None = None, on_token=None, **sampling) -> list[list[int]]:
+    """New ids for every prompt, all rows at once with a KV cache; a row ends with its first stop id, which is kept.
+
+    slots: size of the cache; by default prompt + max_new_tokens, at most seq_len, beyond which it rolls. Longer prompts lose
+    their beginning. on_token(row, id) is called as ids are sampled. sampling: see sample().
+    """
+    if not prompts:
+        return []
+    device = model.embed.weight.device
+    slots = slots or min(model.cfg.seq_len, max(map(len, prompts)) + max_new_tokens)
+    prompts = [prompt[-slots:] for prompt in prompts]
+    width = max(map(len, prompts))
+    pads = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
+    idx = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+    cache = KVCache(model.cfg, len(prompts), slots, device, model.embed.weight.dtype)
+    x = model.hidden(idx, cache=cache, pads=pads if pads.any() else None)[:, -1]
+    out, rows = [[] for _ in prompts], list(range(len(prompts)))  # rows: which output each batch row belongs to
+    done = [False] * len(prompts)
+    for step in range(max_new_tokens):
+        ids = sample(model.logits(x), generator=generator, **sampling)
+        for row, token in zip(rows, ids.tolist()):
+            if not done[row]:
+                out[row].append(token)
+                done[row] = token in stop
+                if on_token is not None:
+                    on_token(row, token)
+        running = [i for i, row in enumerate(rows) if not done[row]]
+        if not running or step + 1 == max_new_tokens:
+            break
+        if len(running) <= 0.8 * len(rows):  # drop finished rows now and then: each time costs a copy of the cache
+            keep = torch.tensor(running, device=device)
+            cache.keep(keep)
+            ids, rows = ids[keep], [rows[i] for i in running]
+        x = model.hidden(ids.unsqueeze(1), cache=cache)[:, -1]
+    return out

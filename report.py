@@ -1,0 +1,185 @@
+"""The report of a run: report.md and its plots, made from result files alone (results*.jsonl, metrics.jsonl, config.json, generations).
+
+    python report.py --out_dir=out/toy            # refuses to overwrite a report; --force replaces it, --no_overwrite keeps it
+"""
+import os
+import re
+from dataclasses import dataclass
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+import configurator
+import data
+from configurator import UserError
+from eval import STAGES, read_results
+
+
+@dataclass
+class ReportConfig:
+    out_dir: str = "out/toy"  # folder of a pipeline
+    force: bool = False  # replace an existing report
+    no_overwrite: bool = False  # keep an existing report and say so
+    n_samples: int = 4  # test problems shown with every stage's answer
+
+
+# Columns of the first table: heading, task, metric, protocol
+COLUMNS = [("val loss (nats/token)", "val_loss", "val_loss", "windows"), ("problems, exact match", "problems", "exact_match", "greedy"),
+           ("stops by itself", "problems", "stop_rate", "greedy"), ("prefers chosen, log-prob", "preference", "accuracy", "logprob"),
+           ("prefers chosen, reward", "preference", "accuracy", "reward"), ("prefers chosen, length", "preference", "accuracy", "length"),
+           ("tales on topic and kind", "tales", "on_topic_and_kind", "sampled")]
+
+
+def number(row: dict | None) -> str:
+    """value [low, high] of a result; a rate as percent."""
+    if row is None:
+        return ""
+    plain = row["metric"] in ("val_loss", "perplexity", "bits_per_byte")
+    digits = lambda x: f"{x:.4f}" if row["metric"] in ("val_loss", "bits_per_byte") else f"{x:.2f}" if plain else f"{100 * x:.1f}"
+    interval = f" [{digits(row['low'])}, {digits(row['high'])}]" if "low" in row else ""
+    return digits(row["value"]) + ("" if plain else " %") + interval
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [heads, ["---"] * len(heads), *rows])
+
+
+def find(results: list[dict], **wanted) -> dict | None:
+    """The newest result with these fields."""
+    return next((row for row in reversed(results) if all(row.get(k) == v for k, v in wanted.items())), None)
+
+
+def stage_table(results: list[dict]) -> str:
+    models = list(dict.fromkeys(row["model"] for row in results))
+    columns = [column for column in COLUMNS if any(row["task"] == column[1] and row["protocol"] == column[3] for row in results)]
+    rows = [[model, *(number(find(results, model=model, task=t, metric=m, protocol=p)) for _, t, m, p in columns)] for model in models]
+    counts = [max((row["n"] for row in results if (row["task"], row["metric"], row["protocol"]) == tuple(column[1:])), default=0) for column in columns]
+    return table(["", *(column[0] for column in columns)], [row for row in rows if any(row[1:])] + [["n", *map(str, counts)]])
+
+
+def rerank_table(results: list[dict]) -> str:
+    ks = sorted({int(row["protocol"].partition("@")[2]) for row in results if row["task"] == "rerank" and "@" in row["protocol"]})
+    rows = [[f"{how}, samples = {k}", number(find(results, task="rerank", protocol=f"{how}@{k}"))] for k in ks[-1:] for how in RERANKERS]
+    stage = find(results, task="rerank")["model"]
+    return table(["way to answer", "exact match"], [[f"greedy ({stage})", number(find(results, task="problems", model=stage, metric="exact_match"))], *rows])
+
+
+RERANKERS = {"majority": "tab:blue", "weighted": "tab:green", "best_of": "tab:orange", "oracle": "tab:gray"}
+
+
+def plot_loss(folder: str, stage: str) -> str | None:
+    rows = data.read_metrics(os.path.join(folder, stage, "metrics.jsonl"))
+    train, val = [r for r in rows if "loss" in r], [r for r in rows if "val_loss" in r]
+    if not train:
+        return None
+    figure, axes = plt.subplots(figsize=(6, 3.5))
+    axes.plot([r["step"] for r in train], [r["loss"] for r in train], lw=1, label="training")
+    axes.plot([r["step"] for r in val], [r["val_loss"] for r in val], "o-", ms=3, label="validation")
+    if max(r["loss"] for r in train) > 10 * min(r["loss"] for r in train) > 0:
+        axes.set_yscale("log")
+    axes.set(xlabel="step", ylabel="loss", title=f"{stage}: loss")
+    return finish(figure, axes, folder, f"loss_{stage}.png")
+
+
+def plot_rerank(folder: str, results: list[dict]) -> str:
+    figure, axes = plt.subplots(figsize=(6, 3.5))
+    for how, color in RERANKERS.items():
+        rows = [find(results, task="rerank", protocol=p) for p in dict.fromkeys(r["protocol"] for r in results) if p.startswith(how + "@")]
+        rows.sort(key=lambda r: int(r["protocol"].partition("@")[2]))
+        k = [int(r["protocol"].partition("@")[2]) for r in rows]
+        axes.plot(k, [100 * r["value"] for r in rows], "o-", ms=4, color=color, label=how.replace("_", " "))
+        axes.fill_between(k, [100 * r["low"] for r in rows], [100 * r["high"] for r in rows], color=color, alpha=0.12, lw=0)
+    greedy = find(results, task="problems", model=rows[0]["model"], metric="exact_match")
+    if greedy:
+        axes.axhline(100 * greedy["value"], color="black", ls="--", lw=1, label="greedy")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(k, map(str, k))
+    axes.set(xlabel="samples per problem", ylabel="exact match, %", title="Choosing among samples (95 % intervals)")
+    return finish(figure, axes, folder, "best_of_n.png")
+
+
+def finish(figure, axes, folder: str, name: str) -> str:
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    data.write_atomic(os.path.join(folder, name), lambda f: figure.savefig(f, format="png", dpi=110))
+    plt.close(figure)
+    return name
+
+
+def cost_table(folder: str) -> str:
+    rows, seconds = [], 0.0
+    for stage in STAGES:
+        steps = [r for r in data.read_metrics(os.path.join(folder, stage, "metrics.jsonl")) if "tokens" in r]
+        if steps:
+            last = steps[-1]
+            took = last["step_ms"] * (last["step"] + 1) / 1e3
+            seconds += took
+            rows.append([stage, f"{last['step'] + 1}", f"{last['tokens'] / 1e6:.2f}M", f"{last['flops']:.2e}", f"{last['tokens_per_s']:,.0f}", f"{took:.0f}"])
+    return table(["stage", "steps", "tokens", "FLOPs", "tokens/s", "training s"], [*rows, ["all", "", "", "", "", f"{seconds:.0f}"]])
+
+
+def samples(folder: str, n: int) -> str:
+    """The same test problems answered greedily by every stage, from the stored generations."""
+    path = os.path.join(folder, "generations")
+    parts, answers = [], {}
+    for name in sorted(os.listdir(path)) if os.path.isdir(path) else []:
+        rows = data.read_jsonl(os.path.join(path, name))
+        if len(rows[0]["solutions"]) == 1:
+            answers[name.split("_")[0]] = rows
+    order = [stage for stage in ("untrained", *STAGES) if stage in answers]
+    for i in range(min(n, len(answers[order[0]])) if order else 0):
+        row = answers[order[0]][i]
+        said = [f"- **{stage}**: `{show(answers[stage][i]['solutions'][0]['text'])}`" for stage in order]
+        parts.append("\n".join([f"**{row['question']}** (right: `{show(row['answer'])}`)", *said]))
+    return "\n\n".join(parts)
+
+
+def show(text: str, width: int = 100) -> str:
+    text = re.sub(r"[^ -~]+", " ", text.replace("\n", "; ").replace("`", "'"))
+    return text[:width] + " ..." * (len(text) > width)
+
+
+def write_report(folder: str, n_samples: int) -> str:
+    results = read_results(folder)
+    if not results:
+        raise UserError(f"{folder} holds no results: run eval.py --out_dir={folder} first")
+    last = results[-1]
+    parts = [f"# Report of {folder}", f"Commit {last['commit']}{' (with uncommitted changes)' if last['dirty'] else ''}, torch {last['torch']}, "
+             f"{last['device']}, {last['date']}. Every number comes from results*.jsonl and metrics.jsonl in this folder; brackets are 95 % intervals.",
+             "## What each stage brought", stage_table(results)]
+    if find(results, task="rerank"):
+        parts += ["## The verifier", rerank_table(results), f"AUC of the verifier on these solutions: {find(results, task='rerank', metric='auc')['value']:.3f} "
+                  f"[{find(results, metric='auc')['low']:.3f}, {find(results, metric='auc')['high']:.3f}], n = {find(results, metric='auc')['n']} solutions. "
+                  "oracle counts a problem as solved when any sample is right: no choice among them can do better.", f"![]({plot_rerank(folder, results)})"]
+    texts = [row for row in results if row["task"] == "text_perplexity"]
+    if texts:
+        keys = list(dict.fromkeys((r["model"], r["split"]) for r in texts))
+        protocols = list(dict.fromkeys(r["protocol"] for r in texts))
+        parts += ["## Perplexity by protocol", table(["model", "text", *protocols], [[m, s, *(number(find(texts, model=m, split=s, protocol=p)) for p in protocols)] for m, s in keys])]
+    parts += ["## Loss of each stage", *(f"![]({name})" for name in (plot_loss(folder, stage) for stage in STAGES) if name)]
+    shown = samples(folder, n_samples)
+    parts += ["## The same problems at every stage", shown] if shown else []
+    hashes = {row["stage"]: row["weights_hash"] for row in results}
+    parts += ["## Cost", cost_table(folder), "## Weights", table(["stage", "sha256 of the weights"], [[k, v] for k, v in hashes.items()])]
+    path = os.path.join(folder, "report.md")
+    data.write_atomic(path, lambda f: f.write(("\n\n".join(parts) + "\n").encode()))
+    return path
+
+
+def main(argv: list[str]) -> int:
+    cfg = configurator.load(ReportConfig, argv)
+    path = os.path.join(cfg.out_dir, "report.md")
+    if os.path.exists(path) and not cfg.force:
+        if cfg.no_overwrite:
+            print(f"report: {path} exists and is kept (--force replaces it)")
+            return 0
+        raise UserError(f"{path} exists: --force replaces it, --no_overwrite keeps it")
+    print(f"report: {write_report(cfg.out_dir, cfg.n_samples)}")
+    return 0
+
+
+if __name__ == "__main__":
+    configurator.run(main)

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Pretraining on one node: one process per GPU, resumed after every requeue until it is done.
+#
+#   sbatch slurm/pretrain.sh config/h100_pretrain.py --max_steps=100      # from the repository root
+#   sbatch -A account -p partition --gres=gpu:4 slurm/pretrain.sh ...     # four GPUs; --gres=none for a CPU node
+#   bash slurm/pretrain.sh config/smoke.py                                # the same without Slurm
+#SBATCH --job-name=pretrain
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=8
+#SBATCH --gres=gpu:1
+#SBATCH --time=12:00:00
+#SBATCH --output=slurm-%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+set -euo pipefail
+if [ -f "$(dirname "$0")/common.sh" ]; then cd "$(dirname "$0")/.."; else cd "$SLURM_SUBMIT_DIR"; fi  # Slurm runs a copy of this file
+. slurm/common.sh
+out_dir="$(out_dir_of out/pretrain "$@")"
+run "${launch[@]}" train.py "$@"

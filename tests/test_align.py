@@ -1,0 +1,718 @@
+"""SFT, DPO and verifier: which tokens count, what each loss is, and that a killed run goes on as if nothing had been."""
+import copy
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import align
+import data
+import eval as evaluation
+from checkpoint import checkpoint_files, load_checkpoint, model_from, save_checkpoint
+from configurator import UserError
+from model import GPT, ModelConfig
+from toy import chat
+from train import Ranks
+
+ROOT = Path(__file__).resolve().parent.parent
+BYTE = data.load_tokenizer("byte")
+EOS, SYSTEM, USER, ASSISTANT, END, PAD = range(256, 262)
+LN2 = math.log(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small things that the tests share
+
+def tiny(seed: int = 0, **changes) -> GPT:
+    """A small model with every parameter random: as initialised, its blocks would add nothing."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 262, "seq_len": 64, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_model": 32, "d_ff": 64}
+    model = GPT(ModelConfig(**{**sizes, **changes}))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.15 * torch.randn_like(p))
+    return model
+
+
+def save_start(folder: Path, model: GPT, **changes) -> str:
+    """A checkpoint as the loop writes it. -> its folder"""
+    entries = {"model": model.state_dict(), "model_config": asdict(model.cfg), "train_config": {}, "step": 7, "best": 1.0, "task": "pretrain",
+               "data": "none", "rng": torch.get_rng_state(), "optimizers": [], "tokenizer": BYTE.spec(), **changes}
+    save_checkpoint(str(folder / "ckpt_0000007.pt"), entries)
+    return str(folder)
+
+
+CHATS = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bc"}]},
+         {"messages": [{"role": "user", "content": "d"}, {"role": "assistant", "content": "e"}]}]
+PAIRS = [{"prompt": data.user(f"question {i}"), "chosen": "good " * (1 + i % 3), "rejected": "bad" * (1 + i % 4)} for i in range(9)]
+PROBLEMS = [{"question": f"1+{i}?", "answer": f"1+{i}={1 + i}\n#### {1 + i}"} for i in range(6)]
+
+
+def world(folder: Path, chats=CHATS, pairs=PAIRS, problems=PROBLEMS) -> str:
+    """Records for every mode; the same ones for training and validation. -> data_dir"""
+    for split in ("train", "val"):
+        data.write_jsonl(str(folder / "mini" / f"sft_{split}.jsonl"), chats)
+        data.write_jsonl(str(folder / "mini" / f"dpo_{split}.jsonl"), pairs)
+    for split in ("verifier", "val"):
+        data.write_jsonl(str(folder / "mini" / f"problems_{split}.jsonl"), problems)
+    return str(folder)
+
+
+def config(tmp_path: Path, mode: str, data_dir: str = "", **changes) -> align.AlignConfig:
+    out = tmp_path / mode
+    out.mkdir(exist_ok=True)
+    return align.AlignConfig(**{"mode": mode, "init_from": "start", "data": "mini", "data_dir": data_dir or world(tmp_path / "data"), "out_dir": str(out),
+                                "device": "cpu", "dtype": "float32", "micro_batch": 4, **changes})
+
+
+def build(cfg: align.AlignConfig, model: GPT):
+    return align.TASKS[cfg.mode](cfg, model, BYTE, Ranks("cpu", "float32"))
+
+
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def plain_logprobs(model: GPT, ids: list[int]) -> torch.Tensor:
+    """log p of every id but the first, by a full log_softmax, without packing, padding or chunks: (n - 1,)"""
+    x = model.hidden(torch.tensor([ids[:-1]]))[0]
+    logp = F.log_softmax((x @ model.head.weight.T)[:, :model.cfg.vocab_size], dim=-1)
+    return logp[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
+
+
+def gradients(loss: torch.Tensor, model: GPT) -> dict[str, torch.Tensor]:
+    grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(model.named_parameters(), grads)}
+
+
+def assert_same_gradients(a: dict, b: dict, atol: float):
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol, msg=lambda text: f"{name}: {text}")
+    assert any(x.abs().max() > 1e-3 for x in a.values()), "gradients are all zero: the comparison shows nothing"
+
+
+def supervised(batch: dict, key: str) -> list[tuple[tuple[int, ...], int]]:
+    """(ids of the document read so far, label) wherever a packed batch has a label of this kind."""
+    found = []
+    for idx, docs, labels in zip(batch["idx"].tolist(), batch["docs"].tolist(), batch[key].tolist()):
+        for t, label in enumerate(labels):
+            if label >= 0:
+                found.append((tuple(i for i, d in zip(idx[:t + 1], docs[:t + 1]) if d == docs[t]), label))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks, as literal arrays
+
+def test_two_chats_in_one_row_as_literal_arrays(tmp_path):
+    """Only the assistant's words and the <|end|> after them are targets, each at the place before it; padding has no document."""
+    task = build(config(tmp_path, "sft", seq_len=12), tiny())
+    batch = task.batch("val", 0, 1)
+    assert batch["idx"].tolist() == [[USER, 97, END, ASSISTANT, 98, 99, USER, 100, END, ASSISTANT, 101, PAD]]
+    assert batch["targets"].tolist() == [[-1, -1, -1, 98, 99, END, -1, -1, -1, 101, END, -1]]
+    assert batch["docs"].tolist() == [[0] * 6 + [1] * 5 + [-1]]
+    assert task.units(batch) == 5
+
+
+def test_every_assistant_turn_of_a_long_chat_is_supervised_and_nothing_else(tmp_path):
+    """In a chat of several turns the model learns all of its turns, no word of the system or the user."""
+    turns = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    chats = [{"messages": [{"role": role, "content": text} for role, text in turns]}]
+    batch = build(config(tmp_path, "sft", world(tmp_path / "data", chats=chats), seq_len=14), tiny()).batch("train", 0, 1)
+    assert batch["idx"].tolist() == [[SYSTEM, 115, END, USER, 97, END, ASSISTANT, 98, END, USER, 99, END, ASSISTANT, 100]]
+    assert batch["targets"].tolist() == [[-1, -1, -1, -1, -1, -1, 98, END, -1, -1, -1, -1, 100, END]]
+
+
+def test_a_pair_as_literal_arrays(tmp_path):
+    """Chosen rows come first, each padded on the right; targets stand on the answer and its <|end|> alone."""
+    pairs = [{"prompt": data.user("p"), "chosen": "ab", "rejected": "c"}]
+    task = build(config(tmp_path, "dpo", world(tmp_path / "data", pairs=pairs), seq_len=6), tiny())
+    batch = task.batch("val", 0, 1)
+    assert batch["idx"].tolist() == [[USER, 112, END, ASSISTANT, 97, 98], [USER, 112, END, ASSISTANT, 99, PAD]]
+    assert batch["targets"].tolist() == [[-1, -1, -1, 97, 98, END], [-1, -1, -1, 99, END, -1]]
+    assert batch["reference"].shape == (2, 1) and task.units(batch) == 1
+
+
+QUESTION = (USER, 113, END, ASSISTANT)  # "q"
+
+
+@pytest.fixture
+def judged(tmp_path, monkeypatch):
+    """A verifier task of one problem, "q" with the answer "r", and the sampled solutions "x" (right) and "yz" (wrong)."""
+    rows = [{"question": "q", "answer": "r", "solutions": [{"ids": [120, END], "text": "x", "correct": True},
+                                                           {"ids": [121, 122, END], "text": "yz", "correct": False}]}]
+    monkeypatch.setattr(evaluation, "solve", lambda *args: copy.deepcopy(rows))
+    cfg = config(tmp_path, "verifier", world(tmp_path / "data", problems=[{"question": "q", "answer": "r"}]), seq_len=32)
+    return build(cfg, tiny(score_head=True))
+
+
+def test_verifier_labels_stand_on_every_token_of_the_solution_the_last_included(judged):
+    """The score after a token of the solution judges what has been read; evaluation reads the one after the last token, so that one
+    must be trained, and the one after the bare question need not be."""
+    labels = supervised(judged.batch("val", 0, judged.n_val_rows), "labels")
+    assert sorted(labels) == sorted([((*QUESTION, 120), 1), ((*QUESTION, 120, END), 1), ((*QUESTION, 121), 0), ((*QUESTION, 121, 122), 0),
+                                     ((*QUESTION, 121, 122, END), 0)])
+
+
+def test_verifier_language_model_targets_stand_on_reference_solutions_only(judged):
+    """Wrong samples are no texts to imitate: the language-model loss sees the reference solution and nothing sampled."""
+    assert supervised(judged.batch("val", 0, judged.n_val_rows), "targets") == [(QUESTION, 114), ((*QUESTION, 114), END)]
+
+
+def test_the_last_supervised_label_of_every_document_is_end(tmp_path, judged):
+    """A model that is never taught <|end|> never stops: the most reported fault of chat tuning."""
+    sft = build(config(tmp_path, "sft", seq_len=12), tiny())
+    dpo = build(config(tmp_path, "dpo"), tiny())
+    for packed in (sft.train, judged.train):
+        last = [[t for t in document["targets"] if t >= 0][-1] for document in packed.documents if max(document["targets"]) >= 0]
+        assert last and set(last) == {END}
+    rows = dpo.tensors("train", range(len(PAIRS)))["targets"].tolist()
+    assert {[t for t in row if t >= 0][-1] for row in rows} == {END} and len(rows) == 2 * len(PAIRS)
+    labels = supervised(judged.batch("train", 0, len(judged.train.rows)), "labels")
+    assert {context[len(QUESTION):] for context, _ in labels} >= {(120,), (121, 122)}
+
+
+def test_prompts_are_never_supervised(tmp_path, judged):
+    """The loss on the question would teach the model to ask; every target is preceded by <|assistant|> and its answer so far."""
+    sft = build(config(tmp_path, "sft", seq_len=12), tiny())
+    dpo = build(config(tmp_path, "dpo"), tiny())
+    for batch, key in ((sft.batch("train", 0, 1), "targets"), (judged.batch("train", 0, judged.n_val_rows), "targets")):
+        contexts = [context for context, _ in supervised(batch, key)]
+        assert contexts and all(ASSISTANT in context and END not in context[context.index(ASSISTANT):] for context in contexts)
+    batch = dpo.tensors("train", range(len(PAIRS)))
+    for idx, targets, pair in zip(batch["idx"], batch["targets"], dpo.pairs["train"]):
+        n = len(pair[0])
+        assert targets[:n - 1].max() == -1 and targets[n - 1] >= 0 and idx[n - 1] == ASSISTANT
+
+
+def test_the_shown_sample_marks_exactly_the_supervised_part(tmp_path, capsys):
+    """A mask lost in a refactor is seen in the first lines of the log, if these show the mask and its share."""
+    build(config(tmp_path, "sft", seq_len=12), tiny())
+    said = capsys.readouterr().out
+    assert "<|user|>a<|end|><|assistant|>[[bc<|end|>]]" in said and f"{5 / 13:.0%} of tokens" in said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packing
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 60).flatmap(lambda space: st.tuples(st.just(space), st.lists(st.integers(1, space), max_size=60))))
+def test_packing_keeps_every_item_once_within_the_space_and_wastes_little(case):
+    """A lost document is lost data, an overfull row is a crash, and many half-empty rows are wasted compute. Best-fit decreasing needs at
+    most 11/9 of the least number of groups plus one, and first-fit is never below that least number."""
+    space, lengths = case
+    groups = align.pack(lengths, space)
+    assert sorted(item for group in groups for item in group) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[item] for item in group) <= space for group in groups)
+    free = []
+    for length in lengths:
+        place = next((i for i, left in enumerate(free) if left >= length), None)
+        if place is None:
+            free.append(space - length)
+        else:
+            free[place] -= length
+    assert len(groups) <= 11 / 9 * len(free) + 1
+
+
+def test_packing_fills_rows_that_fit_exactly():
+    """Items that complement each other share a row: 6 + 4 and 7 + 3 need two rows of 10."""
+    assert sorted(map(sorted, align.pack([6, 7, 3, 4], 10))) == [[0, 3], [1, 2]]
+
+
+@pytest.mark.parametrize("mode,what", [("sft", "chats"), ("dpo", "pairs")])
+def test_documents_longer_than_a_row_are_dropped_aloud(tmp_path, capsys, mode, what):
+    """A document cut in the middle would be taught without its end; one dropped in silence would be missed by nobody."""
+    chats = [*CHATS, chat("long", "x" * 100)]
+    pairs = [*PAIRS, {"prompt": data.user("long"), "chosen": "y" * 100, "rejected": "z"}]
+    task = build(config(tmp_path, mode, world(tmp_path / "data", chats=chats, pairs=pairs), seq_len=50), tiny())
+    said = capsys.readouterr().out
+    assert f"{mode} train {what}: 1 of {len(chats if mode == 'sft' else pairs)} are longer than seq_len=50" in said
+    assert len(task.train.documents if mode == "sft" else task.pairs["train"]) == len(CHATS if mode == "sft" else PAIRS)
+
+
+def test_a_document_that_fits_exactly_is_kept(tmp_path, capsys):
+    """n ids take n - 1 places: the limit itself is no reason to drop."""
+    task = build(config(tmp_path, "sft", seq_len=6), tiny())
+    assert len(task.train.documents) == 2 and "dropped" not in capsys.readouterr().out
+    with pytest.raises(UserError):
+        build(config(tmp_path, "sft", world(tmp_path / "other", chats=CHATS[:1]), seq_len=5), tiny())
+
+
+@pytest.mark.parametrize("mode", ["sft", "dpo"])
+def test_nothing_left_after_dropping_is_an_error_in_words(tmp_path, mode):
+    """Training on no data must not start; the message gives the number and the length."""
+    with pytest.raises(UserError, match=r"all \d+ are longer than seq_len=3"):
+        build(config(tmp_path, mode, seq_len=3), tiny())
+
+
+@pytest.mark.parametrize("changes,atol", [({"sinks": True, "n_kv_head": 2}, 1e-10), ({"sinks": False, "n_kv_head": 4}, 1e-10),
+                                          ({"sinks": True, "n_kv_head": 1, "sliding_window": 5}, 1e-10),
+                                          ({"n_expert": 4, "d_expert": 32}, 1e-4)])  # the router's scores are float32
+def test_packed_loss_and_gradients_are_the_sum_of_separate_ones(tmp_path, double, changes, atol):
+    """Documents in one row must not see each other, in the loss or in any gradient; with the mask left out they would."""
+    chats = [chat("one", "first answer"), chat("second question", "no"), chat("3", "third")]
+    model = tiny(**changes)
+    task = build(config(tmp_path, "sft", world(tmp_path / "data", chats=chats), seq_len=60), model)
+    assert len(task.train.rows) == 1 and len(task.train.documents) == 3
+    batch = task.batch("train", 0, 1)
+    packed = task.loss(model, batch)[1]["loss"]
+    separate = 0.0
+    for record in chats:
+        ids, flags = data.render(record["messages"], BYTE)
+        separate = separate - plain_logprobs(model, ids)[torch.tensor(flags[1:])].sum()
+    assert packed.item() == pytest.approx(separate.item(), abs=atol)
+    assert_same_gradients(gradients(packed, model), gradients(separate, model), atol)
+    naive = model(batch["idx"], batch["targets"])
+    assert abs(naive.item() - separate.item()) > 1e-2, "without the document mask the loss would be the same: the test is blind"
+
+
+def test_hidden_states_without_a_label_get_no_gradient_from_the_losses(double):
+    """Neither the likelihood of SFT nor the log-probs of DPO may push on the words of the prompt or on padding."""
+    model = tiny()
+    targets = torch.tensor([[-1, -1, 5, 260, -1]])
+    for sum_of in (lambda x: model.nll(x, targets), lambda x: model.logprobs(x, targets).sum()):
+        x = torch.randn(1, 5, 32, requires_grad=True)
+        (grad,) = torch.autograd.grad(sum_of(x), x)
+        assert (grad[0].abs().amax(-1) > 0).tolist() == [False, False, True, True, False]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DPO
+
+def test_dpo_starts_at_ln_2(tmp_path):
+    """Policy and reference are the same weights, so every margin is 0 and the loss ln 2, to float32's accuracy."""
+    model = tiny()
+    task = build(config(tmp_path, "dpo"), model)
+    for split in ("train", "val"):
+        batch = task.batch(split, 0, len(PAIRS))
+        objective, sums = task.loss(model, batch)
+        assert objective.item() / task.units(batch) == pytest.approx(LN2, abs=1e-6)
+        assert sums["rewards/margins"].item() / len(PAIRS) == pytest.approx(0, abs=1e-5)
+
+
+def test_dpo_gradients_equal_those_of_two_models_side_by_side(tmp_path, double):
+    """The cached reference is an economy, not another method: loss and gradients are those of the paper's two-model form."""
+    start = tiny()
+    task = build(config(tmp_path, "dpo", beta=0.3), start)
+    reference, policy = copy.deepcopy(start).requires_grad_(False), tiny(seed=1)
+    batch = task.batch("val", 0, len(PAIRS))
+    loss = task.loss(policy, batch)[0]
+    plain = 0.0
+    for record in PAIRS:
+        prompt = data.render_prompt(record["prompt"], BYTE)
+        ratio = {}
+        for key in ("chosen", "rejected"):
+            answer = [*record[key].encode(), END]
+            of = lambda model: plain_logprobs(model, prompt + answer)[-len(answer):].sum()
+            ratio[key] = of(policy) - of(reference)
+        plain = plain - F.logsigmoid(0.3 * (ratio["chosen"] - ratio["rejected"]))
+    assert loss.item() == pytest.approx(plain.item(), abs=1e-10) and abs(loss.item() / len(PAIRS) - LN2) > 0.05
+    assert_same_gradients(gradients(loss, policy), gradients(plain, policy), 1e-10)
+
+
+POLICY = torch.tensor([[-5.0, -8.0], [-7.0, -6.0]])  # chosen, rejected x two pairs
+REFERENCE = torch.tensor([[-6.0, -7.0], [-6.5, -7.5]])
+LENGTHS = torch.tensor([[2, 4], [4, 3]])
+MARGINS = [(-5 + 7) - (-6 + 6.5), (-8 + 6) - (-7 + 7.5)]  # 1.5 and -2.5
+
+
+def log_sigmoid(x: float) -> float:
+    return -math.log(1 + math.exp(-x))
+
+
+def of_kind(**changes):
+    cfg = align.AlignConfig(mode="dpo", init_from="x", **changes)
+    return align.DPO_LOSSES[cfg.loss_type](POLICY, REFERENCE, LENGTHS, cfg).tolist()
+
+
+def test_sigmoid_loss_is_equation_7_of_the_dpo_paper():
+    """-log s(beta ((log pi_w - log pi_l) - (log ref_w - log ref_l))), on sums of log-probs."""
+    assert of_kind(beta=0.2) == pytest.approx([-log_sigmoid(0.2 * d) for d in MARGINS], rel=1e-6)
+
+
+def test_label_smoothing_mixes_in_the_swapped_pair():
+    """cDPO: with probability e the pair was labelled the wrong way round: (1-e) L(d) + e L(-d)."""
+    wanted = [-0.9 * log_sigmoid(0.2 * d) - 0.1 * log_sigmoid(-0.2 * d) for d in MARGINS]
+    assert of_kind(beta=0.2, label_smoothing=0.1) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_ipo_is_a_squared_distance_on_means_per_token():
+    """(d - 1 / (2 tau))^2 with log-probs averaged over the answer, so that long answers do not dominate."""
+    d = [(-5 / 2 + 7 / 4) - (-6 / 2 + 6.5 / 4), (-8 / 4 + 6 / 3) - (-7 / 4 + 7.5 / 3)]
+    assert of_kind(loss_type="ipo", beta=0.4) == pytest.approx([(x - 1 / (2 * 0.4)) ** 2 for x in d], rel=1e-6)
+
+
+def test_simpo_has_a_target_margin_and_no_reference():
+    """-log s(beta (mean log pi_w - mean log pi_l) - gamma), gamma given as a share of beta; the reference must not enter."""
+    wanted = [-log_sigmoid(2.0 * (-5 / 2 + 7 / 4) - 2.0 * 0.3), -log_sigmoid(2.0 * (-8 / 4 + 6 / 3) - 2.0 * 0.3)]
+    assert of_kind(loss_type="simpo", beta=2.0, simpo_gamma=0.3) == pytest.approx(wanted, rel=1e-6)
+    cfg = align.AlignConfig(mode="dpo", init_from="x", loss_type="simpo")
+    assert torch.equal(*(align.DPO_LOSSES["simpo"](POLICY, reference, LENGTHS, cfg) for reference in (REFERENCE, 5 * REFERENCE)))
+
+
+@pytest.fixture
+def by_hand(tmp_path, monkeypatch):
+    """task.loss on the literal log-probs above. Answers have 2, 4 (chosen) and 4, 3 (rejected) supervised tokens."""
+    def compute(**changes):
+        task = build(config(tmp_path, "dpo"), tiny())
+        vars(task.cfg).update(changes)
+        targets = torch.full((4, 8), -1)
+        for row, n in enumerate(LENGTHS.flatten().tolist()):
+            targets[row, 3:3 + n] = 1
+        with monkeypatch.context() as patch:
+            patch.setattr(align, "sequence_logprobs", lambda model, batch: POLICY)
+            return task.loss(tiny(), {"idx": torch.zeros(4, 8), "targets": targets, "reference": REFERENCE})
+    return compute
+
+
+def test_rpo_adds_the_mean_nll_of_the_chosen_answer(by_hand):
+    """L_DPO - alpha log pi_w / |y_w|: the term that keeps the chosen answer likely."""
+    objective, sums = by_hand(beta=0.2, rpo_alpha=0.7)
+    wanted = sum(-log_sigmoid(0.2 * d) for d in MARGINS) - 0.7 * (-5 / 2 - 8 / 4)
+    assert objective.item() == pytest.approx(wanted, rel=1e-6) and sums["loss"].item() == pytest.approx(wanted, rel=1e-6)
+
+
+def test_rpo_may_start(tmp_path):
+    """The loss with RPO's term does not begin at ln 2 and need not: only its DPO part does. The program itself recommends --rpo_alpha=1."""
+    build(config(tmp_path, "dpo", rpo_alpha=1.0), tiny())
+
+
+def test_metrics_have_the_names_and_signs_users_know_from_trl(by_hand):
+    """rewards are beta (log pi - log ref); an accuracy is 1 where the chosen one is higher; all are sums over the pairs."""
+    _, sums = by_hand(beta=0.2)
+    sums = {key: x.item() for key, x in sums.items()}
+    assert list(sums) == align.DPO.metrics
+    wanted = {"rewards/chosen": 0.2 * (1.0 - 1.0), "rewards/rejected": 0.2 * (-0.5 + 1.5), "rewards/margins": 0.2 * (1.5 - 2.5), "rewards/accuracies": 1.0,
+              "logps/chosen": -13.0, "logps/rejected": -13.0, "loss": sum(-log_sigmoid(0.2 * d) for d in MARGINS)}
+    assert sums == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+
+
+def test_rewards_carry_no_gradient(tmp_path):
+    """Metrics are read, never trained on."""
+    task, model = build(config(tmp_path, "dpo"), tiny()), tiny()
+    _, sums = task.loss(model, task.batch("train", 0, 2))
+    assert not any(sums[key].requires_grad for key in sums if key.startswith("rewards/"))
+
+
+def test_log_probs_count_the_answer_only(tmp_path):
+    """With the prompt counted, DPO becomes a weighted SFT on prompts; a mask of any negative value is the same mask."""
+    model = tiny()
+    task = build(config(tmp_path, "dpo"), model)
+    batch = task.tensors("val", range(len(PAIRS)))
+    got = align.sequence_logprobs(model, batch)
+    for n, record in enumerate(PAIRS):
+        prompt = data.render_prompt(record["prompt"], BYTE)
+        for row, key in enumerate(("chosen", "rejected")):
+            answer = [*record[key].encode(), END]
+            assert got[row, n].item() == pytest.approx(plain_logprobs(model, prompt + answer)[-len(answer):].sum().item(), abs=1e-3)
+    masked = torch.where(batch["targets"] < 0, -7, batch["targets"])
+    assert torch.equal(align.sequence_logprobs(model, {**batch, "targets": masked}), got)
+    masked[:, 0] = batch["idx"][:, 1]
+    assert not torch.equal(align.sequence_logprobs(model, {**batch, "targets": masked}), got)
+
+
+def reference_files(cfg) -> list[str]:
+    return sorted(name for name in os.listdir(cfg.out_dir) if name.startswith("reference_"))
+
+
+def test_reference_log_probs_are_read_from_the_file_the_second_time(tmp_path):
+    """They are paid for once: the second start gets what the file holds, even where somebody has changed it."""
+    cfg, model = config(tmp_path, "dpo", loss_type="ipo"), tiny()
+    first = build(cfg, model)
+    (name,) = reference_files(cfg)
+    fresh = align.sequence_logprobs(model, first.tensors("train", range(len(PAIRS)))).detach()
+    torch.testing.assert_close(first.reference["train"], fresh, rtol=0, atol=1e-4)
+    again = build(cfg, model)
+    assert all(torch.equal(again.reference[split], first.reference[split]) for split in ("train", "val"))
+    torch.save({split: x + 17 for split, x in first.reference.items()}, os.path.join(cfg.out_dir, name))
+    assert torch.equal(build(cfg, model).reference["val"], first.reference["val"] + 17)
+    assert reference_files(cfg) == [name]
+
+
+def test_other_weights_or_other_pairs_have_another_reference_file(tmp_path):
+    """A stale reference would be a silent other objective."""
+    cfg = config(tmp_path, "dpo")
+    build(cfg, tiny())
+    build(cfg, tiny(seed=1))
+    assert len(reference_files(cfg)) == 2
+    world(Path(cfg.data_dir), pairs=PAIRS[1:])
+    build(cfg, tiny())
+    assert len(reference_files(cfg)) == 3
+
+
+def test_simpo_computes_no_reference(tmp_path):
+    """A method without a reference does not pay for one."""
+    cfg = config(tmp_path, "dpo", loss_type="simpo")
+    task = build(cfg, tiny())
+    assert task.reference is None and not reference_files(cfg) and torch.equal(task.batch("train", 0, 3)["reference"], torch.zeros(2, 3))
+
+
+def test_a_broken_reference_is_caught_before_the_first_step(tmp_path):
+    """If policy and reference are computed differently the loss does not start at ln 2, and the run must not start either."""
+    cfg, model = config(tmp_path, "dpo"), tiny()
+    reference = build(cfg, model).reference
+    reference["train"][0] += 5
+    torch.save(reference, os.path.join(cfg.out_dir, reference_files(cfg)[0]))
+    with pytest.raises(AssertionError, match="not at ln 2"):
+        build(cfg, model)
+
+
+@pytest.fixture(scope="module")
+def merging():
+    """A BPE tokenizer with merges across the words of a pair."""
+    ranks = {bytes([i]): i for i in range(256)} | {merge: 256 + i for i, merge in enumerate((b"ab", b" a", b" ab", b"aa"))}
+    return data.Tokenizer("merging", ranks, "test")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(*[st.text("ab \n<|end|>", max_size=12)] * 3)
+def test_chosen_and_rejected_have_identical_prompt_ids(merging, prompt, chosen, rejected):
+    """A token that merges across the border would give the two answers different prompts; text that spells <|end|> ends nothing."""
+    ids = evaluation.pair_ids({"prompt": data.user(prompt), "chosen": chosen, "rejected": rejected}, merging)
+    assert ids[0] == [merging.user, *merging.encode(prompt), merging.end, merging.assistant]
+    assert ids[1] == [*merging.encode(chosen), merging.end] and ids[2] == [*merging.encode(rejected), merging.end]
+    assert ids[0].count(merging.end) == ids[1].count(merging.end) == ids[2].count(merging.end) == 1
+
+
+def test_both_rows_of_a_pair_begin_with_the_same_prompt(tmp_path):
+    """The tensors too: row i and row i + B differ after the prompt only."""
+    task = build(config(tmp_path, "dpo"), tiny())
+    batch = task.batch("train", 0, len(PAIRS))
+    prompts = batch["targets"].lt(0).long().cumprod(-1).sum(-1) + 1  # ids before the first supervised one
+    chosen, rejected = batch["idx"].chunk(2)
+    assert torch.equal(*prompts.chunk(2))
+    assert all(torch.equal(a[:n], b[:n]) for a, b, n in zip(chosen, rejected, prompts.tolist()))
+
+
+def test_notes_say_in_words_what_the_curves_show(tmp_path):
+    """Users ask whether a falling chosen log-prob is a bug and do not notice a saturated accuracy."""
+    task = build(config(tmp_path, "dpo"), tiny())
+    notes = task.notes({"val_logps/chosen": -20.0, "val_rewards/accuracies": 1.0}, {"val_logps/chosen": -10.0})
+    assert len(notes) == 2 and "less likely" in notes[0] and "saturated" in notes[1]
+    assert task.notes({"val_logps/chosen": -5.0, "val_rewards/accuracies": 0.7}, {"val_logps/chosen": -10.0}) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Verifier
+
+def canned(texts):
+    """A generate() that answers every prompt with the next of texts."""
+    def generate(model, prompts, *args, **kwargs):
+        return [[*texts[i % len(texts)].encode(), END] for i in range(len(prompts))]
+    return generate
+
+
+def test_verifier_loss_is_binary_cross_entropy_over_solution_tokens():
+    """-log s(score) where the solution is right, -log s(-score) where it is wrong, summed; unlabelled tokens are out, whatever their score."""
+    scores = torch.tensor([[2.0, -1.0, 9.0], [0.5, 3.0, -9.0]])
+    labels = torch.tensor([[1, 0, -1], [0, 1, -1]])
+    wanted = -log_sigmoid(2.0) - log_sigmoid(1.0) - log_sigmoid(-0.5) - log_sigmoid(3.0)
+    assert align.verifier_loss(scores, labels).item() == pytest.approx(wanted, rel=1e-6)
+
+
+def test_the_verifier_task_adds_both_losses_of_separate_documents(judged):
+    """Score loss plus lm_coef times language-model loss; packed documents do not see each other."""
+    model = tiny(seed=3, score_head=True)
+    objective, sums = judged.loss(model, judged.batch("val", 0, judged.n_val_rows))
+    scores_of = lambda ids: model.scores(model.hidden(torch.tensor([ids])))[0]
+    bce = sum(-log_sigmoid(sign * scores_of(context)[-1].item()) for context, label in supervised(judged.batch("val", 0, judged.n_val_rows), "labels")
+              for sign in [1 if label else -1])
+    lm = -plain_logprobs(model, [*QUESTION, 114, END])[-2:].sum().item()
+    assert sums["loss"].item() == pytest.approx(bce, rel=1e-4) and sums["lm_loss"].item() == pytest.approx(lm, rel=1e-4)
+    assert objective.item() == pytest.approx(bce + lm, rel=1e-4)
+    judged.cfg.lm_coef = 0.25
+    assert judged.loss(model, judged.batch("val", 0, judged.n_val_rows))[0].item() == pytest.approx(bce + 0.25 * lm, rel=1e-4)
+
+
+def test_verifier_scores_are_trained_where_evaluation_reads_them(judged):
+    """A score read at a token that never had a label is the output of an untrained unit: the reranking would be noise."""
+    verifier, solution = tiny(seed=3, score_head=True), {"ids": [121, 122, END], "text": "yz"}
+    evaluation.score_solutions(verifier, BYTE, [{"question": "q", "solutions": [solution]}])
+    ids = [*QUESTION, *solution["ids"]]
+    scores = verifier.scores(verifier.hidden(torch.tensor([ids])))[0].tolist()
+    (read,) = [t for t, score in enumerate(scores) if score == pytest.approx(solution["score"], abs=1e-5)]
+    trained = {context for context, _ in supervised(judged.batch("train", 0, len(judged.train.rows)), "labels")}
+    assert tuple(ids[:read + 1]) in trained
+
+
+def test_samples_are_labelled_by_their_final_answer(tmp_path, monkeypatch):
+    """Right is what GSM8K counts as right: the number after ####, whatever the way to it; no number is wrong."""
+    monkeypatch.setattr(evaluation, "generate", canned(["nonsense\n#### 1", "1+0=1\n#### 2", "1"]))
+    cfg = config(tmp_path, "verifier", world(tmp_path / "data", problems=PROBLEMS[:1]), n_samples=3, seq_len=64)
+    task = build(cfg, tiny(score_head=True))
+    labels = {BYTE.decode([i for i in d["ids"] if i < 256]).removeprefix("1+0?"): max(d["labels"]) for d in task.train.documents}
+    assert labels == {"nonsense\n#### 1": 1, "1+0=1\n#### 2": 0, "1": 0, "1+0=1\n#### 1": -1}
+
+
+def test_samples_are_kept_and_read_by_the_second_start(tmp_path, monkeypatch):
+    """Sampling is the expensive part; a restart must neither pay for it again nor train on other samples."""
+    monkeypatch.setattr(evaluation, "generate", canned(["#### 1", "#### 2"]))
+    cfg, model = config(tmp_path, "verifier", n_samples=2), tiny(score_head=True)
+    first = build(cfg, model)
+    files = sorted(name for name in os.listdir(cfg.out_dir) if name.startswith("samples_"))
+    assert len(files) == 2 and len(data.read_jsonl(os.path.join(cfg.out_dir, files[1]))) == len(PROBLEMS)
+
+    def again(*args, **kwargs):
+        raise AssertionError("sampled again")
+
+    monkeypatch.setattr(evaluation, "generate", again)
+    assert build(cfg, model).fingerprint == first.fingerprint
+    with pytest.raises(AssertionError, match="sampled again"):
+        build(config(tmp_path, "verifier", cfg.data_dir, n_samples=2, temperature=0.5), model)
+    with pytest.raises(AssertionError, match="sampled again"):
+        build(cfg, tiny(seed=1, score_head=True))
+
+
+def test_the_score_head_is_the_only_new_parameter(tmp_path):
+    """The verifier begins as the model it was made from, and its scores as 0: no opinion."""
+    start = load_checkpoint(save_start(tmp_path / "start", tiny()))
+    model = model_from(start, score_head=True)
+    state = model.state_dict()
+    assert set(state) - set(start["model"]) == {"score.weight"}
+    assert all(torch.equal(state[name], x) for name, x in start["model"].items())
+    assert model.scores(model.hidden(torch.tensor([[1, 2, 3]]))).abs().max() == 0
+
+
+@pytest.mark.parametrize("texts,said", [(["no"], True), (["#### 1", "#### 2", "#### 3", "#### 4", "#### 5", "#### 6"], False)])
+def test_nothing_to_rerank_is_said_aloud(tmp_path, monkeypatch, capsys, texts, said):
+    """With no right sample at all (or only right ones) no verifier can help, and the user should hear it before the training."""
+    monkeypatch.setattr(evaluation, "generate", canned(texts))
+    build(config(tmp_path, "verifier", n_samples=6), tiny(score_head=True))
+    assert ("nothing to rerank" in capsys.readouterr().out) is said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
+
+def flags(tmp_path: Path, mode: str, **changes) -> list[str]:
+    values = {"mode": mode, "data": "mini", "data_dir": tmp_path / "data", "init_from": tmp_path / "start", "out_dir": tmp_path / f"out_{mode}",
+              "device": "cpu", "dtype": "float32", "max_steps": 4, "save_interval": 2, "eval_interval": 2, "log_interval": 1, "batch_tokens": 256,
+              "micro_batch": 4, "n_samples": 2, "max_new_tokens": 4, "optimizer": "adamw", **changes}
+    return [f"--{key}={value}" for key, value in values.items()]
+
+
+@pytest.mark.parametrize("mode", ["sft", "dpo", "verifier"])
+def test_each_mode_leaves_a_checkpoint_that_says_where_it_comes_from(tmp_path, mode):
+    """Tokenizer, template and the hash of the starting weights travel with the weights; a finished run is left alone."""
+    world(tmp_path / "data")
+    start = load_checkpoint(save_start(tmp_path / "start", tiny()))
+    assert align.main(flags(tmp_path, mode)) == 0
+    saved = load_checkpoint(str(tmp_path / f"out_{mode}"))
+    assert (saved["task"], saved["step"], saved["template"], saved["tokenizer"]) == (mode, 4, data.TEMPLATE, BYTE.spec())
+    assert saved["init_from"]["weights_hash"] == start["weights_hash"] != saved["weights_hash"]
+    model_from(saved)
+    rows = data.read_metrics(str(tmp_path / f"out_{mode}" / "metrics.jsonl"))
+    assert {key for row in rows for key in row} >= {*align.TASKS[mode].metrics, *(f"val_{key}" for key in align.TASKS[mode].metrics)}
+    before = {path: path.read_bytes() for path in sorted((tmp_path / f"out_{mode}").iterdir())}
+    assert align.main(flags(tmp_path, mode)) == 0
+    assert {path: path.read_bytes() for path in sorted((tmp_path / f"out_{mode}").iterdir())} == before
+
+
+def test_a_resumed_dpo_refuses_a_starting_checkpoint_that_has_changed(tmp_path):
+    """The starting weights are the reference: resuming with others would go on with another objective without a word."""
+    world(tmp_path / "data")
+    save_start(tmp_path / "start", tiny())
+    align.main(flags(tmp_path, "dpo"))
+    os.remove(checkpoint_files(str(tmp_path / "out_dpo"))[0])
+    os.remove(tmp_path / "out_dpo" / "state.json")
+    save_start(tmp_path / "start", tiny(seed=1))
+    with pytest.raises(UserError):
+        align.main(flags(tmp_path, "dpo"))
+
+
+def fails(argv: list[str], *words: str):
+    with pytest.raises(UserError) as caught:
+        align.main(argv)
+    for word in words:
+        assert str(word) in str(caught.value)
+
+
+def test_missing_start_and_unknown_choices_are_errors_in_words(tmp_path):
+    """A typing mistake costs a sentence, not a traceback, and is found before anything is loaded."""
+    fails(["--mode=sft"], "init_from is missing")
+    fails(["--mode=ppo", "--init_from=x"], "mode must be one of sft, dpo, verifier", "'ppo'")
+    fails(["--mode=dpo", "--init_from=x", "--loss_type=hinge"], "loss_type must be one of sigmoid, ipo, simpo", "'hinge'")
+    fails(["--mode=dpo", "--init_from=x", "--beta=0", "--label_smoothing=0.5"], "beta must be above 0", "label_smoothing must be in [0, 0.5)")
+    fails(["--mode=dpo", "--init_from=x", "--betta=0.2"], "unknown key 'betta'", "beta")
+
+
+def test_a_checkpoint_that_does_not_exist_is_an_error_in_words(tmp_path):
+    """The message says where the program has looked."""
+    world(tmp_path / "data")
+    fails(flags(tmp_path, "sft"), "no checkpoint at", tmp_path / "start")
+    assert not (tmp_path / "out_sft").exists()
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused(tmp_path):
+    """The same id would be another word: the loss would be poor and nothing would say why."""
+    world(tmp_path / "data")
+    save_start(tmp_path / "start", tiny(), tokenizer={"name": "byte", "hash": "0123456789abcdef", "vocab_size": 262})
+    fails(flags(tmp_path, "sft"), "tokenizer", "0123456789abcdef")
+
+
+def test_a_checkpoint_of_another_template_is_refused(tmp_path):
+    """Template of training and of use must agree; a mismatch costs half the accuracy and no error anywhere."""
+    world(tmp_path / "data")
+    save_start(tmp_path / "start", tiny(), template="chat-0")
+    fails(flags(tmp_path, "sft"), "chat-0", data.TEMPLATE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Killed and resumed
+
+TIMES = ("step_ms", "tokens_per_s", "eta_s")
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in data.read_metrics(str(folder / "metrics.jsonl"))]
+
+
+def last_step(folder: Path) -> int:
+    return max((row["step"] for row in data.read_metrics(str(folder / "metrics.jsonl"))), default=-1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["sft", "dpo", "verifier"])
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, mode):
+    """kill -9 at any moment costs the steps since the last checkpoint and changes nothing else, to the last bit."""
+    chats = [chat(f"question {i}", "answer " * (1 + i % 5)) for i in range(40)]
+    world(tmp_path / "data", chats=chats, pairs=[{**pair, "prompt": data.user(f"{i} {n}")} for n in range(6) for i, pair in enumerate(PAIRS)])
+    save_start(tmp_path / "start", tiny(d_model=64, seq_len=64))
+    options = {"max_steps": 20, "save_interval": 10, "eval_interval": 10, "batch_tokens": 2048, "optimizer": "muon"}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert align.main(flags(tmp_path, mode, out_dir=whole, **options)) == 0
+
+    command = [sys.executable, str(ROOT / "align.py"), *flags(tmp_path, mode, out_dir=broken, **options)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        limit = time.time() + 120
+        while last_step(broken) < 12:
+            assert process.poll() is None and time.time() < limit, process.stderr.read().decode() if process.poll() is not None else "too slow"
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert process.returncode == -9
+    assert os.path.basename(checkpoint_files(str(broken))[0]) == "ckpt_0000010.pt"
+    assert json.loads((broken / "state.json").read_text())["state"] == "running"
+
+    assert align.main(flags(tmp_path, mode, out_dir=broken, **options)) == 0
+    assert metrics(broken) == metrics(whole) and last_step(whole) == 20
+    a, b = (load_checkpoint(str(folder)) for folder in (whole, broken))
+    assert a["step"] == b["step"] == 20 and re.fullmatch("[0-9a-f]{16}", a["weights_hash"]) and a["weights_hash"] == b["weights_hash"]

@@ -1,0 +1,434 @@
+"""checkpoint.py: what is saved comes back, what is damaged is refused in words, and a kill leaves the last good file."""
+import errno
+import json
+import os
+import random
+import signal
+import sys
+import time
+import zipfile
+from conftest import fails, fork
+from dataclasses import asdict
+
+import pytest
+import torch
+
+import checkpoint as checkpoint_py
+from checkpoint import (FORMAT, checkpoint_files, load_checkpoint, lock, model_from, newest_checkpoint, read_checkpoint, read_state,
+                        save_checkpoint, weights_hash)
+from configurator import UserError
+from model import GPT, ModelConfig
+
+SMALL = {"vocab_size": 50, "seq_len": 8, "n_layer": 1, "n_head": 2, "d_model": 16, "d_ff": 24}
+
+
+def small(seed: int = 0, **fields) -> GPT:
+    torch.manual_seed(seed)
+    model = GPT(ModelConfig(**SMALL | fields))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_()
+    return model
+
+
+def content(step: int = 0, seed: int = 0, **more) -> dict:
+    model = small(seed)
+    return {"model": model.state_dict(), "model_config": asdict(model.cfg), "step": step, "rng": torch.get_rng_state()} | more
+
+
+def path_of(folder, step: int) -> str:
+    return os.path.join(folder, f"ckpt_{step:07d}.pt")
+
+
+def write(folder, step: int, **more) -> str:
+    save_checkpoint(path_of(folder, step), content(step, seed=step, **more))
+    return path_of(folder, step)
+
+
+def overwrite(path, raw: bytes) -> None:
+    with open(path, "wb") as f:
+        f.write(raw)
+
+
+def raw_of(path) -> bytes:
+    with open(path, "rb") as f:
+        return f.read()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+def test_round_trip_returns_every_value(tmp_path):
+    """Weights, step, optimizer state, RNG and text come back bitwise; nothing is added but format and weights hash."""
+    optimizer = {"state": {0: {"momentum_buffer": torch.randn(3, 4)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    saved = content(7, optimizers=[optimizer], best=float("inf"), train_config={"sources": ["a"], "x": None}, tokenizer={"name": "byte"})
+    save_checkpoint(tmp_path / "a.pt", saved)
+    found = read_checkpoint(tmp_path / "a.pt")
+    assert set(found) == set(saved) | {"format", "weights_hash"}
+    assert all(torch.equal(found["model"][key], x) for key, x in saved["model"].items())
+    assert torch.equal(found["optimizers"][0]["state"][0]["momentum_buffer"], optimizer["state"][0]["momentum_buffer"])
+    assert torch.equal(found["rng"], saved["rng"])
+    assert all(found[key] == saved[key] for key in ("step", "best", "train_config", "tokenizer", "model_config"))
+    assert found["weights_hash"] == weights_hash(saved["model"]) == weights_hash(found["model"])
+
+
+class Bomb:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def damage_of(kind: str, path, marker) -> None:
+    raw = raw_of(path)
+    half = len(raw) // 2
+    match kind:
+        case "truncated": overwrite(path, raw[:half])
+        case "one byte short": overwrite(path, raw[:-1])
+        case "empty": overwrite(path, b"")
+        case "zeros": overwrite(path, bytes(len(raw)))
+        case "zeros at the end": overwrite(path, raw[:half] + bytes(len(raw) - half))
+        case "one flipped bit": overwrite(path, raw[:half] + bytes([raw[half] ^ 1]) + raw[half + 1:])
+        case "text": overwrite(path, b"<html>404 Not Found</html>\n" * 100)
+        case "missing": os.remove(path)
+        case "folder": os.remove(path), os.mkdir(path)
+        case "pickle bomb": torch.save({"format": FORMAT, "model": {}, "x": Bomb(marker)}, path)
+        case "old pickle bomb": torch.save({"format": FORMAT, "model": {}, "x": Bomb(marker)}, path, _use_new_zipfile_serialization=False)
+        case "foreign list": torch.save([1, 2], path)
+        case "foreign state dict": torch.save(small().state_dict(), path)
+        case "foreign format": torch.save({"format": "pt", "model": {}}, path)
+        case "foreign zip":
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.writestr("a.txt", "hello")
+        case "newer": torch.save({**read_checkpoint(path), "format": FORMAT + 1}, path)
+
+
+DAMAGE = {"truncated": "no readable", "one byte short": "no readable", "empty": "no readable", "zeros": "no readable",
+          "zeros at the end": "no readable", "one flipped bit": "damaged", "text": "no readable", "missing": "does not exist",
+          "folder": "no readable", "pickle bomb": "no readable", "old pickle bomb": "no readable", "foreign list": "not written by this project",
+          "foreign state dict": "not written by this project", "foreign format": "not written by this project", "foreign zip": "no readable",
+          "newer": f"format {FORMAT + 1}"}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_file_that_is_no_good_checkpoint_is_refused_by_name_and_reason(kind, tmp_path):
+    """Whatever lies there, the user reads which file and why, no traceback; a pickle in it does not run."""
+    path, marker = write(tmp_path, 1), tmp_path / "marker"
+    damage_of(kind, path, marker)
+    text = fails(lambda: read_checkpoint(path), path, DAMAGE[kind])
+    assert not marker.exists()
+    assert len(text) < 600  # one readable message, not torch's page about weights_only
+
+
+def test_torch_alone_would_load_the_flipped_bit(tmp_path):
+    """The reason for the CRC check: without it the damage of the test above goes unnoticed. If torch learns it, drop ours."""
+    path = write(tmp_path, 1)
+    good = read_checkpoint(path)
+    damage_of("one flipped bit", path, None)
+    loaded = torch.load(path, weights_only=True)
+    assert weights_hash(loaded["model"]) != good["weights_hash"] or not torch.equal(loaded["rng"], good["rng"])
+
+
+def test_no_flipped_byte_anywhere_gives_other_weights_or_a_traceback(tmp_path):
+    """Headers, directory and padding of the archive are files too: a flip is refused in words or changes nothing."""
+    path = write(tmp_path, 1)
+    raw, good, refused = raw_of(path), read_checkpoint(path), 0
+    places = random.Random(0)
+    edges = [*range(60), *range(len(raw) - 260, len(raw))]  # the first local header, the directory and its end record
+    for place in edges + [places.randrange(len(raw)) for _ in range(200)]:
+        overwrite(path, raw[:place] + bytes([raw[place] ^ 1 << places.randrange(8)]) + raw[place + 1:])
+        try:
+            found = read_checkpoint(path)
+        except UserError:
+            refused += 1
+            continue
+        assert weights_hash(found["model"]) == good["weights_hash"] and found["step"] == good["step"], place
+    assert refused > 100
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The newest good one
+
+def test_newest_checkpoint_falls_back_to_the_one_before_aloud(tmp_path):
+    """A damaged newest file costs one interval of training, not the run, and the user hears of it."""
+    write(tmp_path, 10), write(tmp_path, 20), write(tmp_path, 30)
+    damage_of("one flipped bit", path_of(tmp_path, 30), None)
+    damage_of("truncated", path_of(tmp_path, 20), None)
+    said = []
+    path, found = newest_checkpoint(tmp_path, said.append)
+    assert path == path_of(tmp_path, 10) and found["step"] == 10
+    assert len(said) == 2 and path_of(tmp_path, 30) in said[0] and path_of(tmp_path, 20) in said[1]
+
+
+def test_newest_checkpoint_orders_by_step_and_ignores_leftovers(tmp_path):
+    """Step 100 is newer than 20, whatever was written last; a torn .tmp or best.pt is never "the newest"."""
+    write(tmp_path, 100), write(tmp_path, 20)
+    for name in ("ckpt_0000200.pt.123.tmp", "best.pt", "ckpt_0000300.txt"):
+        overwrite(tmp_path / name, b"torn")
+    assert newest_checkpoint(tmp_path)[0] == path_of(tmp_path, 100)
+    assert checkpoint_files(tmp_path) == [path_of(tmp_path, 100), path_of(tmp_path, 20)]
+
+
+def test_nothing_there_is_none_and_all_damaged_is_an_error(tmp_path):
+    """A new run starts; a run whose files are all broken must not silently start over and delete what could be rescued."""
+    assert newest_checkpoint(tmp_path) is None and newest_checkpoint(tmp_path / "absent") is None
+    for step in (1, 2):
+        damage_of("zeros", write(tmp_path, step), None)
+    fails(lambda: newest_checkpoint(tmp_path, lambda text: None), "none of the 2", tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_weights_are_refused_and_the_old_file_stays(value, tmp_path):
+    """One NaN saved over the only good file would end the run for ever."""
+    path = write(tmp_path, 1)
+    before, bad = raw_of(path), content(1, seed=5)
+    bad["model"]["embed.weight"][3, 2] = value
+    fails(lambda: save_checkpoint(path, bad), path, "embed.weight")
+    assert raw_of(path) == before and os.listdir(tmp_path) == [os.path.basename(path)]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
+                                   OSError(errno.ENOSPC, "No space left on device")], ids=["torch", "system"])
+def test_a_full_disk_is_told_with_path_and_sizes_and_leaves_the_old_file(error, tmp_path, monkeypatch):
+    """torch reports a full disk as "unexpected pos": the message must name path, megabytes needed and free."""
+    path = write(tmp_path, 1)
+    before = raw_of(path)
+
+    def half_written(value, f):
+        f.write(before[:len(before) // 2])
+        raise error
+
+    monkeypatch.setattr(torch, "save", half_written)
+    fails(lambda: save_checkpoint(path, content(1, seed=9)), path, "MB needed", "MB free", "untouched")
+    monkeypatch.undo()
+    assert raw_of(path) == before and read_checkpoint(path)["step"] == 1
+    assert os.listdir(tmp_path) == [os.path.basename(path)]
+
+
+def test_a_file_size_limit_is_handled_like_a_full_disk(tmp_path):
+    """A quota or `ulimit -f` is the real thing, not a mock: torch's own writer fails in the middle of the file."""
+    import resource
+    path = write(tmp_path, 1)
+    before, report = raw_of(path), tmp_path / "report"
+
+    def child():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, resource.RLIM_INFINITY))
+        try:
+            save_checkpoint(path, content(1, seed=9))
+        except UserError as error:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            report.write_text(str(error))
+
+    assert wait(fork(child)) == 0
+    assert str(path) in report.read_text() and "MB needed" in report.read_text()
+    report.unlink()
+    assert raw_of(path) == before and os.listdir(tmp_path) == [os.path.basename(path)]
+
+
+def wait(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kill_while_saving(folder, kills: int) -> None:
+    """Kill -9, at random moments, a child that saves steps 1, 2, ... in a loop and keeps two files; check after each kill."""
+    chance, last = random.Random(1), 0
+    more = {"ballast": torch.zeros(300_000)}  # 1.2 MB, so that most of the time is spent within a save
+
+    def child():
+        for step in range(last + 1, 100_000):
+            write(folder, step, **more)
+            for old in checkpoint_files(folder)[2:]:
+                os.remove(old)
+
+    torn = 0
+    for _ in range(kills):
+        pid = fork(child)
+        while not any(int(os.path.basename(p)[5:12]) > last for p in checkpoint_files(folder)):
+            time.sleep(0.001)  # at least one new file, then anywhere
+        time.sleep(chance.uniform(0, 0.05))
+        os.kill(pid, signal.SIGKILL)
+        assert wait(pid) == -signal.SIGKILL
+        files = checkpoint_files(folder)
+        for path in files:  # not only the newest: no file under its final name may be torn
+            found = read_checkpoint(path)
+            assert found["step"] == int(os.path.basename(path)[5:12]) and weights_hash(found["model"]) == found["weights_hash"]
+        assert files and newest_checkpoint(folder)[1]["step"] > last
+        last = newest_checkpoint(folder)[1]["step"]
+        torn += any(name.endswith(".tmp") for name in os.listdir(folder))
+    assert torn, "no kill fell into a save: the test did not test"
+
+
+def test_kill_9_at_random_moments_of_saving_leaves_loadable_checkpoints(tmp_path):
+    """A preempted node gives no warning: every file under its final name is whole at any moment."""
+    kill_while_saving(tmp_path, 10)
+
+
+@pytest.mark.slow
+def test_fifty_kills_while_saving_leave_loadable_checkpoints(tmp_path):
+    """The same with more chances to hit the narrow places."""
+    kill_while_saving(tmp_path, 50)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hash, model, reference
+
+def test_weights_hash_depends_on_every_name_and_every_byte():
+    """The hash stands for the weights in results and resume tests: no change may keep it, no order may change it."""
+    state = {"a": torch.randn(3, 5), "b": torch.arange(4), "c": torch.randn(2, 2).bfloat16(), "empty": torch.zeros(0)}
+    base = weights_hash(state)
+    assert base == weights_hash(dict(reversed(state.items()))) and len(base) == 16
+    hashes = {base}
+    for name, x in state.items():
+        for byte in range(x.numel() * x.element_size()):
+            changed = x.clone()
+            changed.view(torch.uint8).view(-1)[byte] ^= 1
+            hashes.add(weights_hash(state | {name: changed}))
+        hashes.add(weights_hash({k + "_" * (k == name): v for k, v in state.items()}))
+        hashes.add(weights_hash({k: v for k, v in state.items() if k != name}))
+    assert len(hashes) == 1 + sum(x.numel() * x.element_size() + 2 for x in state.values())
+
+
+def test_weights_hash_is_of_values_not_of_memory_layout():
+    """A transposed view holds the same weights as its copy: hash what is saved, not how it lies in memory."""
+    x = torch.randn(4, 6)
+    assert weights_hash({"x": x.t()}) == weights_hash({"x": x.t().contiguous()}) != weights_hash({"x": x})
+
+
+def test_model_from_gives_back_the_same_model():
+    """Logits of the loaded model are bitwise those of the saved one."""
+    model, idx = small(3), torch.randint(50, (2, 8))
+    loaded = model_from({"model": model.state_dict(), "model_config": asdict(model.cfg)})
+    assert torch.equal(loaded(idx), model(idx))
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "renamed", "prefixed"])
+def test_model_from_is_strict_about_keys(change):
+    """strict=False with a renamed key trains on from random weights; it must be an error that names the key."""
+    saved = content()
+    state = saved["model"]
+    key = next(k for k in state if "qkv" in k)
+    match change:
+        case "missing": del state[key]
+        case "extra": state["blocks.9.bias"] = torch.zeros(2)
+        case "renamed": state[key + "2"] = state.pop(key)
+        case "prefixed": saved["model"] = {"_orig_mod." + k: v for k, v in state.items()}
+    fails(lambda: model_from(saved), "blocks.9.bias" if change == "extra" else key)
+
+
+def test_model_from_refuses_other_shapes():
+    """Weights of another width never fit, neither by broadcasting nor in part."""
+    saved = content()
+    saved["model_config"]["d_ff"] = 32
+    with pytest.raises((UserError, RuntimeError), match="size mismatch|does not fit"):
+        model_from(saved)
+
+
+def test_score_head_adds_only_its_own_weight():
+    """The verifier starts from a language model: all its weights, and a new head; nothing else may be missing."""
+    saved = content()
+    model = model_from(saved, score_head=True)
+    assert set(model.state_dict()) - set(saved["model"]) == {"score.weight"}
+    assert all(torch.equal(model.state_dict()[key], x) for key, x in saved["model"].items())
+    key = next(k for k in saved["model"] if "qkv" in k)
+    del saved["model"][key]
+    fails(lambda: model_from(saved, score_head=True), key)
+    with_head = content() | {"model": small(score_head=True).state_dict()}
+    fails(lambda: model_from(with_head), "score.weight")  # and it is not dropped in silence on the way back
+
+
+def test_load_checkpoint_takes_a_folder_a_file_or_a_run_name(tmp_path, monkeypatch):
+    """The three ways people name a run; a folder means its newest good checkpoint."""
+    run = tmp_path / "out" / "mine"
+    write(run, 1), write(run, 2)
+    monkeypatch.chdir(tmp_path)
+    assert load_checkpoint(str(run))["step"] == load_checkpoint("mine")["step"] == load_checkpoint("out/mine")["step"] == 2
+    assert load_checkpoint(path_of(run, 1))["step"] == 1
+
+
+def test_load_checkpoint_says_what_it_tried(tmp_path, monkeypatch):
+    """A typing error in a name is the usual reason: the message repeats it and says what would have been right."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for ref in ("nosuch", "empty", str(tmp_path / "a.pt")):
+        fails(lambda: load_checkpoint(ref), repr(ref), "file", "folder", "out/")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run folder
+
+def test_a_locked_folder_refuses_a_second_process_and_names_the_first(tmp_path):
+    """Two writers in one folder destroy each other's checkpoints; the user needs to know whom to wait for."""
+    with lock(tmp_path):
+        report = tmp_path / "report"
+
+        def child():
+            try:
+                with lock(tmp_path):
+                    pass
+            except UserError as error:
+                report.write_text(str(error))
+
+        assert wait(fork(child)) == 0
+        assert f"process {os.getpid()} on {os.uname().nodename}" in report.read_text() and str(tmp_path) in report.read_text()
+    with lock(tmp_path):  # free again after the with
+        pass
+
+
+def test_a_lock_dies_with_its_process(tmp_path):
+    """After kill -9 nobody can clean up: a lock that outlives its owner would need a human before every requeue."""
+    ready, go = os.pipe()
+
+    def child():
+        with lock(tmp_path):
+            os.write(go, b"x")
+            time.sleep(60)
+
+    pid = fork(child)
+    os.read(ready, 1)
+    fails(lambda: lock(tmp_path).__enter__(), f"process {pid} ")
+    os.kill(pid, signal.SIGKILL)
+    assert wait(pid) == -signal.SIGKILL
+    with lock(tmp_path):
+        assert f"process {os.getpid()} " in (tmp_path / ".lock").read_text()
+        assert str(pid) not in (tmp_path / ".lock").read_text().split()
+
+
+def test_the_lock_names_the_slurm_job(tmp_path, monkeypatch):
+    """On a cluster the process id alone does not tell whose run it is."""
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    with lock(tmp_path):
+        fails(lambda: lock(tmp_path).__enter__(), "job 4711")
+
+
+def test_a_run_folder_that_is_a_file_is_one_clear_line(tmp_path):
+    """--out_dir=notes.txt is a slip of the hand; it must end in words and leave the file as it is."""
+    (tmp_path / "notes.txt").write_text("mine")
+    fails(lambda: lock(str(tmp_path / "notes.txt")).__enter__(), "notes.txt")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_state_is_read_or_none(tmp_path):
+    """A missing, torn or foreign state.json means "no run has been here", never a traceback before training."""
+    assert read_state(tmp_path) is None
+    (tmp_path / "state.json").write_text(json.dumps({"state": "preempted"}))
+    assert read_state(tmp_path) == "preempted"
+    for text in ("", '{"state": "do', "{}", "[]", "\0\0"):
+        (tmp_path / "state.json").write_text(text)
+        assert read_state(tmp_path) is None, text
+
+
+def test_provenance_holds_what_a_result_needs():
+    """A number without commit, dirt, torch version, device and command cannot be reproduced."""
+    found = checkpoint_py.provenance()
+    assert found["torch"] == torch.__version__ and found["device"] and found["command"] == " ".join(sys.argv)
+    assert isinstance(found["dirty"], bool) and isinstance(found["commit"], str)
+
+
+def test_provenance_needs_no_git(tmp_path, monkeypatch):
+    """Compute nodes and containers often have no git: the commit is then unknown, but training must start."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert checkpoint_py.provenance()["torch"] == torch.__version__

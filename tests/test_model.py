@@ -1,0 +1,815 @@
+"""Properties of model.py. Most tests run in float64, where a fast path must equal the plain maths to 1e-10."""
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import model as model_py
+from configurator import UserError
+from model import (GPT, KVCache, LinearCrossEntropy, ModelConfig, MoE, RMSNorm, SwiGLU, attention, attention_reference,
+                   generate, rotary_angles, rotate, sample, training_mask)
+
+CPU = torch.device("cpu")
+GREEDY = {"temperature": 0}
+VARIANTS = {  # fields over the tiny model below; every feature alone and all at once
+    "dense": {"sinks": False},
+    "sinks": {},
+    "gqa": {"n_kv_head": 2},
+    "mqa": {"n_kv_head": 1, "sinks": False},
+    "window": {"sliding_window": 4},
+    "no_qk_norm": {"qk_norm": False},
+    "untied": {"tied": False},
+    "moe": {"n_expert": 4},
+    "all": {"n_kv_head": 2, "sliding_window": 4, "n_expert": 4, "tied": False},
+}
+variants = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
+
+
+def config(**fields) -> ModelConfig:
+    return ModelConfig(**{"vocab_size": 50, "seq_len": 16, "n_layer": 2, "n_head": 4, "d_model": 32, "d_ff": 48} | fields)
+
+
+def tiny(seed: int = 0, dtype=torch.float64, **fields) -> GPT:
+    """A tiny model with every parameter random: at initialisation the output projections are zero and hide mistakes."""
+    model, random = GPT(config(**fields)), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = 0.3 * torch.randn(p.shape, generator=random)
+            p.copy_(1 + noise if "norm" in name else 3 * noise if "sinks" in name else noise)
+    return model.to(dtype).eval()
+
+
+def ids(*shape, seed: int = 1, vocab: int = 50) -> torch.Tensor:
+    return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def randn(*shape, seed: int = 2, dtype=torch.float64) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def close(a, b, tol: float = 1e-10):
+    torch.testing.assert_close(a, b, atol=tol, rtol=tol)
+
+
+def grads(y, inputs, seed: int = 3):
+    """Gradients of y under a random cotangent, so that no entry of y is left out or cancels."""
+    return torch.autograd.grad((y * randn(*y.shape, seed=seed, dtype=y.dtype)).sum(), inputs)
+
+
+def tolerance(fields, tight: float = 1e-10) -> float:
+    return 1e-5 if fields.get("n_expert") else tight  # the router's scores are float32 in any model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Causality, documents, windows
+
+@variants
+@pytest.mark.parametrize("docs", [None, [0, 0, 0, 1, 1, 1, 1, 2, 2, 2]], ids=["one_doc", "docs"])
+def test_no_logit_depends_on_a_later_token_or_another_document(fields, docs):
+    """Gradients see every path; training on the future, or on a packed neighbour, would look like a very good loss."""
+    model, T = tiny(**fields), 10
+    embedded = []
+    model.embed.register_forward_hook(lambda module, args, out: embedded.append(out))
+    docs_t = None if docs is None else torch.tensor([docs])
+    logits = model(ids(1, T), docs=docs_t)
+    for t in range(T):
+        reach = torch.autograd.grad(logits[0, t].sum(), embedded[0], retain_graph=True)[0][0].abs().amax(-1)  # (T,)
+        same = torch.tensor([s <= t and (docs is None or docs[s] == docs[t]) for s in range(T)])
+        assert (reach[~same] == 0).all(), f"logits[{t}] depend on {(reach * ~same).nonzero().flatten().tolist()}"
+        near = same & (torch.arange(T) > t - (model.cfg.sliding_window or T))
+        assert (reach[near] > 0).all(), f"logits[{t}] do not see {(near & (reach == 0)).nonzero().flatten().tolist()}"
+
+
+@variants
+def test_packed_documents_give_the_hidden_states_of_separate_ones(fields):
+    """Packing is an optimisation: document mask and relative positions make it invisible to the model."""
+    model, lengths = tiny(**fields), (3, 1, 6, 5)
+    idx = ids(1, sum(lengths))
+    docs = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+    separate = torch.cat([model.hidden(part) for part in idx.split(lengths, dim=1)], dim=1)
+    close(model.hidden(idx, docs), separate, tolerance(fields))
+
+
+def test_documents_are_masked_per_row():
+    """Two rows with different borders: a mask that is broadcast from row 0 would pass with one row."""
+    model, idx = tiny(), ids(2, 8)
+    docs = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 1, 1]])
+    packed = model.hidden(idx, docs)
+    for row, border in enumerate((3, 6)):
+        close(packed[row, border:], model.hidden(idx[row:row + 1, border:])[0])
+
+
+def test_training_mask_of_documents_and_window_is_this_array():
+    """A mask small enough to check by eye: row = query, column = key, 1 = seen."""
+    assert training_mask(None, None, 5, CPU) is None and training_mask(None, 5, 5, CPU) is None
+    window = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 1, 1]]
+    assert (training_mask(None, 2, 5, CPU)[0, 0] == 0).int().tolist() == window
+    both = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
+    assert (training_mask(torch.tensor([[7, 7, 7, 4, 4]]), 2, 5, CPU)[0, 0] == 0).int().tolist() == both
+
+
+@pytest.mark.parametrize("sinks", [True, False])
+def test_a_token_outside_the_window_changes_nothing(sinks):
+    """sliding_window counts the query itself: with window 4 and one layer, token t sees t-3 .. t and not t-4."""
+    model, idx, at = tiny(n_layer=1, sliding_window=4, sinks=sinks), ids(1, 12), 2
+    changed = idx.clone()
+    changed[0, at] = (idx[0, at] + 1) % 50
+    differs = (model.hidden(idx) != model.hidden(changed))[0].any(-1)
+    assert differs.nonzero().flatten().tolist() == [at, at + 1, at + 2, at + 3]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Norm and rotary positions
+
+def test_rmsnorm_is_x_over_its_root_mean_square():
+    """The formula of arXiv 1910.07467 written out, eps included."""
+    norm, x = RMSNorm(8).double(), randn(3, 8)
+    with torch.no_grad():
+        norm.weight.copy_(randn(8, seed=4))
+    close(norm(x), x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight)
+
+
+@pytest.mark.parametrize("shift", [1, 1000, 1_000_000])
+def test_rope_scores_depend_on_relative_positions_only(shift):
+    """Packing, left padding and the rolling cache all shift positions and rely on it, however far a stream has run."""
+    q, k, pos = randn(1, 9, 2, 16), randn(1, 9, 2, 16, seed=5), torch.arange(9)
+
+    def scores(pos):
+        cos, sin = rotary_angles(pos, 16, 10000.0, torch.float64)
+        return torch.einsum("bthd,bshd->bhts", rotate(q, cos, sin), rotate(k, cos, sin))
+
+    close(scores(pos + shift), scores(pos), 1e-8)
+    assert not torch.allclose(scores(pos), scores(torch.zeros_like(pos)), atol=0.1), "positions have no effect at all"
+
+
+def test_rope_keeps_norms():
+    """A rotation; a wrong pairing of cos and sin is none, and this is how the original system's defect shows."""
+    x = randn(2, 50, 3, 16)
+    y = rotate(x, *rotary_angles(torch.arange(50), 16, 10000.0, torch.float64))
+    close(y.norm(dim=-1), x.norm(dim=-1))
+    close(y[:, 0], x[:, 0])
+
+
+def test_rope_turns_the_pair_i_and_i_plus_half_by_position_times_frequency():
+    """The half-split layout of transformers, by hand for D = 4, position 3, base 100: frequencies 1 and 1/10."""
+    y = rotate(torch.tensor([[[[1.0, 2.0, 5.0, 7.0]]]]), *rotary_angles(torch.tensor([3]), 4, 100.0, torch.float32))
+    want = [math.cos(3) - 5 * math.sin(3), 2 * math.cos(0.3) - 7 * math.sin(0.3),
+            5 * math.cos(3) + math.sin(3), 7 * math.cos(0.3) + 2 * math.sin(0.3)]
+    close(y.flatten(), torch.tensor(want), 1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention: fast paths against the plain maths
+
+def test_attention_reference_is_this_loop():
+    """The definition itself, once more in scalars: the sink takes probability and gives no value."""
+    q, k, v, s = randn(1, 2, 3, 4), randn(1, 1, 3, 4, seed=5), randn(1, 1, 3, 4, seed=6), [0.5, -1.0]
+    got = attention_reference(q, k, v, torch.tensor(s, dtype=torch.float64))
+    for h in range(2):
+        for t in range(3):
+            e = [math.exp(float(q[0, h, t] @ k[0, 0, j]) / 2) for j in range(t + 1)]
+            close(got[0, h, t], sum(w * v[0, 0, j] for j, w in enumerate(e)) / (sum(e) + math.exp(s[h])))
+
+
+MASKS = {"causal": lambda B, T: None,
+         "docs": lambda B, T: training_mask((torch.arange(T) // 3).expand(B, T), None, T, CPU),
+         "window": lambda B, T: training_mask(None, 3, T, CPU),
+         "docs_window": lambda B, T: training_mask((torch.arange(T) // 5).expand(B, T), 3, T, CPU)}
+
+
+@pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"])
+@pytest.mark.parametrize("sinks", [True, False], ids=["sinks", "no_sinks"])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+@pytest.mark.parametrize("H, K", [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize("T, D", [(1, 8), (7, 2), (40, 16)])
+def test_every_fast_path_equals_the_reference_in_value_and_gradient(dtype, tol, sinks, mask, H, K, T, D):
+    """FlashSinks' backward is our own derivation, and a wrong gradient still trains, only worse."""
+    q, k, v = randn(2, H, T, D, dtype=dtype), randn(2, K, T, D, seed=5, dtype=dtype), randn(2, K, T, D, seed=6, dtype=dtype)
+    inputs = [q, k, v] + ([randn(H, seed=7, dtype=dtype)] if sinks else [])
+    for x in inputs:
+        x.requires_grad_()
+    mask = mask(2, T)
+    fast = attention(*inputs, mask=mask) if sinks else attention(*inputs, None, mask)
+    slow = attention_reference(*inputs, mask=mask)
+    assert fast.dtype == dtype
+    close(fast, slow.to(dtype), tol)
+    for a, b in zip(grads(fast, inputs), grads(slow.to(dtype), inputs)):
+        close(a, b, tol)
+
+
+def test_a_sink_at_minus_infinity_is_no_sink():
+    """exp(-inf) = 0: such a model must be the sinkless one, in the definition and on the fast path."""
+    q, k, v = randn(1, 4, 6, 8), randn(1, 2, 6, 8, seed=5), randn(1, 2, 6, 8, seed=6)
+    without = attention_reference(q, k, v)
+    close(attention_reference(q, k, v, torch.full((4,), -math.inf, dtype=torch.float64)), without)
+    close(attention(q, k, v, torch.full((4,), -1e30, dtype=torch.float64)), without)
+    model, plain = tiny(), tiny(sinks=False)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.sinks.fill_(-1e30)
+    plain.load_state_dict({name: p for name, p in model.state_dict().items() if "sinks" not in name})
+    close(model(ids(2, 9)), plain(ids(2, 9)))
+
+
+def test_a_large_sink_silences_its_head():
+    """The other end: exp(30) against scores near 1 takes all probability, and only in the head it belongs to."""
+    y = attention(randn(1, 2, 5, 8), randn(1, 2, 5, 8, seed=5), randn(1, 2, 5, 8, seed=6), torch.tensor([60.0, 0.0]).double())
+    assert y[:, 0].abs().max() < 1e-10 and y[:, 1].abs().min() > 0
+
+
+def test_mha_is_gqa_with_one_key_head_per_query_head():
+    """n_kv_head = n_head must be plain multi-head attention, here written with torch's own kernel."""
+    model = tiny(n_layer=1, sinks=False, qk_norm=False)
+    attn, x, T = model.blocks[0].attn, randn(2, 7, 32), 7
+    cos, sin = rotary_angles(torch.arange(T), 8, 10000.0, torch.float64)
+    q, k, v = (F.linear(x, w).view(2, T, 4, 8) for w in attn.qkv.weight.chunk(3))
+    y = F.scaled_dot_product_attention(rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2),
+                                       v.transpose(1, 2), is_causal=True)
+    close(attn(x, cos, sin), F.linear(y.transpose(1, 2).reshape(2, T, 32), attn.out.weight))
+
+
+@pytest.mark.parametrize("K", [1, 2])
+@pytest.mark.parametrize("sinks", [True, False], ids=["sinks", "no_sinks"])
+def test_gqa_equals_mha_with_repeated_key_and_value_heads(K, sinks):
+    """Query head h reads key head h // (H / K): the grouping that converts to transformers."""
+    gqa, mha = tiny(n_kv_head=K, sinks=sinks), tiny(sinks=sinks)
+    state = gqa.state_dict()
+    for name, w in state.items():
+        if "qkv" in name:
+            q, k, v = w.view(4 + 2 * K, 8, 32).split((4, K, K))
+            state[name] = torch.cat((q, k.repeat_interleave(4 // K, 0), v.repeat_interleave(4 // K, 0))).view(96, 32)
+    mha.load_state_dict(state)
+    close(gqa(ids(2, 9)), mha(ids(2, 9)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding with a cache
+
+def naive(model, prompt, n, stop=()):
+    """Greedy decoding without a cache: the whole text again for every token."""
+    text = list(prompt)
+    while len(text) < len(prompt) + n and not (len(text) > len(prompt) and text[-1] in stop):
+        text.append(int(model(torch.tensor([text]))[0, -1].argmax()))
+    return text[len(prompt):]
+
+
+@torch.no_grad()
+def cached(model, idx, slots, pieces):
+    """Hidden states of idx fed to a cache in pieces of these lengths."""
+    cache = KVCache(model.cfg, len(idx), slots, CPU, model.embed.weight.dtype)
+    return torch.cat([model.hidden(piece, cache=cache) for piece in idx.split(pieces, dim=1)], dim=1)
+
+
+@variants
+@pytest.mark.parametrize("pieces", [[1] * 12, [12], [7, 1, 1, 1, 1, 1], [3, 5, 1, 3]], ids=["tokens", "once", "prefill", "chunks"])
+def test_cached_decoding_equals_the_full_forward_pass(fields, pieces):
+    """However the text is cut, a cache may save time but not change a hidden state; a token sees the same keys."""
+    model, idx = tiny(**fields), ids(2, 12)
+    close(cached(model, idx, 16, pieces), model.hidden(idx), tolerance(fields))
+
+
+@pytest.mark.parametrize("fields", [{}, {"sinks": False, "n_kv_head": 2}, {"n_expert": 4}, {"sliding_window": 3}],
+                         ids=["sinks", "gqa", "moe", "window"])
+@pytest.mark.parametrize("n_layer", [1, 3])
+def test_a_rolling_cache_is_a_sliding_window_of_its_slots(fields, n_layer):
+    """A key of layer 2 was computed when its token was fed, from the window of that moment: the same keys in both, so they
+    agree in every layer, also where a stack of windows reaches further back than one."""
+    slots, idx = 5, ids(2, 18)
+    model = tiny(n_layer=n_layer, **fields)
+    window = tiny(n_layer=n_layer, **{"sliding_window": slots} | fields)
+    rolled = cached(model, idx, slots, [4] + [1] * 14)
+    close(rolled, window.hidden(idx), tolerance(fields))
+    if "sliding_window" not in fields:
+        assert not torch.allclose(rolled, model.hidden(idx), atol=1e-3), "the cache did not roll"
+
+
+PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5], [3, 5, 8, 9, 7, 9], [31, 41, 5, 9]]
+
+
+@variants
+def test_ragged_greedy_generation_equals_naive_decoding_of_each_prompt(fields):
+    """Left padding, the cache and the other rows of the batch must leave no trace in a row."""
+    model = tiny(seed=5, **fields)
+    want = [naive(model, prompt, 8) for prompt in PROMPTS]
+    assert generate(model, PROMPTS, 8, **GREEDY) == want
+    assert len({tuple(w) for w in want}) > 1, "all prompts go on alike: the test sees nothing"
+
+
+@pytest.mark.parametrize("n_layer", [1, 2])
+def test_generation_beyond_the_cache_equals_a_windowed_model(n_layer):
+    """slots bounds memory: what a row still sees are its own last `slots` tokens, whatever the padding before them."""
+    model, window = tiny(seed=5, n_layer=n_layer), tiny(seed=5, n_layer=n_layer, sliding_window=4)
+    want = [naive(window, prompt[-4:], 12) for prompt in PROMPTS]
+    assert generate(model, PROMPTS, 12, slots=4, **GREEDY) == want
+
+
+def test_generation_runs_past_seq_len_with_the_last_seq_len_tokens():
+    """The default cache is never longer than the training context; beyond it the oldest tokens go."""
+    model, window = tiny(seed=5, seq_len=8), tiny(seed=5, seq_len=8, sliding_window=8)
+    assert generate(model, [PROMPTS[0]], 20, **GREEDY) == [naive(window, PROMPTS[0], 20)]
+
+
+def test_generation_ends_a_row_at_its_first_stop_id():
+    """Rows end at different steps and are dropped from the batch; the rest must not notice, and the stop id is kept."""
+    model = tiny(seed=5)
+    free = [naive(model, prompt, 12) for prompt in PROMPTS]
+    stop = (free[0][1], free[3][5], free[4][8])
+    want = [naive(model, prompt, 12, stop) for prompt in PROMPTS]
+    assert len({len(w) for w in want}) > 2, "the rows end alike: the test sees nothing"
+    assert generate(model, PROMPTS, 12, stop, **GREEDY) == want
+
+
+def test_generation_reports_every_id_once_and_in_order():
+    """on_token streams: what it is told, row by row, is what is returned, nothing after a stop."""
+    model, seen = tiny(seed=5), [[] for _ in PROMPTS]
+    stop = (naive(model, PROMPTS[0], 3)[2],)
+    out = generate(model, PROMPTS, 7, stop, on_token=lambda row, token: seen[row].append(token), **GREEDY)
+    assert seen == out and max(map(len, out)) == 7 and len(out[0]) <= 3
+
+
+@pytest.mark.parametrize("n", [0, 1, 5])
+def test_generation_gives_max_new_tokens_ids(n):
+    """Neither one more nor one less, down to none."""
+    assert [len(out) for out in generate(tiny(), PROMPTS, n, **GREEDY)] == [n] * len(PROMPTS)
+
+
+def test_generation_of_a_row_does_not_depend_on_its_batch():
+    """Best-of-N and evaluation batch freely: a result that moved with the batch would not be reproducible."""
+    model = tiny(seed=5, n_kv_head=2)
+    together = generate(model, PROMPTS, 8, **GREEDY)
+    assert [generate(model, [prompt], 8, **GREEDY)[0] for prompt in PROMPTS] == together
+    assert generate(model, PROMPTS[::-1], 8, **GREEDY) == together[::-1]
+    assert generate(model, [], 8, **GREEDY) == []
+
+
+def test_generation_repeats_with_the_seed():
+    """A sampled evaluation must be repeatable."""
+    model = tiny(seed=5)
+    runs = [generate(model, PROMPTS, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_generation_leaves_the_prompts_alone():
+    """They are the caller's lists."""
+    prompts = copy.deepcopy(PROMPTS)
+    generate(tiny(), prompts, 3, slots=4, **GREEDY)
+    assert prompts == PROMPTS
+
+
+@pytest.mark.parametrize("sinks", [True, False], ids=["sinks", "no_sinks"])
+def test_generation_works_under_autocast(sinks):
+    """Queries are then bfloat16 while the cache has the dtype of the weights."""
+    with torch.autocast("cpu", torch.bfloat16):
+        out = generate(tiny(dtype=torch.float32, sinks=sinks), PROMPTS, 3, **GREEDY)
+    assert [len(row) for row in out] == [3] * len(PROMPTS)
+
+
+def test_cache_memory_does_not_grow_with_the_text():
+    """Streaming is constant in memory: 50 tokens through 5 slots store 5."""
+    model = tiny(n_layer=1)
+    cache = KVCache(model.cfg, 1, 5, CPU, torch.float64)
+    for t in range(50):
+        model.hidden(ids(1, 1, seed=t), cache=cache)
+    assert cache.k.shape == cache.v.shape == (1, 1, 4, 5, 8)
+    assert sorted(cache.pos.tolist()) == [45, 46, 47, 48, 49]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+def test_temperature_zero_and_top_k_one_are_argmax():
+    """Both are greedy decoding."""
+    logits = randn(40, 50)
+    assert torch.equal(sample(logits, temperature=0), logits.argmax(-1))
+    assert torch.equal(sample(logits, top_k=1), logits.argmax(-1))
+
+
+def drawn(logits, n: int = 3000, **sampling) -> set[int]:
+    many = torch.tensor(logits).expand(n, len(logits))
+    return set(sample(many, generator=torch.Generator().manual_seed(0), **sampling).tolist())
+
+
+@pytest.mark.parametrize("top_p, kept", [(0.05, {2}), (0.49, {2}), (0.51, {2, 0}), (0.79, {2, 0}), (0.81, {2, 0, 3}),
+                                         (0.96, {0, 1, 2, 3}), (1.0, {0, 1, 2, 3})])
+def test_top_p_keeps_the_smallest_set_of_that_probability(top_p, kept):
+    """By hand: probabilities .30 .05 .50 .15; sorted and summed .50 .80 .95 1."""
+    assert drawn([math.log(p) for p in (0.30, 0.05, 0.50, 0.15)], top_p=top_p) == kept
+
+
+def test_top_p_zero_keeps_the_most_likely_id():
+    """The limit of a small top_p is greedy, and no distribution is empty."""
+    assert drawn([math.log(p) for p in (0.30, 0.05, 0.50, 0.15)], top_p=0.0) == {2}
+
+
+def test_top_k_keeps_the_k_most_likely_and_their_proportions():
+    """What is left is renormalised, not made uniform: .5 and .3 become .625 and .375."""
+    logits = torch.tensor([0.30, 0.05, 0.50, 0.15]).log().expand(20000, 4)
+    got = sample(logits, top_k=2, generator=torch.Generator().manual_seed(0)).bincount(minlength=4) / 20000
+    assert got[1] == got[3] == 0 and abs(got[2] - 0.625) < 0.015  # 4 standard errors of 0.0034
+    assert drawn([0.0, 1.0, 2.0], top_k=99) == {0, 1, 2}
+
+
+def test_temperature_divides_the_logits():
+    """At temperature 2 the odds of 4 : 1 become 2 : 1."""
+    got = sample(torch.tensor([math.log(4.0), 0.0]).expand(20000, 2), temperature=2.0, generator=torch.Generator().manual_seed(0))
+    assert abs((got == 0).float().mean() - 2 / 3) < 0.015
+
+
+def test_the_same_generator_seed_gives_the_same_ids():
+    """And the global random state plays no part."""
+    logits = randn(64, 50)
+    first = sample(logits, generator=torch.Generator().manual_seed(3))
+    torch.manual_seed(99)
+    assert torch.equal(first, sample(logits, generator=torch.Generator().manual_seed(3)))
+    assert not torch.equal(first, sample(logits, generator=torch.Generator().manual_seed(4)))
+
+
+def test_padded_ids_are_never_sampled_nor_predicted():
+    """The vocabulary is padded to 128 for speed; ids from vocab_size on belong to no token, so they must not exist."""
+    model = tiny(vocab_size=50)
+    with torch.no_grad():
+        model.embed.weight[50:] = 100 * randn(78, 32)  # would win every softmax
+    logits = model(ids(1, 4))
+    assert model.embed.weight.shape == (128, 32) and logits.shape == (1, 4, 50)
+    drawn_ids = sample(logits[0, -1:].expand(2000, 50), temperature=100.0, generator=torch.Generator().manual_seed(0))
+    assert drawn_ids.max() < 50 and len(drawn_ids.unique()) > 25
+    assert max(map(max, generate(model, PROMPTS, 8, temperature=100.0))) < 50
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss
+
+@pytest.mark.parametrize("fields", [{}, {"tied": False}, {"n_expert": 4}, {"n_expert": 4, "tied": False}],
+                         ids=["tied", "untied", "moe", "moe_untied"])
+@pytest.mark.parametrize("d_model", [64, 512])
+def test_the_initial_loss_is_near_the_log_of_the_vocabulary(fields, d_model):
+    """A fresh model knows nothing: more than ln V means that the initialisation is confidently wrong."""
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(vocab_size=262, seq_len=32, n_layer=2, n_head=4, d_model=d_model, d_ff=128, **fields))
+    with torch.no_grad():
+        loss = model(ids(8, 32, vocab=262), ids(8, 32, seed=9, vocab=262)) / 256
+    assert abs(loss - math.log(262)) < 0.3
+
+
+@pytest.mark.parametrize("n_rows", [1, 3, 7, 12])
+@pytest.mark.parametrize("ignored", ["none", "some", "all"])
+def test_linear_cross_entropy_equals_torch_in_value_and_gradients(monkeypatch, n_rows, ignored):
+    """It takes its gradients in the forward pass, in chunks: three rows each here, the last one short."""
+    monkeypatch.setattr(model_py, "row_chunks", lambda n_rows, n_columns: 3)
+    x, w, target = randn(n_rows, 8), randn(20, 8, seed=5), ids(n_rows, vocab=17)
+    target[{"none": slice(0, 0), "some": slice(1, None, 2), "all": slice(None)}[ignored]] = -1
+    x.requires_grad_(), w.requires_grad_()
+    ours = LinearCrossEntropy.apply(x, w, target, 17)
+    torchs = F.cross_entropy(x @ w[:17].T, target, ignore_index=-1, reduction="sum")
+    close(ours, torchs)
+    for a, b in zip(torch.autograd.grad(2.5 * ours, (x, w)), torch.autograd.grad(2.5 * torchs, (x, w))):
+        close(a, b)
+
+
+def test_linear_cross_entropy_chunks_keep_to_their_size():
+    """The memory it exists for: a chunk of float32 logits stays near 32 MB, and never below one row."""
+    assert 30e6 < 4 * model_py.row_chunks(10**6, 50304) * 50304 <= 34e6
+    assert model_py.row_chunks(5, 128) == 5 and model_py.row_chunks(5, 10**9) == 1
+
+
+def test_linear_cross_entropy_needs_no_gradient_to_be_asked_for():
+    """Validation runs under no_grad, and a frozen head is allowed."""
+    x, w, target = randn(5, 8), randn(20, 8, seed=5), ids(5, vocab=20)
+    want = F.cross_entropy(x @ w.T, target, reduction="sum")
+    close(LinearCrossEntropy.apply(x, w, target, 20), want)
+    x.requires_grad_()
+    close(torch.autograd.grad(LinearCrossEntropy.apply(x, w, target, 20), x)[0],
+          torch.autograd.grad(F.cross_entropy(x @ w.T, target, reduction="sum"), x)[0])
+
+
+def test_padded_rows_of_the_head_get_no_gradient():
+    """Else the optimizer would move them, and they would take probability from real tokens."""
+    model = tiny(tied=False, vocab_size=50)
+    model(ids(2, 8), ids(2, 8, seed=9)).backward()
+    assert (model.head.weight.grad[50:] == 0).all() and (model.head.weight.grad[:50] != 0).any(-1).all()
+
+
+@variants
+def test_the_loss_is_the_summed_cross_entropy_of_the_logits(fields):
+    """The chunked loss against the logits that sampling uses; targets below 0 do not count."""
+    model, idx, targets = tiny(**fields), ids(2, 9), ids(2, 9, seed=9)
+    targets[0, :4] = -1
+    want = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+    close(model(idx, targets), want.double(), 1e-5)  # logits are float32
+
+
+def test_a_batch_without_supervised_tokens_has_loss_zero_and_gradient_zero():
+    """A micro-batch of prompts only is legal where the whole batch has targets; it must add nothing, not fail."""
+    model = tiny()
+    loss = model(ids(2, 6), torch.full((2, 6), -1))
+    loss.backward()
+    assert loss == 0 and all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
+def test_logprobs_equal_a_gathered_log_softmax_in_value_and_gradients(monkeypatch, chunk):
+    """DPO and the evaluation read them; ignored positions are 0 and pass no gradient."""
+    monkeypatch.setattr(model_py, "row_chunks", lambda n_rows, n_columns: chunk)
+    model, x, targets = tiny(tied=False), randn(2, 6, 32), ids(2, 6, seed=9)
+    targets[0, 2:4] = -1
+    x.requires_grad_()
+    ours = model.logprobs(x, targets)
+    logits = x @ model.head.weight[:50].T
+    plain = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0] * (targets >= 0)
+    close(ours, plain)
+    for a, b in zip(grads(ours, (x, model.head.weight)), grads(plain, (x, model.head.weight))):
+        close(a, b)
+    assert (ours[0, 2:4] == 0).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mixture of experts
+
+def moe(dtype=torch.float64, **fields) -> MoE:
+    return tiny(dtype=dtype, **{"n_layer": 1, "n_expert": 4} | fields).blocks[0].mlp
+
+
+def moe_loop(moe: MoE, x):
+    """The same maths token by token and expert by expert."""
+    rows = []
+    for token in x.flatten(0, -2):
+        scores = torch.sigmoid((moe.router.weight @ token).float())
+        chosen = scores.argsort(descending=True)[:moe.n_active]
+        y = 0
+        for e in chosen:
+            gate, up = (moe.gate_up[e] @ token).chunk(2)
+            y = y + (scores[e] / scores[chosen].sum()).to(x.dtype) * (moe.down[e] @ (F.silu(gate) * up))
+        rows.append(y if moe.shared is None else y + moe.shared(token))
+    return torch.stack(rows).view_as(x)
+
+
+@pytest.mark.parametrize("path, dtype", [("grouped", torch.float32), ("split", torch.float32), ("split", torch.float64)])
+@pytest.mark.parametrize("fields", [{}, {"n_expert_active": 1}, {"shared_expert": False}, {"n_expert": 9, "n_expert_active": 3, "d_expert": 8}],
+                         ids=["top2", "top1", "no_shared", "many"])
+def test_moe_equals_a_loop_over_tokens_and_experts(monkeypatch, path, dtype, fields):
+    """Sorting by expert and scattering back is easy to get wrong for one token in a hundred."""
+    calls = []
+    if path == "grouped":
+        if not hasattr(F, "grouped_mm"):
+            pytest.skip("this torch has no grouped_mm")
+        grouped_mm = F.grouped_mm
+        monkeypatch.setattr(F, "grouped_mm", lambda *args, **kwargs: calls.append(1) or grouped_mm(*args, **kwargs))
+    else:
+        monkeypatch.delattr(F, "grouped_mm", raising=False)
+    layer, x = moe(dtype, **fields), randn(2, 9, 32, dtype=dtype)
+    x.requires_grad_()
+    ours, loop = layer(x), moe_loop(layer, x)
+    assert len(calls) == (2 if path == "grouped" else 0)
+    tol = 2e-5 if dtype == torch.float32 else 1e-6  # router scores are float32 in both
+    close(ours, loop, tol)
+    inputs = [x, *layer.parameters()]
+    for a, b in zip(grads(ours, inputs), grads(loop, inputs)):
+        close(a, b, 5 * tol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_moe_of_one_expert_is_swiglu(dtype):
+    """One expert has the whole weight, whatever its score: value, gradients, and no gradient for the router."""
+    layer, x = moe(dtype, n_expert=1, n_expert_active=1, shared_expert=False, d_expert=16), randn(2, 5, 32, dtype=dtype)
+    dense = SwiGLU(32, 16).to(dtype)
+    with torch.no_grad():
+        dense.gate_up.weight.copy_(layer.gate_up[0])
+        dense.down.weight.copy_(layer.down[0])
+    x.requires_grad_()
+    tol = 1e-5 if dtype == torch.float32 else 1e-10
+    ours, plain = layer(x), dense(x)
+    close(ours, plain, tol)
+    mine = grads(ours, (x, layer.gate_up, layer.down, layer.router.weight))
+    for a, b in zip(mine, grads(plain, (x, dense.gate_up.weight, dense.down.weight))):
+        close(a.view_as(b), b, max(tol, 1e-5))  # s / s passes the float32 rounding of a gradient 0 on to x
+    assert mine[3].abs().max() < 1e-4
+
+
+def test_moe_runs_when_an_expert_gets_no_token():
+    """Fewer tokens than experts is every decoding step; unused experts get gradient zero, not garbage."""
+    layer, x = moe(torch.float32, n_expert=8), randn(1, 1, 32, dtype=torch.float32)
+    y = layer(x)
+    close(y, moe_loop(layer, x), 2e-5)
+    gradient = grads(y, (layer.gate_up,))[0]
+    assert (gradient.abs().amax((1, 2)) > 0).sum() == 2 and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("fields", [{"d_expert": 6}, {"n_expert_active": 3, "d_ff": 64}], ids=["given", "derived"])
+def test_moe_runs_with_any_expert_width(fields):
+    """grouped_mm wants rows of whole 16 bytes, and d_ff // n_expert_active is often none (64 // 3 = 21)."""
+    layer, x = moe(torch.float32, **fields), randn(2, 9, 32, dtype=torch.float32)
+    close(layer(x), moe_loop(layer, x), 2e-5)
+
+
+def test_balance_loss_is_one_when_routing_is_even():
+    """By hand: one-hot tokens, a router of c * identity, every expert the same count and score share."""
+    layer = moe(n_expert=4, n_expert_active=1, d_model=4, n_head=1, d_head=4)
+    with torch.no_grad():
+        layer.router.weight.copy_(3 * torch.eye(4))
+    layer(torch.eye(4, dtype=torch.float64).repeat(5, 1))
+    assert abs(layer.balance_loss.item() - 1) < 1e-6
+    layer(torch.eye(4, dtype=torch.float64)[[0]].repeat(20, 1))  # all to expert 0, whose share is s(3) / (s(3) + 3 s(0))
+    s3 = 1 / (1 + math.exp(-3))
+    assert abs(layer.balance_loss.item() - 4 * s3 / (s3 + 1.5)) < 1e-6
+
+
+def test_balance_loss_spreads_the_tokens():
+    """What it is for: a router that sends most tokens to one expert learns to use all four alike."""
+    layer, x = moe(torch.float32, n_expert=4, n_expert_active=1, d_expert=4), randn(256, 32, dtype=torch.float32)
+    x[:, 0] = 2.0
+    with torch.no_grad():
+        layer.router.weight.mul_(0.3)
+        layer.router.weight[:, 0] = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    optimizer = torch.optim.Adam([layer.router.weight], lr=0.02)
+
+    def largest_share():
+        return (layer.router(x).argmax(-1).bincount(minlength=4) / len(x)).max()
+
+    before = largest_share()
+    for _ in range(200):
+        optimizer.zero_grad()
+        layer(x)
+        layer.balance_loss.backward()
+        optimizer.step()
+    assert before > 0.7 and largest_share() < 0.35
+
+
+def test_balance_loss_of_the_model_is_the_mean_over_layers_times_its_coefficient():
+    """And a dense model has none, so that train.py may add it without asking."""
+    model = tiny(n_expert=4, balance_coef=0.5)
+    model(ids(2, 8))
+    close(model.balance_loss(), 0.5 * (model.blocks[0].mlp.balance_loss + model.blocks[1].mlp.balance_loss) / 2)
+    assert tiny().balance_loss() == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model as a whole
+
+@pytest.mark.parametrize("fields", [{}, {"sinks": False, "sliding_window": 4}, {"n_expert": 4, "n_kv_head": 2}], ids=["sinks", "window", "moe"])
+def test_bfloat16_autocast_trains_near_float32(fields):
+    """The compute dtype of every GPU run: loss within 2 %, gradients in the same direction, finite and float32."""
+    model, idx, targets = tiny(dtype=torch.float32, **fields), ids(4, 16), ids(4, 16, seed=9)
+    exact = model(idx, targets)
+    exact.backward()
+    want = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(idx, targets)
+    loss.backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    got = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert loss.dtype == torch.float32 and abs(loss / exact - 1) < 0.02
+    assert got.isfinite().all() and F.cosine_similarity(got, want, dim=0) > 0.97
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields, dtype, tol", [({}, torch.float32, 1e-4), ({"n_expert": 4}, torch.float32, 1e-4),
+                                                ({"n_expert": 4}, torch.bfloat16, 5e-2)], ids=["dense", "moe", "moe_bfloat16"])
+def test_the_compiled_loss_equals_the_eager_one(fields, dtype, tol):
+    """torch.compile is on in every GPU run; ignored targets take another way there (no boolean indexing)."""
+    model, idx, targets = tiny(dtype=torch.float32, n_layer=1, **fields), ids(2, 16), ids(2, 16, seed=9)
+    targets[0, :5] = -1
+    results = []
+    for run in (model, torch.compile(model)):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = run(idx, targets)
+        loss.backward()
+        results.append((loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (eager, want), (compiled, got) = results
+    assert abs(compiled / eager - 1) < tol and (got - want).norm() < tol * want.norm()
+
+
+@variants
+def test_param_groups_hold_every_parameter_once(fields):
+    """One in no group is never trained, one in two is trained twice; Muon takes matrices only."""
+    model = tiny(score_head=True, **fields)
+    groups = model.param_groups()
+    grouped = [id(p) for group in groups.values() for p in group]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters()) and len(set(grouped)) == len(grouped)
+    muon, name_of = groups["muon"], {id(p): name for name, p in model.named_parameters()}
+    assert all(p.ndim >= 2 for p in muon)
+    assert {name_of[id(p)].rsplit(".", 2)[-2] for p in muon if p.ndim == 2} <= {"qkv", "out", "gate_up", "down"}
+    assert not any("router" in name_of[id(p)] for p in muon)
+
+
+@variants
+def test_every_parameter_gets_a_gradient(fields):
+    """A parameter that nothing reads is a feature that does nothing."""
+    model, idx = tiny(score_head=True, **fields), ids(4, 16)
+    x = model.hidden(idx)
+    (model.nll(x, ids(4, 16, seed=9)) + model.scores(x).square().sum()).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or (p.grad == 0).all()] == []
+
+
+def test_init_weights_refuses_a_parameter_that_it_does_not_know():
+    """A new parameter left at its default would go unnoticed."""
+    model = GPT(config())
+    model.blocks[1].attn.gain = nn.Parameter(torch.ones(3))
+    with pytest.raises(AssertionError, match=r"blocks\.1\.attn\.gain"):
+        model.init_weights()
+
+
+def test_blocks_start_as_the_identity():
+    """The table in init_weights: out and down are zero, so the residual stream of a fresh model is the embedding."""
+    for fields in VARIANTS.values():
+        model, idx = GPT(config(**fields)), ids(2, 8)
+        close(model.hidden(idx), model.norm(model.embed(idx)), 1e-6)
+
+
+def test_a_tied_head_shares_storage_and_an_untied_one_does_not():
+    """Tied: one parameter, counted once; untied: two."""
+    tied, untied = GPT(config()), GPT(config(tied=False))
+    assert tied.head.weight is tied.embed.weight
+    assert untied.head.weight.data_ptr() != untied.embed.weight.data_ptr()
+    assert untied.num_params() - tied.num_params() == 128 * 32
+
+
+def test_num_params_is_this_count():
+    """By hand: C 16, H 4, K 2, D 4, F 32, 2 layers, vocabulary 128."""
+    model = GPT(ModelConfig(vocab_size=100, seq_len=8, n_layer=2, n_head=4, n_kv_head=2, d_model=16, d_ff=32))
+    layer = 8 * 4 * 16 + 16 * 16 + 2 * 32 * 16 + 16 * 32 + 16 + 16 + 4 + 4 + 4  # qkv, out, gate_up, down, norms, sinks
+    assert model.num_params() == 128 * 16 + 2 * layer + 16
+
+
+def test_flops_per_token_is_this_count():
+    """By hand: 6 per weight of qkv, out, gate_up, down and head, and 12 L H D T of attention; MFU stands on it."""
+    fields = dict(vocab_size=100, seq_len=8, n_layer=2, n_head=4, n_kv_head=2, d_model=16, d_ff=32)
+    weights = 2 * (8 * 4 * 16 + 16 * 16 + 2 * 32 * 16 + 16 * 32) + 128 * 16
+    for tied in (True, False):
+        assert GPT(ModelConfig(**fields, tied=tied)).flops_per_token() == 6 * weights + 12 * 2 * 4 * 4 * 8
+    assert GPT(ModelConfig(**fields, sliding_window=3)).flops_per_token() == 6 * weights + 12 * 2 * 4 * 4 * 3
+
+
+def test_flops_per_token_do_not_count_the_experts_a_token_does_not_go_to():
+    """Else the MFU of an MoE would be flattered; 3 d_expert C weights per active or shared expert, up to the router's."""
+    fields = dict(vocab_size=100, seq_len=8, n_layer=2, n_head=4, d_model=16, d_expert=8)
+    weights = 2 * (4 * 16 * 16 + 3 * (3 * 8 * 16)) + 128 * 16
+    for n_expert in (4, 8):
+        got = GPT(ModelConfig(**fields, n_expert=n_expert)).flops_per_token()
+        assert abs(got / (6 * weights + 12 * 2 * 16 * 8) - 1) < 0.05
+
+
+def test_scores_are_one_float32_per_token():
+    """The verifier's head; zero at the start, so that it begins without an opinion."""
+    model = GPT(config(score_head=True))
+    scores = model.scores(model.hidden(ids(2, 7)))
+    assert scores.shape == (2, 7) and scores.dtype == torch.float32 and (scores == 0).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ModelConfig
+
+@pytest.mark.parametrize("fields, names", [
+    ({"n_head": 4, "n_kv_head": 3}, ["n_head=4", "n_kv_head=3"]),
+    ({"n_kv_head": 8, "n_head": 4}, ["n_head=4", "n_kv_head=8"]),
+    ({"d_head": 7}, ["d_head", "7"]),
+    ({"d_model": 12, "n_head": 4}, ["d_head", "3", "d_model=12", "n_head=4"]),
+    ({"d_model": 66, "n_head": 4}, ["d_model=66", "n_head=4"]),
+    ({"d_head": 0}, ["d_head", "0"]),
+    ({"n_expert": 4, "n_expert_active": 5}, ["n_expert_active=5", "n_expert=4"]),
+    ({"n_expert": 4, "n_expert_active": 0}, ["n_expert_active=0", "n_expert=4"]),
+    ({"n_expert": -1}, ["n_expert=-1"]),
+    ({"n_expert": 4, "d_expert": 0}, ["d_expert", "0"]),
+    ({"sliding_window": 0}, ["sliding_window", "0"]),
+    ({"rope_base": -1.0}, ["rope_base", "-1"]),
+    ({"n_head": 0}, ["n_head", "0"]), ({"n_kv_head": 0}, ["n_kv_head", "0"]), ({"d_model": 0}, ["d_model", "0"]),
+    ({"n_layer": 0}, ["n_layer", "0"]), ({"vocab_size": 0}, ["vocab_size", "0"]), ({"seq_len": -5}, ["seq_len", "-5"]),
+    ({"d_ff": 0}, ["d_ff", "0"]),
+], ids=lambda x: ",".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "")
+def test_a_bad_combination_is_refused_with_its_names_and_values(fields, names):
+    """It is the user's to mend, so the message must say which settings and what they were."""
+    with pytest.raises(UserError) as error:
+        config(**fields)
+    assert all(name in str(error.value) for name in names), str(error.value)
+
+
+def test_all_bad_settings_are_named_at_once():
+    """One run, one list: not one fault per attempt."""
+    with pytest.raises(UserError) as error:
+        config(n_layer=0, seq_len=0)
+    assert "n_layer" in str(error.value) and "seq_len" in str(error.value)
+
+
+def test_what_was_given_is_never_overwritten():
+    """A derived field that silently replaces the user's is the worst kind of default."""
+    given = dict(vocab_size=77, seq_len=9, n_layer=3, n_head=6, n_kv_head=3, d_model=20, d_head=4, d_ff=30, n_expert=5, n_expert_active=2,
+                 d_expert=7, sliding_window=2)
+    cfg = ModelConfig(**given)
+    assert {key: getattr(cfg, key) for key in given} == given
+
+
+def test_fields_left_none_are_derived():
+    """n_kv_head = n_head, d_head = C / H, d_ff = 8/3 C up to 64, d_expert = d_ff / active."""
+    cfg = ModelConfig(n_head=4, d_model=96)
+    assert (cfg.n_kv_head, cfg.d_head, cfg.d_ff, cfg.d_expert) == (4, 24, 256, 128)
+    assert [ModelConfig(vocab_size=v).padded_vocab for v in (1, 128, 129, 50262)] == [128, 128, 256, 50304]
+
+
+def test_a_head_width_given_frees_the_model_width():
+    """d_head is a field of its own: H * D need not be C."""
+    model = tiny(d_model=20, n_head=6, n_kv_head=3, d_head=4)
+    assert model(ids(1, 5)).shape == (1, 5, 50)

@@ -1,0 +1,225 @@
+"""The toy world: what its docstring promises, checked on records of several seeds."""
+import random
+import re
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import toy
+
+MAKERS = (toy.story, toy.instruction, toy.preference, toy.problem)
+SPLITS = ("train", "verifier", "val", "test")
+LINE = re.compile(r"(\d+)([-+*])(\d+)=<<(\d+)([-+*])(\d+)=(\d+)>>(\d+)")
+VALUE = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+
+
+def keyed(make, split: str, n: int = 300, seed: int = 0) -> list[tuple[str, object]]:
+    """n (key, record) of a split, as records() draws them."""
+    rng, found = random.Random(f"{split} {seed}"), []
+    while len(found) < n:
+        key, record = make(rng)
+        if toy.in_split(key, split):
+            found.append((key, record))
+    return found
+
+
+def numbers_of(question: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", question)))
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_records_are_a_pure_function_of_their_arguments(make):
+    """Every stage of every machine must see the same world, whatever was drawn before."""
+    first = toy.records(make, "train", 40, 3)
+    random.seed(0)
+    toy.records(make, "val", 7, 3)
+    assert toy.records(make, "train", 40, 3) == first
+    assert toy.records(make, "train", 40, 4) != first
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_more_records_continue_the_shorter_list(make):
+    """A larger toy world is the smaller one and more: runs of different sizes can be compared."""
+    assert toy.records(make, "train", 60, 0)[:25] == toy.records(make, "train", 25, 0)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_records_are_distinct(make):
+    """n records must be n facts, not one repeated."""
+    rows = toy.records(make, "train", 500, 0)
+    assert len(rows) == 500 == len({repr(row) for row in rows})
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_records_asked_for_none_made(seed):
+    """0 is a count like any other; it must not search for ever or depend on the seed."""
+    assert toy.records(toy.problem, "train", 0, seed) == []
+
+
+def test_every_key_belongs_to_exactly_one_split():
+    """The shares of SPLITS must cover the key space once, else a problem leaks or is lost."""
+    for number in range(2000):
+        assert sum(toy.in_split(f"key {number}", split) for split in SPLITS) == 1
+    assert sorted(tenth for tenths in toy.SPLITS.values() for tenth in tenths) == list(range(10))
+
+
+def test_the_splits_have_about_their_shares():
+    """60 % train, 20 % verifier, 10 % val, 10 % test of the keys."""
+    share = {split: sum(toy.in_split(f"key {i}", split) for i in range(5000)) / 5000 for split in SPLITS}
+    assert share == pytest.approx({"train": 0.6, "verifier": 0.2, "val": 0.1, "test": 0.1}, abs=0.03)
+
+
+def test_the_numbers_of_a_problem_are_in_one_split_alone():
+    """A held-out problem must not be a training problem with other names: the numbers decide, in the order they are asked."""
+    seen = {}
+    for split in SPLITS:
+        for seed in range(2):
+            for row in toy.records(toy.problem, split, 400, seed):
+                form = re.sub(r"\b(?:%s)\b" % "|".join(toy.NAMES), "N", row["question"])
+                form = re.sub(r"\b(?:%s)s\b" % "|".join(toy.THINGS), "things", form)
+                assert seen.setdefault(form, split) == split, form
+
+
+@pytest.mark.parametrize("make", [toy.instruction, toy.preference])
+def test_the_cast_of_a_tale_is_in_one_split_alone(make):
+    """The prompt names the cast: a prompt of val or test must never be trained on."""
+    prompts = {split: {(row.get("messages") or row["prompt"])[0]["content"] for row in toy.records(make, split, 300, 0)} for split in SPLITS}
+    for one in SPLITS:
+        for other in SPLITS:
+            assert one == other or not prompts[one] & prompts[other]
+
+
+def test_instructions_and_pairs_of_one_split_share_their_casts():
+    """Both stages cut by the same key, or DPO would train on prompts that SFT holds out."""
+    for split, other in (("train", "test"), ("val", "train")):
+        asked = {row["messages"][0]["content"] for row in toy.records(toy.instruction, split, 300, 0)}
+        assert not asked & {row["prompt"][0]["content"] for row in toy.records(toy.preference, other, 300, 0)}
+
+
+@pytest.mark.parametrize("make, split", [(toy.story, "train"), (toy.story, "val"), (toy.problem, "train"), (toy.problem, "test")])
+def test_every_calculation_is_right_and_never_negative(make, split):
+    """A wrong sum in the data would be learnt; both the <<a+b=c>> note and the number after it count."""
+    checked = 0
+    for row in toy.records(make, split, 800, 1):
+        for a, op, b, left, op_again, right, noted, shown in LINE.findall(row if make is toy.story else row["answer"]):
+            assert (a, op, b) == (left, op_again, right) and noted == shown
+            assert int(shown) == VALUE[op](int(a), int(b)) >= 0
+            checked += 1
+    assert checked > 300
+
+
+def recomputed(question: str) -> int:
+    """The answer from the words of the question alone, by a second way of reading it."""
+    a, b, *c = numbers_of(question)
+    if "more than" in question:
+        return a + (a + b)
+    if "bags" in question:
+        return a * b - c[0]
+    if "loses" in question:
+        return a + b - c[0]
+    assert "lost" in question and "got" in question
+    return a - b + c[0]
+
+
+@given(st.integers(0, 2**32))
+@settings(max_examples=300, deadline=None)
+def test_the_final_answer_is_what_the_question_asks(seed):
+    """The verifier and eval trust the number after ####: it must follow from the question, not only from the steps."""
+    _, row = toy.problem(random.Random(seed))
+    lines = row["answer"].split("\n")
+    assert lines[-1] == f"#### {recomputed(row['question'])}"
+    assert int(lines[-1].removeprefix("#### ")) >= 0
+
+
+def test_problems_have_the_form_of_gsm8k():
+    """question and answer; the answer is calculator lines, then one line '#### N': GSM8K's reader must read both."""
+    for row in toy.records(toy.problem, "train", 300, 0):
+        assert set(row) == {"question", "answer"}
+        *steps, final = row["answer"].split("\n")
+        assert len(steps) == 2 and all(LINE.fullmatch(step) for step in steps)
+        assert re.fullmatch(r"#### \d+", final)
+        assert steps[-1].endswith(">>" + final.removeprefix("#### "))
+        assert row["question"].endswith("?")
+
+
+def test_a_problem_needs_both_of_its_steps():
+    """The second step starts from or adds to the first one's value: two-step reasoning, not two sums side by side."""
+    for row in toy.records(toy.problem, "train", 300, 0):
+        first, second = (LINE.match(step) for step in row["answer"].split("\n")[:2])
+        assert second[1] == first[8]
+
+
+def test_all_four_kinds_of_problem_occur_alike():
+    """A kind that never came would be a kind that eval cannot measure."""
+    kinds = Counter(key.split()[1] for key, _ in keyed(toy.problem, "train", 1000))
+    assert set(kinds) == set("0123") and min(kinds.values()) > 150
+
+
+def test_a_worked_step():
+    """GSM8K's notation by hand."""
+    assert toy.step(3, "+", 4) == ("3+4=<<3+4=7>>7", 7)
+    assert toy.step(9, "-", 4) == ("9-4=<<9-4=5>>5", 5)
+    assert toy.step(3, "*", 4) == ("3*4=<<3*4=12>>12", 12)
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_chosen_tales_pass_both_counts_and_rejected_ones_fail_exactly_one(split):
+    """The pairs teach two things, one at a time; a rejected tale that fails both or none would teach neither."""
+    failed = Counter()
+    for row in toy.records(toy.preference, split, 500, 0):
+        prompt = row["prompt"][0]["content"]
+        assert toy.judge_tale(prompt, row["chosen"]) == {"on_topic": True, "kind": True}
+        verdict = toy.judge_tale(prompt, row["rejected"])
+        assert sum(verdict.values()) == 1, row
+        failed[min(verdict, key=verdict.get)] += 1
+    assert min(failed["on_topic"], failed["kind"]) > 175  # about half each
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_length_does_not_tell_chosen_from_rejected(seed):
+    """The rule "the longer one wins" must be a coin toss, else DPO learns length."""
+    rows = toy.records(toy.preference, "train", 1200, seed)
+    longer = sum(len(row["chosen"]) > len(row["rejected"]) for row in rows)
+    shorter = sum(len(row["chosen"]) < len(row["rejected"]) for row in rows)
+    assert 0.4 < longer / (longer + shorter) < 0.6
+
+
+@pytest.mark.parametrize("response, verdict", [
+    ("Tom the cat found a red pen at the park. Tom gave Mia a hug.", (True, True)),
+    ("Tom the cat found a red pen at the park. Tom yelled at Mia and ran off.", (True, False)),
+    ("Tom the dog found a red pen at the park. Tom gave Mia a hug.", (False, True)),
+    ("Tom the cat found a red cup at the park. Tom gave Mia a hug.", (False, True)),
+    ("Mia the cat found a red pen at the park. Mia gave Tom a hug.", (False, True)),
+    ("Tom the dog found a red pen at the park. It was a bad day and all were sad.", (False, False)),
+    ("", (False, False)), ("pen. pen. pen.", (False, False)),
+    ("Tom the cat found a red pen at the park. Tom gave Mia a hug. Tom gave Mia a hug.", (True, False)),
+])
+def test_the_judge_by_hand(response, verdict):
+    """The measure of the DPO stage, on cases worked out by reading; model output may be anything."""
+    assert tuple(toy.judge_tale("Tell a tale of Tom the cat and a pen.", response).values()) == verdict
+
+
+def test_the_crowd_of_the_sft_tales_is_as_careless_as_told():
+    """About half rude and a third off topic: that is what DPO has to mend, so it must be there."""
+    verdicts = [toy.judge_tale(*(m["content"] for m in row["messages"])) for row in toy.records(toy.instruction, "train", 1200, 0)]
+    assert sum(v["kind"] for v in verdicts) / 1200 == pytest.approx(1 / 2, abs=0.06)
+    assert sum(v["on_topic"] for v in verdicts) / 1200 == pytest.approx(2 / 3, abs=0.06)
+
+
+def test_chats_are_one_question_and_one_answer():
+    """The form that render() and SFT take."""
+    for row in toy.records(toy.instruction, "train", 50, 0):
+        assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+
+
+def test_stories_are_plain_ascii():
+    """The toy world runs on the byte tokenizer: one character is one token, and no id is over 127."""
+    assert all(text.isascii() and text for text in toy.records(toy.story, "train", 500, 0))
+
+
+def test_a_world_too_small_for_the_request_says_so():
+    """An endless search would look like a hang."""
+    with pytest.raises(Exception, match="too small"):
+        toy.records(lambda rng: ("key 1", "the only record"), next(s for s in SPLITS if toy.in_split("key 1", s)), 2, 0)
