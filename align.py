@@ -31,7 +31,7 @@ from train import PREEMPTED, LoopConfig, Ranks, is_done, train
 class AlignConfig(LoopConfig):
     mode: str = "sft"  # sft, dpo or verifier
     init_from: str = ""  # run folder, checkpoint file or run name to start from
-    tokenizer: str | None = None  # None = the checkpoint's; else byte, gpt2 or a ranks file, which must be the same
+    tokenizer: str | None = None  # None = the checkpoint's; else toy, byte, gpt2 or a ranks file, which must be the same
     seq_len: int | None = None  # tokens per packed row (dpo: longest pair); None = the checkpoint's
     loss_type: str = "sigmoid"  # dpo: sigmoid, ipo or simpo
     beta: float = 0.1  # dpo: strength of the pull to the reference (ipo: tau)

@@ -3,7 +3,7 @@
     python data.py --stage=all                                    # hub presets of every stage, on the login node
     python data.py --stage=pretrain --sources=tinystories:100000  # one preset, capped
     python data.py --stage=sft --sources=mine=notes.jsonl         # your own file, any schema listed under RECORDS
-    python data.py --sources=toy --tokenizer=byte                 # the built-in world, no network
+    python data.py --sources=toy                                  # the built-in world, no network
 
 Each source becomes a folder data_dir/<name>: token shards (train_000.bin, val_000.bin) for text, JSON lines for records, and a
 manifest_<stage>.json with source, revision, counts and sha256. Shards have the header of llm.c and modded-nanogpt, so theirs load too.
@@ -162,12 +162,14 @@ class Tokenizer:
 
 
 def load_tokenizer(name: str, data_dir: str = "data", expect: dict | None = None) -> Tokenizer:
-    """byte, gpt2 (its ranks in data_dir, where data.py put them) or the path of a ranks file.
+    """byte, toy (bytes and the toy world's words), gpt2 (its ranks in data_dir, where data.py put them) or the path of a ranks file.
 
     expect: spec() of the tokenizer that a checkpoint or shard was made with. Raises UserError where this is another one.
     """
-    if name == "byte":
-        tokenizer = Tokenizer("byte", {bytes([i]): i for i in range(256)}, "bytes")
+    if name in ("byte", "toy"):
+        words = [bytes([i]) for i in range(256)] + [word.encode() for word in toy.words() if name == "toy"]
+        digest = hashlib.sha256(b"\0".join(words)).hexdigest()[:16] if name == "toy" else "bytes"
+        tokenizer = Tokenizer(name, {word: i for i, word in enumerate(words)}, digest)
     else:
         path = os.path.join(data_dir, "gpt2.tiktoken") if name == "gpt2" else name
         if not os.path.isfile(path):
@@ -522,7 +524,7 @@ class DataConfig:
     sources: tuple[str, ...] = ()  # [stage/]name[:cap][=file;file]; none = the presets of the stage; toy = the built-in world
     data_dir: str = "data"  # each source becomes a folder here
     local_dir: str = "."  # where relative files of the sources lie
-    tokenizer: str = "gpt2"  # byte, gpt2 or the path of a ranks file (pretraining shards only)
+    tokenizer: str = "gpt2"  # of pretraining shards: byte, gpt2 or the path of a ranks file; the toy world has its own
     seed: int = 0  # of the toy world
     toy_stories: int = 24000  # toy world: pretraining documents
     toy_problems: int = 8000  # toy world: word problems to learn from
@@ -700,7 +702,7 @@ def prepare_eval(source: Source, folder: str) -> dict:
 
 def prepare_toy(folder: str, cfg: DataConfig) -> dict:
     """The built-in world: text shards in bytes, chats, pairs and problems; see toy.py for what each stage is to learn."""
-    tokenizer = load_tokenizer("byte")
+    tokenizer = load_tokenizer("toy")
     counts = {}
     for split, n in (("train", cfg.toy_stories), ("val", cfg.toy_stories // 40)):
         documents = toy.records(toy.story, split, n, cfg.seed)

@@ -37,7 +37,7 @@ class LoopConfig:
     out_dir: str = "out/pretrain"  # run folder: config, metrics.jsonl, checkpoints, state.json
     data: str = "toy"  # data sets under data_dir, "name" or a mixture "name*0.7,other*0.3"
     data_dir: str = "data"  # where data.py put them
-    tokenizer: str = "byte"  # byte, gpt2, or the path of a .tiktoken ranks file
+    tokenizer: str = "toy"  # toy, byte, gpt2, or the path of a .tiktoken ranks file
     seed: int = 1337  # initial weights and data order
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "auto"  # compute dtype: auto, float32, bfloat16; weights and optimizer stay float32

@@ -1,6 +1,5 @@
 """Smoke test of the training loop: a 0.2M-parameter model, 30 steps on the toy world, seconds on a laptop.
 
-    python data.py --sources=toy --tokenizer=byte
     python train.py config/smoke.py
     torchrun --nproc_per_node=2 train.py config/smoke.py --out_dir=out/smoke2
 """

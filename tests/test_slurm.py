@@ -260,7 +260,9 @@ def test_warned_job_is_requeued_resumes_and_completes(submit, tmp_path, data_fla
         subprocess.run(["scancel", "--signal=USR1", "--batch", job.id], check=True)
         wait_for("requeue", 120, lambda: job.field("JobState") == "PENDING" and job.field("Restarts") == str(restart))
         assert state_of(run)["state"] == "preempted"
-        # a requeued job is held back for about two minutes, set at a moment of Slurm's own: ask until it runs
+        # a requeued job is held back for about two minutes, set at a moment of Slurm's own: ask until it runs. But not within
+        # the second in which its node revoked the old credential ("Job credential revoked": the job would end FAILED, 1:0)
+        time.sleep(3)
         wait_for("restart", 300, lambda: subprocess.run(["scontrol", "update", f"jobid={job.id}", "StartTime=now"], capture_output=True)
                  and job.field("JobState") != "PENDING")
     assert job.wait() == ("COMPLETED", "0:0"), job.log.read_text()
