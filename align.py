@@ -371,7 +371,7 @@ class Verifier(PackedTask):
 
     def loss(self, model: GPT, batch: dict):
         x = model.hidden(batch["idx"], batch["docs"])
-        scores = model.scores(x)
+        scores = model.scores(x, batch["idx"], batch["labels"] >= 0)
         loss, lm = verifier_loss(scores, batch["labels"]), model.nll(x, batch["targets"])
         right = (((scores > 0) == (batch["labels"] == 1)) & (batch["labels"] >= 0)).sum()
         return loss + self.cfg.lm_coef * lm + model.balance_loss() * self.units(batch), {"loss": loss, "lm_loss": lm, "accuracy": right}

@@ -98,7 +98,7 @@ def model_from(checkpoint: dict, **changes) -> GPT:
     head keeps its initial weights)."""
     model = GPT(ModelConfig(**{**checkpoint["model_config"], **changes}))
     missing, unexpected = model.load_state_dict(checkpoint["model"], strict=False)
-    missing = [key for key in missing if not (changes.get("score_head") and key == "score.weight")]
+    missing = [key for key in missing if not (changes.get("score_head") and key in ("score.weight", "score_loglik"))]
     if missing or unexpected:
         raise UserError(f"checkpoint does not fit its model: missing {missing}, unexpected {unexpected}")
     return model

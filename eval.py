@@ -227,9 +227,10 @@ def score_solutions(verifier: GPT, tokenizer, rows: list[dict], batch: int = 128
         part = items[first:first + batch]
         width = max(len(ids) for ids, _ in part)
         idx = torch.tensor([ids + [tokenizer.pad] * (width - len(ids)) for ids, _ in part], device=device)
-        scores = verifier.scores(verifier.hidden(idx))
-        for row, (ids, solution) in enumerate(part):
-            solution["score"] = float(scores[row, len(ids) - 1])
+        solution = torch.tensor([[len(ids) - len(s["ids"]) <= t < len(ids) for t in range(width)] for ids, s in part], device=device)
+        scores = verifier.scores(verifier.hidden(idx), idx, solution)
+        for row, (ids, s) in enumerate(part):
+            s["score"] = float(scores[row, len(ids) - 1])
 
 
 def choose(solutions: list[dict], how: str) -> bool:

@@ -400,6 +400,7 @@ class GPT(nn.Module):
         if cfg.tied:
             self.head.weight = self.embed.weight
         self.score = nn.Linear(cfg.d_model, 1, bias=False) if cfg.score_head else None
+        self.score_loglik = nn.Parameter(torch.empty(1)) if cfg.score_head else None
         self.init_weights()
 
     @torch.no_grad()
@@ -411,6 +412,7 @@ class GPT(nn.Module):
         out, down          zero: every block starts as the identity
         norms              one
         sinks, score       zero
+        score_loglik       one: a verifier begins as the model's own log-likelihood
         """
         for name, p in self.named_parameters():
             match name.removesuffix(".weight").rsplit(".", 1)[-1]:
@@ -422,7 +424,7 @@ class GPT(nn.Module):
                     nn.init.normal_(p, std=self.cfg.d_model ** -0.5)
                 case "out" | "down" | "sinks" | "score":
                     nn.init.zeros_(p)
-                case "attn_norm" | "mlp_norm" | "norm" | "q_norm" | "k_norm":
+                case "attn_norm" | "mlp_norm" | "norm" | "q_norm" | "k_norm" | "score_loglik":
                     nn.init.ones_(p)
                 case _:
                     raise AssertionError(f"no initialisation rule for parameter {name}")
@@ -462,9 +464,18 @@ class GPT(nn.Module):
                  for h, t in zip(flat.split(rows), target.split(rows))]
         return (torch.cat(parts) * (target >= 0)).view(targets.shape)
 
-    def scores(self, x):
-        """Verifier scores (B, T) in float32 of hidden states (B, T, C)."""
-        return self.score(x).squeeze(-1).float()
+    def scores(self, x, idx, solution):
+        """Verifier scores (B, T) in float32: a linear function of the hidden states x (B, T, C), plus score_loglik times the
+        log-likelihood of the solution so far. solution (B, T): which of the ids idx (B, T) belong to a solution.
+
+        No layer can compare a token with the model's prediction of it, which is formed in the last layer, one place earlier: the
+        likelihood carries that comparison. Trained through it, right solutions become likely and wrong ones do not (LOG.md).
+        """
+        logp = self.logprobs(x[:, :-1], torch.where(solution[:, 1:], idx[:, 1:], -1))
+        total = F.pad(logp, (1, 0)).cumsum(1)  # (B, T)
+        place = torch.arange(idx.size(1), device=idx.device)
+        before = torch.where(solution, 0, place).cummax(1).values  # the last place before each solution
+        return self.score(x).squeeze(-1).float() + self.score_loglik * (total - total.gather(1, before))
 
     def balance_loss(self):
         """Mean load-balancing loss of the MoE layers in the last forward pass, times balance_coef; 0 for a dense model."""

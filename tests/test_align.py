@@ -525,11 +525,17 @@ def test_verifier_loss_is_binary_cross_entropy_over_solution_tokens():
     assert align.verifier_loss(scores, labels).item() == pytest.approx(wanted, rel=1e-6)
 
 
+def alone(verifier, ids, n_prompt: int):
+    """Scores (T,) of one unpacked document whose first n_prompt ids are the prompt."""
+    idx = torch.tensor([ids])
+    return verifier.scores(verifier.hidden(idx), idx, torch.arange(len(ids))[None] >= n_prompt)[0]
+
+
 def test_the_verifier_task_adds_both_losses_of_separate_documents(judged):
     """Score loss plus lm_coef times language-model loss; packed documents do not see each other."""
     model = tiny(seed=3, score_head=True)
     objective, sums = judged.loss(model, judged.batch("val", 0, judged.n_val_rows))
-    scores_of = lambda ids: model.scores(model.hidden(torch.tensor([ids])))[0]
+    scores_of = lambda ids: alone(model, ids, len(QUESTION))
     bce = sum(-log_sigmoid(sign * scores_of(context)[-1].item()) for context, label in supervised(judged.batch("val", 0, judged.n_val_rows), "labels")
               for sign in [1 if label else -1])
     lm = -plain_logprobs(model, [*QUESTION, 114, END])[-2:].sum().item()
@@ -544,7 +550,7 @@ def test_verifier_scores_are_trained_where_evaluation_reads_them(judged):
     verifier, solution = tiny(seed=3, score_head=True), {"ids": [121, 122, END], "text": "yz"}
     evaluation.score_solutions(verifier, BYTE, [{"question": "q", "solutions": [solution]}])
     ids = [*QUESTION, *solution["ids"]]
-    scores = verifier.scores(verifier.hidden(torch.tensor([ids])))[0].tolist()
+    scores = alone(verifier, ids, len(QUESTION)).tolist()
     (read,) = [t for t, score in enumerate(scores) if score == pytest.approx(solution["score"], abs=1e-5)]
     trained = {context for context, _ in supervised(judged.batch("train", 0, len(judged.train.rows)), "labels")}
     assert tuple(ids[:read + 1]) in trained
@@ -579,13 +585,14 @@ def test_samples_are_kept_and_read_by_the_second_start(tmp_path, monkeypatch):
 
 
 def test_the_score_head_is_the_only_new_parameter(tmp_path):
-    """The verifier begins as the model it was made from, and its scores as 0: no opinion."""
+    """The verifier begins as the model it was made from, and its scores as that model's log-likelihood of the solution."""
     start = load_checkpoint(save_start(tmp_path / "start", tiny()))
     model = model_from(start, score_head=True)
     state = model.state_dict()
-    assert set(state) - set(start["model"]) == {"score.weight"}
+    assert set(state) - set(start["model"]) == {"score.weight", "score_loglik"}
     assert all(torch.equal(state[name], x) for name, x in start["model"].items())
-    assert model.scores(model.hidden(torch.tensor([[1, 2, 3]]))).abs().max() == 0
+    wanted = plain_logprobs(model, [1, 2, 3, 4])[1:].cumsum(0)
+    torch.testing.assert_close(alone(model, [1, 2, 3, 4], 2)[2:], wanted)
 
 
 @pytest.mark.parametrize("texts,said", [(["no"], True), (["#### 1", "#### 2", "#### 3", "#### 4", "#### 5", "#### 6"], False)])

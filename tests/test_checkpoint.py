@@ -331,7 +331,7 @@ def test_score_head_adds_only_its_own_weight():
     """The verifier starts from a language model: all its weights, and a new head; nothing else may be missing."""
     saved = content()
     model = model_from(saved, score_head=True)
-    assert set(model.state_dict()) - set(saved["model"]) == {"score.weight"}
+    assert set(model.state_dict()) - set(saved["model"]) == {"score.weight", "score_loglik"}
     assert all(torch.equal(model.state_dict()[key], x) for key, x in saved["model"].items())
     key = next(k for k in saved["model"] if "qkv" in k)
     del saved["model"][key]

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("MODERN_LLM_DATA") or ROOT / "../shared/data")
 RANKS = REAL / "gpt2.tiktoken"
 needs_ranks = pytest.mark.skipif(not RANKS.is_file(), reason=f"no GPT-2 ranks at {RANKS} (set MODERN_LLM_DATA)")
-BYTE = load_tokenizer("byte")
+BYTE, TOY = load_tokenizer("byte"), load_tokenizer("toy")
 EOS, SYSTEM, USER, ASSISTANT, END, PAD = range(256, 262)
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -1052,11 +1052,11 @@ def test_processes_that_prepare_the_same_at_once_end_with_equal_files(tmp_path):
 
 
 def test_the_toy_world_is_prepared_whole_and_without_network(tmp_path, no_network, capsys):
-    """Shards in bytes, and records of every stage that load_records finds; ensure() makes it when it is missing and once."""
+    """Shards, and records of every stage that load_records finds; ensure() makes it when it is missing and once."""
     cfg = request(tmp_path, "toy", toy_stories=80, toy_problems=300)
     prepare(cfg)
     out = str(tmp_path / "out")
-    assert Mixture("toy", out, "train", 64, 0, BYTE).n_rows > 10 and Mixture("toy", out, "val", 64, 0, BYTE).n_rows > 0
+    assert Mixture("toy", out, "train", 64, 0, TOY).n_rows > 10 and Mixture("toy", out, "val", 64, 0, TOY).n_rows > 0
     for kind, splits in {"sft": ("train", "val"), "dpo": ("train", "val", "test"), "problems": ("train", "verifier", "val", "test")}.items():
         for split in splits:
             rows = data.load_records("toy", out, kind, split)

@@ -343,7 +343,8 @@ def test_scores_are_read_at_the_last_token_of_each_solution_whatever_the_batch()
     for row in rows:
         for s in row["solutions"]:
             ids = torch.tensor([prompt(row) + s["ids"]])
-            wanted.append(verifier.scores(verifier.hidden(ids))[0, -1].item())
+            solution = torch.arange(ids.size(1))[None] >= len(prompt(row))
+            wanted.append(verifier.scores(verifier.hidden(ids), ids, solution)[0, -1].item())
     for batch in (1, 2, 128):
         scored = copy.deepcopy(rows)
         evaluation.score_solutions(verifier, BYTE, scored, batch)

@@ -701,7 +701,7 @@ def test_every_parameter_gets_a_gradient(fields):
     """A parameter that nothing reads is a feature that does nothing."""
     model, idx = tiny(score_head=True, **fields), ids(4, 16)
     x = model.hidden(idx)
-    (model.nll(x, ids(4, 16, seed=9)) + model.scores(x).square().sum()).backward()
+    (model.nll(x, ids(4, 16, seed=9)) + model.scores(x, idx, idx > 9).square().sum()).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or (p.grad == 0).all()] == []
 
 
@@ -753,11 +753,18 @@ def test_flops_per_token_do_not_count_the_experts_a_token_does_not_go_to():
         assert abs(got / (6 * weights + 12 * 2 * 16 * 8) - 1) < 0.05
 
 
-def test_scores_are_one_float32_per_token():
-    """The verifier's head; zero at the start, so that it begins without an opinion."""
-    model = GPT(config(score_head=True))
-    scores = model.scores(model.hidden(ids(2, 7)))
-    assert scores.shape == (2, 7) and scores.dtype == torch.float32 and (scores == 0).all()
+def test_scores_add_the_hidden_state_and_the_log_likelihood_of_the_solution_so_far():
+    """Each solution of a row counts from its own beginning; prompts contribute nothing."""
+    model, idx = tiny(dtype=torch.float32, score_head=True), ids(1, 7)
+    model.score_loglik.data.fill_(0.5)
+    solution = torch.tensor([[False, False, True, True, False, True, True]])
+    x = model.hidden(idx)
+    logp = model.logits(x).log_softmax(-1)[0]
+    p = [0.0] + [logp[t - 1, idx[0, t]].item() for t in range(1, 7)]
+    wanted = model.score(x)[0, :, 0] + 0.5 * torch.tensor([0, 0, p[2], p[2] + p[3], 0, p[5], p[5] + p[6]])
+    scores = model.scores(x, idx, solution)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores[0], wanted)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def test_the_h100_recipes_run_a_step_on_the_cpu_at_reduced_size(tmp_path):
     """Every key of the recipes but those of size, dtype and compile is used as it stands."""
     small = ["--data=toy", f"--data_dir={tmp_path}/data", "--device=cpu", "--dtype=float32", "--compile=False", "--max_steps=1", "--micro_batch=2",
              "--batch_tokens=512"]
-    shape = ["--tokenizer=byte", "--n_layer=1", "--n_head=2", "--d_model=32", "--d_ff=64", "--seq_len=256", "--eval_rows=2"]
+    shape = ["--tokenizer=toy", "--n_layer=1", "--n_head=2", "--d_model=32", "--d_ff=64", "--seq_len=256", "--eval_rows=2"]
     recipe = lambda stage: os.path.join(ROOT, "config", f"h100_{stage}.py")
     out = lambda stage: f"--out_dir={tmp_path}/{stage}"
     assert train.main([recipe("pretrain"), out("pretrain"), *small, *shape]) == 0
