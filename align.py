@@ -161,7 +161,8 @@ class PackedTask:
         self.fingerprint = fingerprint([documents, self.tokens_per_row])
 
     def batch(self, split: str, first: int, last: int) -> dict:
-        return self.train.batch(self.train.shuffled(first, last)) if split == "train" else self.val.batch(list(range(first, last)))
+        rows = self.train if split == "train" else self.val  # both shuffled: packing puts the longest documents first
+        return rows.batch(rows.shuffled(first, last))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,9 +264,9 @@ class DPO:
         model.to(ranks.device)
         batch = {k: x.to(ranks.device) for k, x in self.batch("train", 0, min(8, len(self.pairs["train"]))).items()}
         with torch.no_grad(), ranks.autocast():
-            loss = float(self.loss(model, batch)[1]["loss"]) / int(self.units(batch))
-        ranks.print(f"dpo: loss {loss:.4f} before the first step (ln 2 = {math.log(2):.4f})")
-        if self.cfg.loss_type == "sigmoid" and not self.cfg.rpo_alpha:
+            loss = float(self.preference_loss(sequence_logprobs(model, batch), batch).mean())
+        ranks.print(f"dpo: {self.cfg.loss_type} loss {loss:.4f} before the first step (ln 2 = {math.log(2):.4f})")
+        if self.cfg.loss_type == "sigmoid":
             assert abs(loss - math.log(2)) < (1e-3 if ranks.dtype == torch.float32 else 3e-2), f"DPO starts at {loss}, not at ln 2"
 
     def tensors(self, split: str, numbers) -> dict[str, torch.Tensor]:
@@ -288,12 +289,14 @@ class DPO:
     def units(self, batch: dict):
         return batch["reference"].size(1)
 
+    def preference_loss(self, policy, batch: dict) -> torch.Tensor:
+        return DPO_LOSSES[self.cfg.loss_type](policy, batch["reference"], lengths(batch), self.cfg)  # (B,)
+
     def loss(self, model: GPT, batch: dict):
         policy, reference = sequence_logprobs(model, batch), batch["reference"]  # (2, B)
-        lengths = (batch["targets"] >= 0).sum(-1).view(2, -1)
-        loss = DPO_LOSSES[self.cfg.loss_type](policy, reference, lengths, self.cfg)
+        loss = self.preference_loss(policy, batch)
         if self.cfg.rpo_alpha:
-            loss = loss - self.cfg.rpo_alpha * policy[0] / lengths[0]
+            loss = loss - self.cfg.rpo_alpha * policy[0] / lengths(batch)[0]
         rewards = self.cfg.beta * (policy - reference).detach()
         return loss.sum() + model.balance_loss() * loss.numel(), {
             "loss": loss.sum(), "rewards/accuracies": (rewards[0] > rewards[1]).float().sum(), "rewards/margins": (rewards[0] - rewards[1]).sum(),
@@ -311,6 +314,11 @@ class DPO:
 
 def pair_length(pair) -> int:
     return len(pair[0]) + max(len(pair[1]), len(pair[2])) - 1
+
+
+def lengths(batch: dict) -> torch.Tensor:
+    """Supervised tokens of each answer, (2, B): chosen, rejected."""
+    return (batch["targets"] >= 0).sum(-1).view(2, -1)
 
 
 def sequence_logprobs(model: GPT, batch: dict) -> torch.Tensor:
