@@ -25,7 +25,8 @@ import data
 import toy
 from checkpoint import load_checkpoint, model_from, provenance, weights_hash
 from configurator import UserError
-from model import GPT, ModelConfig, generate
+from model import GPT, ModelConfig
+from sample import generate
 
 STAGES = ("pretrain", "sft", "dpo", "verifier")
 

@@ -1,5 +1,4 @@
 """Properties of model.py. Most tests run in float64, where a fast path must equal the plain maths to 1e-10."""
-import copy
 import math
 
 import pytest
@@ -9,11 +8,10 @@ import torch.nn.functional as F
 
 import model as model_py
 from configurator import UserError
-from model import (GPT, KVCache, LinearCrossEntropy, ModelConfig, MoE, RMSNorm, SwiGLU, attention, attention_reference,
-                   generate, rotary_angles, rotate, sample, training_mask)
+from model import (EPS, GPT, FusedRMSNorm, KVCache, LinearCrossEntropy, ModelConfig, MoE, RMSNorm, SwiGLU, attention, attention_reference,
+                   rotary_angles, rotate, training_mask)
 
 CPU = torch.device("cpu")
-GREEDY = {"temperature": 0}
 VARIANTS = {  # fields over the tiny model below; every feature alone and all at once
     "dense": {"sinks": False},
     "sinks": {},
@@ -132,6 +130,17 @@ def test_rmsnorm_is_x_over_its_root_mean_square():
     close(norm(x), x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight)
 
 
+@pytest.mark.parametrize("dtype,tol", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_the_fused_rmsnorm_equals_torchs_in_value_and_gradients(dtype, tol):
+    """On a slice too, as queries and keys are; rows of tiny values show the eps."""
+    inputs = [(randn(3, 5, 6, 8).to(dtype) * torch.tensor([1.0, 1e-4, 50.0]).view(3, 1, 1, 1)).requires_grad_(), randn(8, seed=4).to(dtype).requires_grad_()]
+    dout = randn(3, 5, 2, 8, seed=5).to(dtype)
+    ours, theirs = (f(inputs[0][:, :, 2:4], inputs[1]) for f in (FusedRMSNorm.apply, lambda x, w: F.rms_norm(x, (8,), w, eps=EPS)))
+    close(ours, theirs, tol)
+    for got, wanted in zip(torch.autograd.grad(ours, inputs, dout), torch.autograd.grad(theirs, inputs, dout)):
+        close(got / wanted.abs().max(), wanted / wanted.abs().max(), tol)
+
+
 @pytest.mark.parametrize("shift", [1, 1000, 1_000_000])
 def test_rope_scores_depend_on_relative_positions_only(shift):
     """Packing, left padding and the rolling cache all shift positions and rely on it, however far a stream has run."""
@@ -245,17 +254,6 @@ def test_gqa_equals_mha_with_repeated_key_and_value_heads(K, sinks):
     close(gqa(ids(2, 9)), mha(ids(2, 9)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Decoding with a cache
-
-def naive(model, prompt, n, stop=()):
-    """Greedy decoding without a cache: the whole text again for every token."""
-    text = list(prompt)
-    while len(text) < len(prompt) + n and not (len(text) > len(prompt) and text[-1] in stop):
-        text.append(int(model(torch.tensor([text]))[0, -1].argmax()))
-    return text[len(prompt):]
-
-
 @torch.no_grad()
 def cached(model, idx, slots, pieces):
     """Hidden states of idx fed to a cache in pieces of these lengths."""
@@ -286,87 +284,6 @@ def test_a_rolling_cache_is_a_sliding_window_of_its_slots(fields, n_layer):
         assert not torch.allclose(rolled, model.hidden(idx), atol=1e-3), "the cache did not roll"
 
 
-PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5], [3, 5, 8, 9, 7, 9], [31, 41, 5, 9]]
-
-
-@variants
-def test_ragged_greedy_generation_equals_naive_decoding_of_each_prompt(fields):
-    """Left padding, the cache and the other rows of the batch must leave no trace in a row."""
-    model = tiny(seed=5, **fields)
-    want = [naive(model, prompt, 8) for prompt in PROMPTS]
-    assert generate(model, PROMPTS, 8, **GREEDY) == want
-    assert len({tuple(w) for w in want}) > 1, "all prompts go on alike: the test sees nothing"
-
-
-@pytest.mark.parametrize("n_layer", [1, 2])
-def test_generation_beyond_the_cache_equals_a_windowed_model(n_layer):
-    """slots bounds memory: what a row still sees are its own last `slots` tokens, whatever the padding before them."""
-    model, window = tiny(seed=5, n_layer=n_layer), tiny(seed=5, n_layer=n_layer, sliding_window=4)
-    want = [naive(window, prompt[-4:], 12) for prompt in PROMPTS]
-    assert generate(model, PROMPTS, 12, slots=4, **GREEDY) == want
-
-
-def test_generation_runs_past_seq_len_with_the_last_seq_len_tokens():
-    """The default cache is never longer than the training context; beyond it the oldest tokens go."""
-    model, window = tiny(seed=5, seq_len=8), tiny(seed=5, seq_len=8, sliding_window=8)
-    assert generate(model, [PROMPTS[0]], 20, **GREEDY) == [naive(window, PROMPTS[0], 20)]
-
-
-def test_generation_ends_a_row_at_its_first_stop_id():
-    """Rows end at different steps and are dropped from the batch; the rest must not notice, and the stop id is kept."""
-    model = tiny(seed=5)
-    free = [naive(model, prompt, 12) for prompt in PROMPTS]
-    stop = (free[0][1], free[3][5], free[4][8])
-    want = [naive(model, prompt, 12, stop) for prompt in PROMPTS]
-    assert len({len(w) for w in want}) > 2, "the rows end alike: the test sees nothing"
-    assert generate(model, PROMPTS, 12, stop, **GREEDY) == want
-
-
-def test_generation_reports_every_id_once_and_in_order():
-    """on_token streams: what it is told, row by row, is what is returned, nothing after a stop."""
-    model, seen = tiny(seed=5), [[] for _ in PROMPTS]
-    stop = (naive(model, PROMPTS[0], 3)[2],)
-    out = generate(model, PROMPTS, 7, stop, on_token=lambda row, token: seen[row].append(token), **GREEDY)
-    assert seen == out and max(map(len, out)) == 7 and len(out[0]) <= 3
-
-
-@pytest.mark.parametrize("n", [0, 1, 5])
-def test_generation_gives_max_new_tokens_ids(n):
-    """Neither one more nor one less, down to none."""
-    assert [len(out) for out in generate(tiny(), PROMPTS, n, **GREEDY)] == [n] * len(PROMPTS)
-
-
-def test_generation_of_a_row_does_not_depend_on_its_batch():
-    """Best-of-N and evaluation batch freely: a result that moved with the batch would not be reproducible."""
-    model = tiny(seed=5, n_kv_head=2)
-    together = generate(model, PROMPTS, 8, **GREEDY)
-    assert [generate(model, [prompt], 8, **GREEDY)[0] for prompt in PROMPTS] == together
-    assert generate(model, PROMPTS[::-1], 8, **GREEDY) == together[::-1]
-    assert generate(model, [], 8, **GREEDY) == []
-
-
-def test_generation_repeats_with_the_seed():
-    """A sampled evaluation must be repeatable."""
-    model = tiny(seed=5)
-    runs = [generate(model, PROMPTS, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
-    assert runs[0] == runs[1] != runs[2]
-
-
-def test_generation_leaves_the_prompts_alone():
-    """They are the caller's lists."""
-    prompts = copy.deepcopy(PROMPTS)
-    generate(tiny(), prompts, 3, slots=4, **GREEDY)
-    assert prompts == PROMPTS
-
-
-@pytest.mark.parametrize("sinks", [True, False], ids=["sinks", "no_sinks"])
-def test_generation_works_under_autocast(sinks):
-    """Queries are then bfloat16 while the cache has the dtype of the weights."""
-    with torch.autocast("cpu", torch.bfloat16):
-        out = generate(tiny(dtype=torch.float32, sinks=sinks), PROMPTS, 3, **GREEDY)
-    assert [len(row) for row in out] == [3] * len(PROMPTS)
-
-
 def test_cache_memory_does_not_grow_with_the_text():
     """Streaming is constant in memory: 50 tokens through 5 slots store 5."""
     model = tiny(n_layer=1)
@@ -375,68 +292,6 @@ def test_cache_memory_does_not_grow_with_the_text():
         model.hidden(ids(1, 1, seed=t), cache=cache)
     assert cache.k.shape == cache.v.shape == (1, 1, 4, 5, 8)
     assert sorted(cache.pos.tolist()) == [45, 46, 47, 48, 49]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling
-
-def test_temperature_zero_and_top_k_one_are_argmax():
-    """Both are greedy decoding."""
-    logits = randn(40, 50)
-    assert torch.equal(sample(logits, temperature=0), logits.argmax(-1))
-    assert torch.equal(sample(logits, top_k=1), logits.argmax(-1))
-
-
-def drawn(logits, n: int = 3000, **sampling) -> set[int]:
-    many = torch.tensor(logits).expand(n, len(logits))
-    return set(sample(many, generator=torch.Generator().manual_seed(0), **sampling).tolist())
-
-
-@pytest.mark.parametrize("top_p, kept", [(0.05, {2}), (0.49, {2}), (0.51, {2, 0}), (0.79, {2, 0}), (0.81, {2, 0, 3}),
-                                         (0.96, {0, 1, 2, 3}), (1.0, {0, 1, 2, 3})])
-def test_top_p_keeps_the_smallest_set_of_that_probability(top_p, kept):
-    """By hand: probabilities .30 .05 .50 .15; sorted and summed .50 .80 .95 1."""
-    assert drawn([math.log(p) for p in (0.30, 0.05, 0.50, 0.15)], top_p=top_p) == kept
-
-
-def test_top_p_zero_keeps_the_most_likely_id():
-    """The limit of a small top_p is greedy, and no distribution is empty."""
-    assert drawn([math.log(p) for p in (0.30, 0.05, 0.50, 0.15)], top_p=0.0) == {2}
-
-
-def test_top_k_keeps_the_k_most_likely_and_their_proportions():
-    """What is left is renormalised, not made uniform: .5 and .3 become .625 and .375."""
-    logits = torch.tensor([0.30, 0.05, 0.50, 0.15]).log().expand(20000, 4)
-    got = sample(logits, top_k=2, generator=torch.Generator().manual_seed(0)).bincount(minlength=4) / 20000
-    assert got[1] == got[3] == 0 and abs(got[2] - 0.625) < 0.015  # 4 standard errors of 0.0034
-    assert drawn([0.0, 1.0, 2.0], top_k=99) == {0, 1, 2}
-
-
-def test_temperature_divides_the_logits():
-    """At temperature 2 the odds of 4 : 1 become 2 : 1."""
-    got = sample(torch.tensor([math.log(4.0), 0.0]).expand(20000, 2), temperature=2.0, generator=torch.Generator().manual_seed(0))
-    assert abs((got == 0).float().mean() - 2 / 3) < 0.015
-
-
-def test_the_same_generator_seed_gives_the_same_ids():
-    """And the global random state plays no part."""
-    logits = randn(64, 50)
-    first = sample(logits, generator=torch.Generator().manual_seed(3))
-    torch.manual_seed(99)
-    assert torch.equal(first, sample(logits, generator=torch.Generator().manual_seed(3)))
-    assert not torch.equal(first, sample(logits, generator=torch.Generator().manual_seed(4)))
-
-
-def test_padded_ids_are_never_sampled_nor_predicted():
-    """The vocabulary is padded to 128 for speed; ids from vocab_size on belong to no token, so they must not exist."""
-    model = tiny(vocab_size=50)
-    with torch.no_grad():
-        model.embed.weight[50:] = 100 * randn(78, 32)  # would win every softmax
-    logits = model(ids(1, 4))
-    assert model.embed.weight.shape == (128, 32) and logits.shape == (1, 4, 50)
-    drawn_ids = sample(logits[0, -1:].expand(2000, 50), temperature=100.0, generator=torch.Generator().manual_seed(0))
-    assert drawn_ids.max() < 50 and len(drawn_ids.unique()) > 25
-    assert max(map(max, generate(model, PROMPTS, 8, temperature=100.0))) < 50
 
 
 # ---------------------------------------------------------------------------------------------------------------------
