@@ -1,4 +1,4 @@
-"""The verifier on the toy world."""
+"""The verifier on the toy world: 4 samples of each of 2,000 problems that SFT never saw."""
 mode = "verifier"
 out_dir = "out/toy/verifier"
 init_from = "out/toy/dpo"
@@ -6,8 +6,8 @@ n_problems = 2000
 n_samples = 4
 batch_tokens = 4096
 micro_batch = 32
-max_steps = 120
+max_steps = 150
 muon_lr = 0.003
 learning_rate = 1e-3
-eval_interval = 60
-save_interval = 60
+eval_interval = 75
+save_interval = 75
