@@ -218,11 +218,15 @@ def solve(model: GPT, tokenizer, problems: list[dict], n: int, temperature: floa
     return rows
 
 
+def with_prompts(rows: list[dict], tokenizer) -> list[tuple[list[int], dict]]:
+    """(ids of prompt and solution, the solution) of every solution."""
+    return [(data.render_prompt(data.user(row["question"]), tokenizer) + s["ids"], s) for row in rows for s in row["solutions"]]
+
+
 @torch.no_grad()
 def score_solutions(verifier: GPT, tokenizer, rows: list[dict], batch: int = 128) -> None:
     """Write the verifier's logit at the last token of every solution into it as "score"."""
-    items = [(data.render_prompt(data.user(row["question"]), tokenizer) + s["ids"], s) for row in rows for s in row["solutions"]]
-    items.sort(key=lambda item: len(item[0]))
+    items = sorted(with_prompts(rows, tokenizer), key=lambda item: len(item[0]))
     device = verifier.embed.weight.device
     for first in range(0, len(items), batch):
         part = items[first:first + batch]
@@ -234,13 +238,20 @@ def score_solutions(verifier: GPT, tokenizer, rows: list[dict], batch: int = 128
             s["score"] = float(scores[row, len(ids) - 1])
 
 
+def likelihoods(model: GPT, tokenizer, rows: list[dict]) -> None:
+    """Write the log-likelihood of every solution under the model that made it into it as "loglik"."""
+    items = with_prompts(rows, tokenizer)
+    for (_, s), nll in zip(items, windows_nll(model, [(ids, len(s["ids"])) for ids, s in items], 128)):
+        s["loglik"] = -nll
+
+
 def choose(solutions: list[dict], how: str) -> bool:
     """Whether the answer chosen from the solutions is right. oracle: any is; majority: the most common answer (first seen wins a
-    tie); best_of: the highest score; weighted: the answer with the largest sum of sigmoid(score)."""
+    tie); likelihood: the likeliest; best_of: the highest score; weighted: the answer with the largest sum of sigmoid(score)."""
     if how == "oracle":
         return any(s["correct"] for s in solutions)
-    if how == "best_of":
-        return max(solutions, key=lambda s: s["score"])["correct"]
+    if how in CHOSEN_BY:
+        return max(solutions, key=lambda s: s[CHOSEN_BY[how]])["correct"]
     votes = Counter()
     for s in solutions:
         votes[final_answer(s["text"])] += 1.0 if how == "majority" else (1 + math.tanh(s["score"] / 2)) / 2
@@ -372,19 +383,27 @@ def tales(bench: Bench, stage: str) -> list[dict]:
     return [{"metric": metric, "protocol": "sampled", **proportion(values)} for metric, values in flags.items()]
 
 
+CHOSEN_BY = {"likelihood": "loglik", "best_of": "score"}  # the highest of which field of a solution
+RERANKERS = ("majority", "likelihood", "weighted", "best_of", "oracle")
+
+
+def auc_interval(rows: list[dict], key: str) -> dict:
+    """AUC of a field of the solutions; 95 % interval by 200 bootstrap draws of problems."""
+    of = lambda numbers: auc(*zip(*((s[key], s["correct"]) for i in numbers for s in rows[i]["solutions"])))
+    draws = np.random.default_rng(0).integers(0, len(rows), (200, len(rows)))
+    low, high = np.nanquantile([of(draw) for draw in draws], [0.025, 0.975])
+    return {"value": of(range(len(rows))), "low": float(low), "high": float(high), "n": sum(len(row["solutions"]) for row in rows)}
+
+
 def rerank(bench: Bench, stage: str) -> list[dict]:
-    """Majority, verifier and oracle over the first k of the same n_samples solutions, for k = 1, 2, 4, ...; and the AUC."""
+    """Ways to choose among the first k of the same n_samples solutions, for k = 1, 2, 4, ...; and the AUC of the two scores."""
     rows = bench.solutions(stage, bench.cfg.n_samples, bench.cfg.temperature)
     score_solutions(bench.model("verifier"), bench.tokenizer, rows)
-    solutions = [s for row in rows for s in row["solutions"]]
-    value = auc([s["score"] for s in solutions], [s["correct"] for s in solutions])
-    draws = np.random.default_rng(0).integers(0, len(rows), (200, len(rows)))  # bootstrap over problems
-    samples = [auc(*zip(*((s["score"], s["correct"]) for i in draw for s in rows[i]["solutions"]))) for draw in draws]
-    low, high = np.nanquantile(samples, [0.025, 0.975])
-    results = [{"metric": "auc", "protocol": "last_token", "value": value, "low": float(low), "high": float(high), "n": len(solutions)}]
+    likelihoods(bench.model(stage), bench.tokenizer, rows)
+    results = [{"metric": "auc", "protocol": how, **auc_interval(rows, key)} for how, key in CHOSEN_BY.items()]
     k = 1
     while k <= bench.cfg.n_samples:
-        for how in ("majority", "best_of", "weighted", "oracle"):
+        for how in RERANKERS:
             results.append({"metric": "exact_match", "protocol": f"{how}@{k}", **proportion(choose(row["solutions"][:k], how) for row in rows)})
         k *= 2
     return results

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import configurator
 import data
 from configurator import UserError
-from eval import STAGES, read_results
+from eval import RERANKERS, STAGES, read_results
 
 
 @dataclass
@@ -63,10 +63,9 @@ def rerank_table(results: list[dict]) -> str:
     ks = sorted({int(row["protocol"].partition("@")[2]) for row in results if row["task"] == "rerank" and "@" in row["protocol"]})
     rows = [[f"{how}, samples = {k}", number(find(results, task="rerank", protocol=f"{how}@{k}"))] for k in ks[-1:] for how in RERANKERS]
     stage = find(results, task="rerank")["model"]
-    return table(["way to answer", "exact match"], [[f"greedy ({stage})", number(find(results, task="problems", model=stage, metric="exact_match"))], *rows])
-
-
-RERANKERS = {"majority": "tab:blue", "weighted": "tab:green", "best_of": "tab:orange", "oracle": "tab:gray"}
+    aucs = [[f"AUC of {name}, n = {row['n']} solutions", f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"] for name, row in
+            ((name, find(results, task="rerank", metric="auc", protocol=how)) for how, name in (("likelihood", "the likelihood"), ("best_of", "the verifier"))) if row]
+    return table(["way to answer", "exact match"], [[f"greedy ({stage})", number(find(results, task="problems", model=stage, metric="exact_match"))], *rows, *aucs])
 
 
 def plot_loss(folder: str, stage: str) -> str | None:
@@ -85,7 +84,7 @@ def plot_loss(folder: str, stage: str) -> str | None:
 
 def plot_rerank(folder: str, results: list[dict]) -> str:
     figure, axes = plt.subplots(figsize=(6, 3.5))
-    for how, color in RERANKERS.items():
+    for how, color in zip(RERANKERS, ("tab:blue", "tab:red", "tab:green", "tab:orange", "tab:gray")):
         rows = [find(results, task="rerank", protocol=p) for p in dict.fromkeys(r["protocol"] for r in results) if p.startswith(how + "@")]
         rows.sort(key=lambda r: int(r["protocol"].partition("@")[2]))
         k = [int(r["protocol"].partition("@")[2]) for r in rows]
@@ -151,9 +150,8 @@ def write_report(folder: str, n_samples: int) -> str:
              f"{last['device']}, {last['date']}. Every number comes from results*.jsonl and metrics.jsonl in this folder; brackets are 95 % intervals.",
              "## What each stage brought", stage_table(results)]
     if find(results, task="rerank"):
-        parts += ["## The verifier", rerank_table(results), f"AUC of the verifier on these solutions: {find(results, task='rerank', metric='auc')['value']:.3f} "
-                  f"[{find(results, metric='auc')['low']:.3f}, {find(results, metric='auc')['high']:.3f}], n = {find(results, metric='auc')['n']} solutions. "
-                  "oracle counts a problem as solved when any sample is right: no choice among them can do better.", f"![]({plot_rerank(folder, results)})"]
+        parts += ["## The verifier", rerank_table(results), "majority: the most common answer; likelihood: the solution that the model itself finds likeliest; weighted: votes "
+                  "weighted by the verifier; best of: the verifier's first choice; oracle counts a problem as solved when any sample is right: no choice among them can do better.", f"![]({plot_rerank(folder, results)})"]
     texts = [row for row in results if row["task"] == "text_perplexity"]
     if texts:
         keys = list(dict.fromkeys((r["model"], r["split"]) for r in texts))

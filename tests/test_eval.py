@@ -275,6 +275,17 @@ def test_majority_takes_the_most_common_answer_and_counts_no_answer_for_nothing(
     assert choose(solution("1,000", True), solution(8), solution("1000", True))
 
 
+def test_likelihood_takes_the_likeliest_and_is_the_models_own():
+    """What the model itself would choose: the row that a verifier must beat."""
+    assert evaluation.choose([{"loglik": -3.0, "correct": False}, {"loglik": -1.0, "correct": True}], "likelihood")
+    model, rows = tiny(seed=4), [{"question": "q", "solutions": [{"ids": [*b"ab", END]}, {"ids": [*b"c"]}]}]
+    evaluation.likelihoods(model, BYTE, rows)
+    for s in rows[0]["solutions"]:
+        ids = torch.tensor([USER, *b"q", END, ASSISTANT, *s["ids"]])
+        logp = model(ids[None])[0].log_softmax(-1)[torch.arange(len(ids) - 1), ids[1:]]
+        assert s["loglik"] == pytest.approx(logp[-len(s["ids"]):].sum().item(), abs=1e-4)
+
+
 def test_best_of_takes_the_highest_score():
     """The score decides alone, not the number of votes."""
     assert evaluation.choose([solution(8, score=1), solution(8, score=1), solution(7, True, score=2)], "best_of")
@@ -450,7 +461,7 @@ def test_the_baselines_are_the_trivial_answers(finished):
 def test_reranking_of_one_sample_is_the_same_by_any_way(finished):
     """With k = 1 there is no choice; with more, nothing beats the oracle."""
     rows = {row["protocol"]: row["value"] for row in evaluation.read_results(str(finished[0])) if row["task"] == "rerank"}
-    assert set(rows) == {"last_token", *(f"{how}@{k}" for how in ("majority", "best_of", "weighted", "oracle") for k in (1, 2))}
+    assert set(rows) == {"likelihood", "best_of", *(f"{how}@{k}" for how in evaluation.RERANKERS for k in (1, 2))}
     assert rows["best_of@1"] == rows["oracle@1"] >= rows["majority@1"]
     assert all(rows[f"{how}@2"] <= rows["oracle@2"] for how in ("majority", "best_of", "weighted"))
 
