@@ -527,7 +527,7 @@ class DataConfig:
     tokenizer: str = "gpt2"  # of pretraining shards: byte, gpt2 or the path of a ranks file; the toy world has its own
     seed: int = 0  # of the toy world
     toy_stories: int = 24000  # toy world: pretraining documents
-    toy_problems: int = 8000  # toy world: word problems to learn from
+    toy_problems: int = 2000  # toy world: word problems to learn from; few enough that held-out ones stay hard
 
     def __post_init__(self):
         if self.stage not in (*STAGES, "all"):

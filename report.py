@@ -160,7 +160,7 @@ def write_report(folder: str, n_samples: int) -> str:
     parts += ["## Loss of each stage", *(f"![]({name})" for name in (plot_loss(folder, stage) for stage in STAGES) if name)]
     shown = samples(folder, n_samples)
     parts += ["## The same problems at every stage", shown] if shown else []
-    hashes = {row["stage"]: row["weights_hash"] for row in results}
+    hashes = {row["stage"]: row["weights_hash"] for row in results} | {"verifier": row["verifier_hash"] for row in results if "verifier_hash" in row}
     parts += ["## Cost", cost_table(folder), "## Weights", table(["stage", "sha256 of the weights"], [[k, v] for k, v in hashes.items()])]
     path = os.path.join(folder, "report.md")
     data.write_atomic(path, lambda f: f.write(("\n\n".join(parts) + "\n").encode()))

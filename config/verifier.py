@@ -7,6 +7,7 @@ n_samples = 4
 batch_tokens = 4096
 micro_batch = 32
 max_steps = 150
+momentum = 0.9
 muon_lr = 0.003
 learning_rate = 1e-3
 eval_interval = 75

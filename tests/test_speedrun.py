@@ -48,7 +48,7 @@ def hand_made(scale: float = 1.0, n: int = 40) -> list[dict]:
     rows += [row("text_perplexity", "dpo", "perplexity", protocol, value * s, n=n + 4, split="wiki")
              for protocol, value in (("tokens", 33.1), ("words", 71.7))]
     rows += [row("text_perplexity", "dpo", "bits_per_byte", "bpb", 1.834 * s, n=n + 4, split="wiki")]
-    rows += [row("rerank", "dpo", "auc", how, value * s, n=n + 5) for how, value in (("likelihood", 0.641), ("best_of", 0.692))]
+    rows += [row("rerank", "dpo", "auc", how, value * s, n=n + 5, verifier_hash="hash-verifier") for how, value in (("likelihood", 0.641), ("best_of", 0.692))]
     rows += [row("rerank", "dpo", "exact_match", f"{how}@{k}", value * s + k / 100, n=n + 6) for k in (1, 2, 4)
              for how, value in (("majority", 0.214), ("likelihood", 0.225), ("weighted", 0.236), ("best_of", 0.258), ("oracle", 0.399))]
     return rows
@@ -87,7 +87,7 @@ def test_the_report_shows_the_values_of_the_files(tmp_path, no_plots):
     for shown in ("5.5610 [5.5110, 5.5860]", "1.3720 [1.3220, 1.3970]", "41.7 % [36.7, 44.2]", "63.3 % [58.3, 65.8]",
                   "77.7 % [72.7, 80.2]", "48.1 % [43.1, 50.6]", "86.1 % [81.1, 88.6]",
                   "33.10 [33.05, 33.12]", "71.70 [71.65, 71.73]", "1.8340 [1.7840, 1.8590]", "AUC of the verifier, n = 45 solutions | 0.692 [0.642, 0.717]", "0.641 [0.591, 0.666]", "43.9 % [38.9, 46.4]", "How many?", "dpo: it is 7",
-                  "hash-pretrain", "abc1234", "6.80M", "3.30e+11", "8,111"):
+                  "hash-pretrain", "hash-verifier", "abc1234", "6.80M", "3.30e+11", "8,111"):
         assert shown in text, shown
 
 
