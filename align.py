@@ -347,7 +347,17 @@ class Verifier(PackedTask):
                         f"{oracle:.1%} of the problems have a right one")
             if oracle < 0.02 or sum(labels) == len(labels):
                 ranks.print("verifier: NOTE there is (nearly) nothing to rerank: the solutions are all wrong, or all right")
+            if split == "train":
+                self.scale_scores(model.to(ranks.device), tokenizer, rows[:256])
         self.pack_splits(cfg, documents, tokenizer)
+
+    @staticmethod
+    @torch.no_grad()
+    def scale_scores(model: GPT, tokenizer, rows: list[dict]):
+        """Log-likelihoods of long solutions spread over tens of nats: let the scores, their multiples, begin with a deviation of at most 2."""
+        evaluation.likelihoods(model, tokenizer, rows)
+        spread = torch.tensor([s["loglik"] for row in rows for s in row["solutions"]]).std(correction=0)
+        model.score_loglik.fill_(1 / max(1.0, float(spread) / 2))
 
     @staticmethod
     def document(question: str, solution: list[int], lm: int, label: int, tokenizer) -> dict:
@@ -359,7 +369,8 @@ class Verifier(PackedTask):
     def solutions(self, model: GPT, tokenizer, problems: list[dict], split: str, ranks: Ranks) -> list[dict]:
         """Problems with their sampled solutions, from the run folder or made now by all ranks together."""
         cfg = self.cfg
-        key = fingerprint([weights_hash(model.state_dict()), problems, cfg.n_samples, cfg.temperature, cfg.max_new_tokens, cfg.seed])
+        trunk = {name: x for name, x in model.state_dict().items() if not name.startswith("score")}
+        key = fingerprint([weights_hash(trunk), problems, cfg.n_samples, cfg.temperature, cfg.max_new_tokens, cfg.seed])
         path = os.path.join(cfg.out_dir, f"samples_{split}_{key}.jsonl")
         if not os.path.exists(path):
             model.to(ranks.device)

@@ -595,6 +595,21 @@ def test_the_score_head_is_the_only_new_parameter(tmp_path):
     torch.testing.assert_close(alone(model, [1, 2, 3, 4], 2)[2:], wanted)
 
 
+def test_the_scores_of_long_solutions_begin_small(tmp_path, monkeypatch):
+    """Log-likelihoods of -100 taken as logits would be a loss of 100 for every right solution; narrow ones are taken as they are."""
+    monkeypatch.setattr(evaluation, "generate", canned(["#### 1", "a much longer way to the answer, with words and words\n#### 2"]))
+    model = tiny(score_head=True)
+    model.score.weight.data.zero_()
+    task = build(config(tmp_path, "verifier", n_samples=2, seq_len=128), model)
+    solutions = [(d["ids"][:-1], sum(label >= 0 for label in d["labels"])) for d in task.train.documents if max(d["labels"]) >= 0]
+    scores = torch.tensor([alone(model, ids, len(ids) - n)[-1].item() for ids, n in solutions])
+    assert scores.std(correction=0).item() == pytest.approx(2.0, abs=0.01)
+    monkeypatch.setattr(evaluation, "generate", canned(["#### 1", "#### 2"]))
+    fresh = GPT(tiny(score_head=True).cfg)  # every id is about equally likely
+    build(config(tmp_path, "verifier", n_samples=2, seq_len=128), fresh)
+    assert fresh.score_loglik.item() == 1
+
+
 @pytest.mark.parametrize("texts,said", [(["no"], True), (["#### 1", "#### 2", "#### 3", "#### 4", "#### 5", "#### 6"], False)])
 def test_nothing_to_rerank_is_said_aloud(tmp_path, monkeypatch, capsys, texts, said):
     """With no right sample at all (or only right ones) no verifier can help, and the user should hear it before the training."""
