@@ -400,7 +400,8 @@ def rerank(bench: Bench, stage: str) -> list[dict]:
     rows = bench.solutions(stage, bench.cfg.n_samples, bench.cfg.temperature)
     score_solutions(bench.model("verifier"), bench.tokenizer, rows)
     likelihoods(bench.model(stage), bench.tokenizer, rows)
-    results = [{"metric": "auc", "protocol": how, **auc_interval(rows, key)} for how, key in CHOSEN_BY.items()]
+    kinds = {s["correct"] for row in rows for s in row["solutions"]}
+    results = [{"metric": "auc", "protocol": how, **auc_interval(rows, key)} for how, key in CHOSEN_BY.items() if len(kinds) == 2]
     k = 1
     while k <= bench.cfg.n_samples:
         for how in RERANKERS:

@@ -487,10 +487,16 @@ class GPT(nn.Module):
     def logprobs(self, x, targets):
         """log p(target) at every position (B, T); 0 where target < 0."""
         flat, target = x.flatten(0, -2), targets.flatten()
+        supervised = target >= 0
+        chosen = supervised if not torch.compiler.is_compiling() else slice(None)  # as in nll
+        flat, target = flat[chosen], target[chosen].clamp(min=0)
         rows = row_chunks(len(flat), self.cfg.padded_vocab)
-        parts = [checkpoint(chunk_logprobs, h, self.head.weight, t.clamp(min=0), self.cfg.vocab_size, use_reentrant=False)
+        parts = [checkpoint(chunk_logprobs, h, self.head.weight, t, self.cfg.vocab_size, use_reentrant=False)
                  for h, t in zip(flat.split(rows), target.split(rows))]
-        return (torch.cat(parts) * (target >= 0)).view(targets.shape)
+        logp = torch.cat(parts)
+        if torch.compiler.is_compiling():
+            return (logp * supervised).view(targets.shape)
+        return logp.new_zeros(targets.numel()).masked_scatter(supervised, logp).view(targets.shape)
 
     def scores(self, x, idx, solution):
         """Verifier scores (B, T) in float32: a linear function of the hidden states x (B, T, C), plus score_loglik times the
