@@ -24,7 +24,8 @@ import eval as evaluation
 from checkpoint import checkpoint_files, load_checkpoint, model_from, weights_hash
 from configurator import UserError
 from model import GPT
-from train import PREEMPTED, LoopConfig, Ranks, is_done, train
+from ranks import Ranks
+from train import PREEMPTED, LoopConfig, is_done, train
 
 
 @dataclass

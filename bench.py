@@ -69,7 +69,8 @@ SHAPES = {"char": Shape(6, 384, 6, 256, 12, 65), "gpt2": Shape(4, 256, 4, 256, 8
 
 class Ours:
     def __init__(self, cfg: BenchConfig, shape: Shape, optimizer: str = "adamw", **fields):
-        self.model = GPT(ModelConfig(vocab_size=shape.vocab, seq_len=shape.seq_len, n_layer=shape.n_layer, n_head=shape.n_head, d_model=shape.d_model, **fields))
+        self.model = GPT(ModelConfig(vocab_size=shape.vocab, seq_len=shape.seq_len, n_layer=shape.n_layer, n_head=shape.n_head,
+                                     d_model=shape.d_model, **fields))
         self.optimizers = make_optimizers(self.model.to(cfg.device), TrainConfig(optimizer=optimizer))
 
     def loss(self, idx, targets):
@@ -115,7 +116,8 @@ class NanoChat:
         from nanochat.engine import KVCache
         cfg, model = self.model.config, self.model.eval()
         with torch.inference_mode():
-            cache = KVCache(len(prompts), cfg.n_kv_head, len(prompts[0]) + n, cfg.n_embd // cfg.n_head, cfg.n_layer, model.get_device(), next(model.parameters()).dtype)
+            cache = KVCache(len(prompts), cfg.n_kv_head, len(prompts[0]) + n, cfg.n_embd // cfg.n_head, cfg.n_layer, model.get_device(),
+                            next(model.parameters()).dtype)
             ids = torch.tensor(prompts, device=model.get_device())
             for _ in range(n):
                 logits = model(ids, kv_cache=cache)[:, -1]
@@ -246,7 +248,7 @@ def print_memory(system: str, shape: str, argv: list[str]) -> None:
 
 def bench_generate(cfg: BenchConfig, name: str, shape: Shape) -> list[dict]:
     built = {system: SYSTEMS[system](cfg, shape) for system in systems(cfg) if "Muon" not in system}
-    rows = []
+    n, rows = min(cfg.new_tokens, shape.seq_len - 16), []
     for batch in (1, 8):
         prompts = torch.randint(shape.vocab, (batch, 16)).tolist()
         times = {system: [] for system in built}
@@ -255,10 +257,10 @@ def bench_generate(cfg: BenchConfig, name: str, shape: Shape) -> list[dict]:
                 sync(cfg)
                 began = time.perf_counter()
                 with torch.no_grad():
-                    it.generate(prompts, min(cfg.new_tokens, shape.seq_len - 16))
+                    it.generate(prompts, n)
                 sync(cfg)
                 times[system].append(time.perf_counter() - began)
-        rows += [{"system": system, "batch": batch, "tokens_per_s": batch * min(cfg.new_tokens, shape.seq_len - 16) / statistics.median(t)} for system, t in times.items()]
+        rows += [{"system": system, "batch": batch, "tokens_per_s": batch * n / statistics.median(t)} for system, t in times.items()]
     return rows
 
 

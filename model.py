@@ -429,6 +429,7 @@ class GPT(nn.Module):
             self.head.weight = self.embed.weight
         self.score = nn.Linear(cfg.d_model, 1, bias=False) if cfg.score_head else None
         self.score_loglik = nn.Parameter(torch.empty(1)) if cfg.score_head else None
+        self.recompute = False  # in the backward pass, instead of keeping what happens inside the blocks
         self.init_weights()
 
     @torch.no_grad()
@@ -469,7 +470,10 @@ class GPT(nn.Module):
             x = x.to(torch.get_autocast_dtype(idx.device.type))  # the residual stream too is in the compute dtype
         cos, sin = rotary_angles(pos, self.cfg.d_head, self.cfg.rope_base, x.dtype)
         for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, mask, cache, layer)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, mask, cache, layer)
         return self.norm(x)
 
     def logits(self, x):

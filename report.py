@@ -63,9 +63,12 @@ def rerank_table(results: list[dict]) -> str:
     ks = sorted({int(row["protocol"].partition("@")[2]) for row in results if row["task"] == "rerank" and "@" in row["protocol"]})
     rows = [[f"{how}, samples = {k}", number(find(results, task="rerank", protocol=f"{how}@{k}"))] for k in ks[-1:] for how in RERANKERS]
     stage = find(results, task="rerank")["model"]
-    aucs = [[f"AUC of {name}, n = {row['n']} solutions", f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"] for name, row in
-            ((name, find(results, task="rerank", metric="auc", protocol=how)) for how, name in (("likelihood", "the likelihood"), ("best_of", "the verifier"))) if row]
-    return table(["way to answer", "exact match"], [[f"greedy ({stage})", number(find(results, task="problems", model=stage, metric="exact_match"))], *rows, *aucs])
+    for how, name in (("likelihood", "the likelihood"), ("best_of", "the verifier")):
+        auc = find(results, task="rerank", metric="auc", protocol=how)
+        if auc:
+            rows.append([f"AUC of {name}, n = {auc['n']} solutions", f"{auc['value']:.3f} [{auc['low']:.3f}, {auc['high']:.3f}]"])
+    greedy = find(results, task="problems", model=stage, metric="exact_match")
+    return table(["way to answer", "exact match"], [[f"greedy ({stage})", number(greedy)], *rows])
 
 
 def plot_loss(folder: str, stage: str) -> str | None:
@@ -150,8 +153,9 @@ def write_report(folder: str, n_samples: int) -> str:
              f"{last['device']}, {last['date']}. Every number comes from results*.jsonl and metrics.jsonl in this folder; brackets are 95 % intervals.",
              "## What each stage brought", stage_table(results)]
     if find(results, task="rerank"):
-        parts += ["## The verifier", rerank_table(results), "majority: the most common answer; likelihood: the solution that the model itself finds likeliest; weighted: votes "
-                  "weighted by the verifier; best of: the verifier's first choice; oracle counts a problem as solved when any sample is right: no choice among them can do better.", f"![]({plot_rerank(folder, results)})"]
+        parts += ["## The verifier", rerank_table(results), "majority: the most common answer; likelihood: the solution that the model itself "
+                  "finds likeliest; weighted: votes weighted by the verifier; best_of: the verifier's first choice; oracle: solved when any "
+                  "sample is right, which no choice among them can beat.", f"![]({plot_rerank(folder, results)})"]
     texts = [row for row in results if row["task"] == "text_perplexity"]
     if texts:
         keys = list(dict.fromkeys((r["model"], r["split"]) for r in texts))

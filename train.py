@@ -8,14 +8,13 @@ Started again in the same out_dir, a run resumes from its newest good checkpoint
 import json
 import math
 import os
-import signal
+import shutil
 import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -26,10 +25,11 @@ from checkpoint import checkpoint_files, lock, newest_checkpoint, provenance, re
 from configurator import UserError
 from data import write_json
 from model import GPT, ModelConfig
-from optim import lr_at, make_optimizers
+from optim import Muon, lr_at, make_optimizers
+from ranks import Ranks, StopFlag
 
 PREEMPTED = 75  # exit code (EX_TEMPFAIL): saved, run the same command again
-HARMLESS = {"log_interval", "save_interval", "keep", "device", "micro_batch", "compile", "force", "out_dir", "data_dir"}
+HARMLESS = {"log_interval", "save_interval", "keep", "device", "micro_batch", "compile", "recompute", "force", "out_dir", "data_dir"}
 
 
 @dataclass
@@ -44,6 +44,7 @@ class LoopConfig:
     compile: bool | None = None  # torch.compile; None = on CUDA only
     batch_tokens: int = 4096  # tokens per optimizer step, over all ranks and micro-steps
     micro_batch: int = 16  # rows per micro-step and rank
+    recompute: bool = False  # activation checkpointing: each block again in the backward pass, for a third of the memory or less
     max_steps: int = 100  # optimizer steps
     optimizer: str = "muon"  # muon (hidden matrices; the rest AdamW) or adamw
     muon_lr: float = 0.02  # peak learning rate of Muon, for updates of unit spectral norm
@@ -88,82 +89,6 @@ class TrainConfig(LoopConfig, ModelConfig):
 
     def __post_init__(self):
         LoopConfig.__post_init__(self)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes and devices
-
-class Ranks:
-    """This process among the others: rank, world size, device, and the three collectives the loop needs."""
-
-    def __init__(self, device: str, dtype: str = "auto"):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main = self.rank == 0
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        local, found = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if device == "cuda" and local >= found:
-            raise UserError(f"device=cuda: process {local} of this node has no GPU, {found} found. "
-                            f"Use --device=cpu, or --nproc_per_node={max(1, found)}")
-        self.device = torch.device(device, local) if device == "cuda" else torch.device(device)
-        if device == "cuda":
-            torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
-        bf16 = device == "cuda" and torch.cuda.is_bf16_supported() if dtype == "auto" else dtype == "bfloat16"
-        self.dtype = torch.bfloat16 if bf16 else torch.float32
-
-    def __enter__(self):
-        if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        return self
-
-    def __exit__(self, *exception):
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def sum(self, values: list[float]) -> list[float]:
-        """Each value summed over the ranks."""
-        if self.world == 1:
-            return values
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def barrier(self):
-        if self.world > 1:
-            dist.barrier()
-
-    def print(self, text: str):
-        if self.main:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
-
-
-class StopFlag:
-    """SIGTERM or SIGUSR1 asks the loop to save and stop; a further one, 2 s later or more, ends the process at once. (A signal to
-    a whole job reaches torchrun too, which sends it on: the same warning comes twice within milliseconds.)"""
-
-    def __init__(self):
-        self.signal, self.since = None, 0.0
-        self.previous = {}
-
-    def __enter__(self):
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            self.previous[number] = signal.signal(number, self.handle)
-        return self
-
-    def __exit__(self, *exception):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def handle(self, number, frame):
-        if self.signal is None:
-            self.signal, self.since = number, time.monotonic()
-        elif time.monotonic() - self.since > 2:
-            os._exit(128 + number)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,6 +188,7 @@ def run_loop(cfg: LoopConfig, task, model: GPT, ranks: Ranks) -> dict:
     ranks.barrier()
 
     model.to(ranks.device)
+    model.recompute = cfg.recompute
     optimizers = make_optimizers(model, cfg)
     start, best = 0, math.inf
     found = newest_checkpoint(folder, ranks.print)
@@ -292,6 +218,7 @@ def run_loop(cfg: LoopConfig, task, model: GPT, ranks: Ranks) -> dict:
         cut_metrics(metrics_path, start)
         configurator.save(cfg, os.path.join(folder, "config.json"))
         write_json(state_path, {"state": "running", **provenance()})
+        ranks.print(preflight(cfg, task, model, optimizers, ranks))
         ranks.print(f"{task.name}: {model.num_params() / 1e6:.2f}M parameters on {ranks.device} ({str(ranks.dtype)[6:]}"
                     f"{', compiled' if compiled else ''}); one step is {rows_per_step} rows x {task.tokens_per_row} tokens = "
                     f"{rows_per_step * task.tokens_per_row} tokens: {ranks.world} ranks x {len(micro_rows)} micro-steps of up to "
@@ -384,6 +311,36 @@ def run_loop(cfg: LoopConfig, task, model: GPT, ranks: Ranks) -> dict:
     return result
 
 
+def activation_bytes(cfg: ModelConfig, n_tokens: int, width: int, recompute: bool) -> int:
+    """Bytes that the backward pass finds of a forward pass over n_tokens, at `width` bytes a number, eager mode: per token and layer
+    4 C (residual stream and norm, twice), 2 (H + K) D (queries and keys before and after their norm), (H + 2 K) D (what the
+    attention kernel reads), 2 H D (its output) and 4 F (gate, up, silu, product); with recompute C alone and one layer
+    in full; and C for the last norm. Counted as in arXiv 2205.05198; the head's logits are chunked and stay near 64 MB.
+    """
+    hidden = cfg.d_ff if not cfg.n_expert else cfg.d_expert * (cfg.n_expert_active + cfg.shared_expert)
+    layer = 4 * cfg.d_model + (5 * cfg.n_head + 4 * cfg.n_kv_head) * cfg.d_head + 4 * hidden
+    return n_tokens * width * (cfg.d_model + (cfg.n_layer * cfg.d_model + layer if recompute else cfg.n_layer * layer))
+
+
+def preflight(cfg: LoopConfig, task, model: GPT, optimizers, ranks: Ranks) -> str:
+    """What the run will need, in one line. Raises UserError where the disk cannot hold its checkpoints."""
+    n_tokens = max(1, min(cfg.micro_batch, round(cfg.batch_tokens / task.tokens_per_row / ranks.world))) * task.tokens_per_row
+    moments = sum(p.numel() * (1 if isinstance(o, Muon) else 2) for o in optimizers for group in o.param_groups for p in group["params"])
+    saved = 4 * (model.num_params() + moments)  # weights and optimizer state are float32
+    memory = saved + 4 * model.num_params() + activation_bytes(model.cfg, n_tokens, ranks.dtype.itemsize, cfg.recompute)
+    disk, free = saved * (cfg.keep + 2), shutil.disk_usage(cfg.out_dir).free  # the newest, the best, and the one being written
+    held = sum(os.path.getsize(os.path.join(cfg.out_dir, name)) for name in os.listdir(cfg.out_dir) if name.endswith(".pt"))
+    if disk > free + held:
+        raise UserError(f"{cfg.out_dir} has {free / 1e9:.2f} GB free; {cfg.keep + 2} checkpoints of {saved / 1e9:.2f} GB need {disk / 1e9:.2f} GB: "
+                        "free space, or choose another --out_dir")
+    flops = model.flops_per_token()
+    total = flops * cfg.max_steps * cfg.batch_tokens
+    peak = device_peak_flops()
+    hours = f", {total / (0.4 * peak * ranks.world) / 3600:.2f} h at 40 % of the peak" if peak else ""
+    return (f"{task.name}: about {memory / 1e9:.2f} GB of memory per rank ({n_tokens:,} tokens at once), {disk / 1e9:.2f} GB of disk ({free / 1e9:,.0f} GB free); "
+            f"{flops:.2e} FLOPs a token, {total:.2e} in all{hours}")
+
+
 def rows_of_rank(step: int, rows_per_step: int, micro_batch: int, ranks: Ranks) -> list[tuple[int, int]]:
     """(first, end) of this rank's micro-steps; over all ranks they are the step's rows, each once. Ranks get near-equal shares."""
     first = step * rows_per_step + ranks.rank * rows_per_step // ranks.world
@@ -395,6 +352,11 @@ def rows_of_rank(step: int, rows_per_step: int, micro_batch: int, ranks: Ranks) 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
+def device_peak_flops() -> float | None:
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
+
+
 def progress(step, cfg, task, model, totals, units, norm, share, step_s, rows_per_step, skipped) -> dict:
     """The row of metrics.jsonl for a training step. step_s: mean seconds per step since the start, validation excluded."""
     tokens_per_s = rows_per_step * task.tokens_per_row / step_s
@@ -402,9 +364,8 @@ def progress(step, cfg, task, model, totals, units, norm, share, step_s, rows_pe
            "step_ms": step_s * 1e3, "tokens_per_s": tokens_per_s, "tokens": (step + 1) * rows_per_step * task.tokens_per_row,
            "flops": model.flops_per_token() * (step + 1) * rows_per_step * task.tokens_per_row, "eta_s": (cfg.max_steps - step - 1) * step_s}
     if torch.cuda.is_available():
-        peak = [flops for name, flops in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()]
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        row |= {"mfu": tokens_per_s * model.flops_per_token() / peak[0] / world} if peak else {}
+        peak, world = device_peak_flops(), int(os.environ.get("WORLD_SIZE", 1))
+        row |= {"mfu": tokens_per_s * model.flops_per_token() / peak / world} if peak else {}
         row["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
     return row | ({"skipped": skipped} if skipped else {})
 

@@ -24,7 +24,7 @@ from checkpoint import checkpoint_files, load_checkpoint, model_from, save_check
 from configurator import UserError
 from model import GPT, ModelConfig
 from toy import chat
-from train import Ranks
+from ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 BYTE = data.load_tokenizer("byte")

@@ -560,6 +560,19 @@ def test_every_parameter_gets_a_gradient(fields):
     assert [name for name, p in model.named_parameters() if p.grad is None or (p.grad == 0).all()] == []
 
 
+@variants
+def test_recomputed_blocks_give_the_same_loss_and_gradients(fields):
+    """Activation checkpointing changes memory and time, nothing else."""
+    model, idx, targets = tiny(**fields), ids(3, 12), ids(3, 12, seed=9)
+    results = []
+    for model.recompute in (False, True):
+        model.zero_grad()
+        loss = model(idx, targets) + model.balance_loss()
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) == len(results[1]) and all(map(torch.equal, *results))
+
+
 def test_init_weights_refuses_a_parameter_that_it_does_not_know():
     """A new parameter left at its default would go unnoticed."""
     model = GPT(config())

@@ -22,8 +22,9 @@ import train
 from conftest import fails
 from checkpoint import checkpoint_files, lock, newest_checkpoint, read_checkpoint, read_state, weights_hash
 from configurator import UserError
-from model import GPT
-from train import Ranks, TrainConfig, rows_of_rank
+from model import GPT, ModelConfig
+from ranks import Ranks
+from train import TrainConfig, rows_of_rank
 
 ROOT, TESTS = Path(train.__file__).resolve().parent, Path(__file__).resolve().parent
 SMOKE = str(ROOT / "config/smoke.py")
@@ -328,6 +329,46 @@ def test_cuda_without_gpu_is_one_clear_line():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert "\n" not in fails(lambda: Ranks("cuda"), "device=cuda", "0 found", "--device=cpu")
+
+
+@pytest.mark.parametrize("fields", [{}, {"n_kv_head": 2}, {"d_ff": 96}, {"n_layer": 4}], ids=["plain", "gqa", "narrow", "deep"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_estimate_of_activation_memory_is_near_what_autograd_keeps(fields, recompute):
+    """An estimate that nobody compared with the truth is a guess: here every storage that the graph holds is counted once."""
+    model = GPT(ModelConfig(**{"vocab_size": 50, "seq_len": 64, "n_layer": 2, "n_head": 4, "d_model": 64, "d_ff": 192} | fields))
+    idx, kept = torch.randint(50, (8, 64)), {}
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(x):
+        if x.untyped_storage().data_ptr() not in parameters:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    model.recompute = recompute
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model.hidden(idx).sum()
+    measured = sum(storage.nbytes() for storage in kept.values())
+    estimated = train.activation_bytes(model.cfg, idx.numel(), 4, recompute)
+    if recompute:  # the one layer in full exists only in the backward pass
+        estimated = idx.numel() * 4 * (model.cfg.n_layer + 1) * model.cfg.d_model
+    assert 0.7 < measured / estimated < 1.45, (measured, estimated)
+
+
+def test_a_disk_that_cannot_hold_the_checkpoints_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    """Found after hours, the same fact costs hours."""
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    fails(lambda: go(config(tmp_path)), tmp_path, "free", "checkpoints")
+    assert not metrics(tmp_path)
+
+
+def test_the_preflight_line_counts_weights_gradients_and_optimizer(tmp_path, capsys):
+    """4 bytes each: weights, gradients, one moment under Muon, two under AdamW."""
+    cfg = config(tmp_path, optimizer="adamw")
+    model = tiny(cfg)
+    text = train.preflight(cfg, Rows(), model, train.make_optimizers(model, cfg), Ranks("cpu"))
+    wanted = 16 * model.num_params() + train.activation_bytes(model.cfg, 4 * T, 4, False)
+    assert f"about {wanted / 1e9:.2f} GB of memory" in text and f"{4 * 12 * model.num_params() / 1e9:.2f} GB of disk" in text
+    assert f"{model.flops_per_token():.2e} FLOPs a token" in text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
