@@ -335,10 +335,10 @@ class Mixture:
             rows.append(stream.row(index, epoch))
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 
-    def in_order(self, first: int, last: int) -> torch.Tensor:
-        """Validation rows first..last, source after source."""
+    def validation(self, first: int, last: int) -> torch.Tensor:
+        """Validation rows first..last, each once, in one order for all seeds: the first of them are a fair sample of all sources."""
         rows = []
-        for number in range(first, last):
+        for number in permutation(self.n_rows, 0, 0)[first:last]:
             for stream in self.streams:
                 if number < stream.n_rows:
                     rows.append(stream.row(number))

@@ -328,7 +328,7 @@ def val_loss(bench: Bench, stage: str) -> list[dict]:
     """Nats per token on the validation shards; beside it, for the untrained row, the unigram entropy of the same tokens."""
     model = bench.model(stage)
     rows = data.Mixture(bench.cfg.data, bench.cfg.data_dir, "val", model.cfg.seq_len, 0, bench.tokenizer, bench.headerless)
-    ids = rows.in_order(0, min(rows.n_rows, 512)).tolist()
+    ids = rows.validation(0, min(rows.n_rows, 512)).tolist()
     nll, T = windows_nll(model, [(row, len(row) - 1) for row in ids]), model.cfg.seq_len
     results = [{"metric": "val_loss", "protocol": "windows", "split": "val", **ratio(nll, [T] * len(nll))}]
     if stage == "untrained":

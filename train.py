@@ -393,7 +393,7 @@ class Pretrain:
         self.extra = {"tokenizer": tokenizer.spec()}
 
     def batch(self, split: str, first: int, last: int) -> dict:
-        rows = self.train_rows.shuffled(first, last) if split == "train" else self.val_rows.in_order(first, last)
+        rows = self.train_rows.shuffled(first, last) if split == "train" else self.val_rows.validation(first, last)
         return {"idx": rows[:, :-1], "targets": rows[:, 1:]}
 
     def units(self, batch: dict):

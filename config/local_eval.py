@@ -1,10 +1,10 @@
-"""Evaluation of the small local model on WikiText-2, GSM8K and held-out HH-RLHF pairs.
+"""Evaluation of the small local model on WikiText-2 (test), GSM8K and held-out HH-RLHF pairs.
 
     python eval.py config/local_eval.py
 """
 out_dir = "out/local"
 data = "english"
-text = "wikitext-2-valid,wikitext-2"
+text = "wikitext-2"  # the test split; about two minutes a model and text
 problems = "gsm8k-test"
 pairs = "hh-rlhf"
 n_problems = 50  # of 1,319: a model of this size solves none
