@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from configurator import UserError
 from model import GPT, ModelConfig
 from toy import chat
 from ranks import Ranks
+from train import TrainStep
 
 ROOT = Path(__file__).resolve().parent.parent
 BYTE = data.load_tokenizer("byte")
@@ -706,6 +708,24 @@ def metrics(folder: Path) -> list[dict]:
 
 def last_step(folder: Path) -> int:
     return max((row["step"] for row in data.read_metrics(str(folder / "metrics.jsonl"))), default=-1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs a C++ compiler")
+@pytest.mark.parametrize("mode, recompute", [("sft", True), ("dpo", False), ("verifier", False)])
+def test_the_compiled_objective_equals_the_eager_one(tmp_path, monkeypatch, mode, recompute):
+    """The H100 recipes compile forward pass and objective as one module: loss and gradients may not change."""
+    monkeypatch.setattr(evaluation, "generate", canned(["#### 1", "#### 2"]))
+    model = tiny(score_head=mode == "verifier")
+    task = build(config(tmp_path, mode, seq_len=64, n_samples=2, rpo_alpha=1.0), model)
+    model.recompute, batch, found = recompute, task.batch("train", 0, 2), []
+    for step in (TrainStep(model, task), torch.compile(TrainStep(model, task), dynamic=False)):
+        model.zero_grad()
+        objective, _ = step(batch)
+        objective.backward()
+        found.append([objective.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
