@@ -21,7 +21,7 @@ import toy
 from configurator import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-BYTE = data.load_tokenizer("byte")
+TOY = data.load_tokenizer("toy")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,8 +196,8 @@ def prepared(folder: Path) -> list[str]:
     """A tiny toy world and recipes. -> flags for speedrun.py"""
     world = folder / "data" / "toy"
     for split, n in (("train", 60), ("val", 20)):
-        text = "".join(toy.records(toy.story, split, n, 0)).encode()
-        data.write_shard(str(world / f"{split}_000.bin"), np.frombuffer(text, np.uint8).astype("<u4"), BYTE)
+        text = "".join(toy.records(toy.story, split, n, 0))
+        data.write_shard(str(world / f"{split}_000.bin"), np.array(TOY.encode(text), "<u4"), TOY)
         data.write_jsonl(str(world / f"sft_{split}.jsonl"), toy.records(toy.instruction, split, 12, 0))
         data.write_jsonl(str(world / f"dpo_{split}.jsonl"), toy.records(toy.preference, split, 8, 0))
     for split in ("train", "verifier", "val", "test"):
