@@ -10,11 +10,12 @@ has its own optimizer, in its own default form; parameter counts are printed. Re
 import importlib.util
 import json
 import os
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import time
+import types
 from dataclasses import asdict, dataclass
 
 import torch
@@ -113,6 +114,7 @@ class NanoChat:
         return self.model(idx, targets)
 
     def generate(self, prompts, n):
+        sys.modules.setdefault("rustbpe", types.ModuleType("rustbpe"))  # of its tokenizer, which the engine imports and we do not need
         from nanochat.engine import KVCache
         cfg, model = self.model.config, self.model.eval()
         with torch.inference_mode():
@@ -238,7 +240,13 @@ def bench_memory(cfg: BenchConfig, name: str, shape: Shape) -> list[dict]:
 
 def print_memory(system: str, shape: str, argv: list[str]) -> None:
     cfg = configurator.load(BenchConfig, argv)
-    peak = lambda: torch.cuda.max_memory_allocated() / 2**20 if cfg.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    def peak() -> float:
+        if cfg.device == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
+        with open("/proc/self/status") as f:  # getrusage would carry the parent's peak over
+            return int(re.search(r"VmHWM:\s+(\d+) kB", f.read())[1]) / 1024
+
     torch.randn(64, 64).matmul(torch.randn(64, 64))  # thread pools and libraries
     before, trainer = peak(), Trainer(cfg, system, SHAPES[shape])
     for _ in range(3):
