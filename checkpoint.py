@@ -19,7 +19,7 @@ from configurator import UserError
 from data import write_atomic
 from model import GPT, ModelConfig
 
-FORMAT = 1  # of checkpoints
+FORMAT = 2  # of checkpoints; 2: optimizer state by parameter name
 
 
 def weights_hash(state: dict[str, torch.Tensor]) -> str:

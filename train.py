@@ -1,7 +1,7 @@
 """Pretraining, and the one training loop of the project (align.py brings its own tasks to it).
 
     python train.py config/smoke.py                                      # one process, CPU or GPU
-    torchrun --nproc_per_node=4 train.py config/h100_pretrain.py         # the same global batches on 4 GPUs
+    torchrun --nproc_per_node=4 train.py config/h100_pretrain.py         # the same global batches on 4 GPUs; --fsdp for models that outgrow one
 
 Started again in the same out_dir, a run resumes from its newest good checkpoint, bitwise; a finished run is left alone.
 """
@@ -16,12 +16,15 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.nn as nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import configurator
 import data
-from checkpoint import checkpoint_files, lock, newest_checkpoint, provenance, read_state, save_checkpoint
+from checkpoint import FORMAT, checkpoint_files, lock, newest_checkpoint, provenance, read_state, save_checkpoint
 from configurator import UserError
 from data import write_json
 from model import GPT, ModelConfig
@@ -29,7 +32,7 @@ from optim import Muon, lr_at, make_optimizers
 from ranks import Ranks, StopFlag
 
 PREEMPTED = 75  # exit code (EX_TEMPFAIL): saved, run the same command again
-HARMLESS = {"log_interval", "save_interval", "keep", "device", "micro_batch", "compile", "recompute", "force", "out_dir", "data_dir"}
+HARMLESS = {"log_interval", "save_interval", "keep", "device", "micro_batch", "compile", "recompute", "fsdp", "force", "out_dir", "data_dir"}
 
 
 @dataclass
@@ -45,6 +48,7 @@ class LoopConfig:
     batch_tokens: int = 4096  # tokens per optimizer step, over all ranks and micro-steps
     micro_batch: int = 16  # rows per micro-step and rank
     recompute: bool = False  # activation checkpointing: each block again in the backward pass, for a third of the memory or less
+    fsdp: bool = False  # share weights, gradients and optimizer state out among the ranks (FSDP2) instead of copying them (DDP)
     max_steps: int = 100  # optimizer steps
     optimizer: str = "muon"  # muon (hidden matrices; the rest AdamW) or adamw
     muon_lr: float = 0.02  # peak learning rate of Muon, for updates of unit spectral norm
@@ -109,10 +113,14 @@ def evaluate(module, task, cfg: LoopConfig, ranks: Ranks) -> dict[str, float]:
     """Every metric of the task over the validation rows: sums and units are added over batches and ranks, then divided."""
     totals, units = {}, 0
     rows = min(task.n_val_rows, cfg.eval_rows or task.n_val_rows)
-    for first in range(ranks.rank * cfg.micro_batch, rows, ranks.world * cfg.micro_batch):
-        batch = to_device(task.batch("val", first, min(first + cfg.micro_batch, rows)), ranks.device)
+    for start in range(0, rows, ranks.world * cfg.micro_batch):
+        first = start + ranks.rank * cfg.micro_batch
+        idle = first >= rows  # and yet it makes the pass: under FSDP the ranks gather each block's weights together
+        batch = to_device(task.batch("val", *(0, 1) if idle else (first, min(first + cfg.micro_batch, rows))), ranks.device)
         with torch.no_grad(), ranks.autocast():
             _, sums = module(batch)
+        if idle:
+            break
         units += int(task.units(batch))
         for key, value in sums.items():
             totals[key] = totals.get(key, 0.0) + float(value)
@@ -174,6 +182,41 @@ def cut_metrics(path: str, step: int) -> None:
     data.write_jsonl(path, [row for row in data.read_metrics(path) if row["step"] < step])
 
 
+# Weights and optimizer state whole and on the CPU, by name: the same file from one rank, from DDP and from FSDP, for any of them to go on from
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def distribute(module: TrainStep, compiled: bool, rows_per_step: int, cfg: LoopConfig, ranks: Ranks):
+    """The module to call in training: on the device, compiled, its gradients averaged over the ranks."""
+    model = module.model
+    if cfg.fsdp:
+        if ranks.world == 1:
+            raise UserError("--fsdp shares the model out among ranks, and there is one: start it with torchrun --nproc_per_node=2 or more")
+        if rows_per_step % ranks.world:
+            raise UserError(f"--fsdp needs the same micro-steps on every rank: {rows_per_step} rows a step do not divide by {ranks.world} ranks; "
+                            f"change batch_tokens={cfg.batch_tokens}")
+        mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+        for block in model.blocks:
+            if compiled:
+                block.compile(dynamic=False)
+            fully_shard(block, mesh=mesh)
+        fully_shard(module, mesh=mesh, reshard_after_forward=False)  # embedding, head and norm: needed again at once
+        return module
+    model.to(ranks.device)
+    module = torch.compile(module, dynamic=False) if compiled else module
+    if ranks.world == 1:
+        return module
+    return DistributedDataParallel(module, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
+
+
+def sync_gradients(module, on: bool) -> None:
+    """Whether the next backward pass averages gradients over the ranks: only that of the last micro-step needs to."""
+    if isinstance(module, DistributedDataParallel):
+        module.require_backward_grad_sync = on
+    else:
+        module.set_requires_gradient_sync(on)
+
+
 def run_loop(cfg: LoopConfig, task, model: GPT, ranks: Ranks) -> dict:
     folder = cfg.out_dir
     metrics_path, state_path = os.path.join(folder, "metrics.jsonl"), os.path.join(folder, "state.json")
@@ -187,29 +230,27 @@ def run_loop(cfg: LoopConfig, task, model: GPT, ranks: Ranks) -> dict:
                 os.remove(path)
     ranks.barrier()
 
-    model.to(ranks.device)
     model.recompute = cfg.recompute
+    compiled = cfg.compile if cfg.compile is not None else ranks.device.type == "cuda"
+    step_module = TrainStep(model, task)
+    module = distribute(step_module, compiled, rows_per_step, cfg, ranks)
     optimizers = make_optimizers(model, cfg)
     start, best = 0, math.inf
     found = newest_checkpoint(folder, ranks.print)
     if found:
         path, saved = found
         check_same_run(cfg, saved["train_config"])
+        if saved["format"] < FORMAT:
+            raise UserError(f"{path} is of format {saved['format']}, from which a run cannot be resumed (this is {FORMAT}); its weights can: "
+                            "--init_from in align.py. Choose another --out_dir, or --force to start over")
         if saved["data"] != task.fingerprint:
             raise UserError(f"the data of {folder} has changed since {path} was written ({saved['data']} -> {task.fingerprint}): "
                             "restore it, choose another --out_dir, or --force to start over")
         start, best = saved["step"], saved["best"]
-        model.load_state_dict(saved["model"])
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+        set_state_dict(model, optimizers, model_state_dict=saved["model"], optim_state_dict=saved["optimizers"], options=WHOLE)
         torch.set_rng_state(saved["rng"])
         ranks.print(f"{task.name}: " + (f"resuming {path} at step {start}" if start < cfg.max_steps else f"{path} is at its last step"))
 
-    compiled = cfg.compile if cfg.compile is not None else ranks.device.type == "cuda"
-    step_module = TrainStep(model, task)
-    module = torch.compile(step_module, dynamic=False) if compiled else step_module
-    if ranks.world > 1:
-        module = DistributedDataParallel(module, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
     micro_rows = rows_of_rank(0, rows_per_step, cfg.micro_batch, ranks)
     if ranks.main:
         for name in os.listdir(folder):
@@ -220,17 +261,19 @@ def run_loop(cfg: LoopConfig, task, model: GPT, ranks: Ranks) -> dict:
         write_json(state_path, {"state": "running", **provenance()})
         ranks.print(preflight(cfg, task, model, optimizers, ranks))
         ranks.print(f"{task.name}: {model.num_params() / 1e6:.2f}M parameters on {ranks.device} ({str(ranks.dtype)[6:]}"
-                    f"{', compiled' if compiled else ''}); one step is {rows_per_step} rows x {task.tokens_per_row} tokens = "
+                    f"{', compiled' if compiled else ''}{', FSDP' if cfg.fsdp else ''}); one step is {rows_per_step} rows x {task.tokens_per_row} tokens = "
                     f"{rows_per_step * task.tokens_per_row} tokens: {ranks.world} ranks x {len(micro_rows)} micro-steps of up to "
                     f"{cfg.micro_batch} rows; {cfg.max_steps} steps = {cfg.max_steps * rows_per_step * task.tokens_per_row / 1e6:.2f}M tokens")
 
     def save(step: int, is_best: bool):
+        if not (ranks.main or cfg.fsdp):
+            return
+        weights, moments = get_state_dict(model, optimizers, options=WHOLE)  # under FSDP all ranks give their share, rank 0 gets the whole
         if not ranks.main:
             return
         path = os.path.join(folder, f"ckpt_{step:07d}.pt")
-        checkpoint = {"model": model.state_dict(), "model_config": asdict(model.cfg), "train_config": json.loads(json.dumps(asdict(cfg))),
-                               "step": step, "best": best, "task": task.name, "data": task.fingerprint, "rng": torch.get_rng_state(),
-                               "optimizers": [optimizer.state_dict() for optimizer in optimizers], **task.extra}
+        checkpoint = {"model": weights, "model_config": asdict(model.cfg), "train_config": json.loads(json.dumps(asdict(cfg))), "step": step,
+                      "best": best, "task": task.name, "data": task.fingerprint, "rng": torch.get_rng_state(), "optimizers": moments, **task.extra}
         for target in [os.path.join(folder, "best.pt")] * is_best + [path]:  # best first: after a kill between them it comes again
             save_checkpoint(target, checkpoint)
         for old in [p for p in checkpoint_files(folder) if p <= path][cfg.keep:]:  # only now, after the new one is safe
@@ -269,13 +312,14 @@ def run_loop(cfg: LoopConfig, task, model: GPT, ranks: Ranks) -> dict:
             sums = {key: 0.0 for key in task.metrics}
             for i, batch in enumerate(batches):
                 if ranks.world > 1:
-                    module.require_backward_grad_sync = i == len(batches) - 1
+                    sync_gradients(module, i == len(batches) - 1)
                 with ranks.autocast():
                     objective, values = module(batch)
                 (objective * (ranks.world / units)).backward()  # DDP averages over ranks; the loss is a mean over all units
                 for key, value in values.items():
                     sums[key] = sums[key] + value.detach()
-            norm = float(nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf))
+            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+            norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
             share = lr_at(step, cfg)
             if math.isfinite(norm):
                 bad_steps = 0
@@ -327,7 +371,7 @@ def preflight(cfg: LoopConfig, task, model: GPT, optimizers, ranks: Ranks) -> st
     n_tokens = max(1, min(cfg.micro_batch, round(cfg.batch_tokens / task.tokens_per_row / ranks.world))) * task.tokens_per_row
     moments = sum(p.numel() * (1 if isinstance(o, Muon) else 2) for o in optimizers for group in o.param_groups for p in group["params"])
     saved = 4 * (model.num_params() + moments)  # weights and optimizer state are float32
-    memory = saved + 4 * model.num_params() + activation_bytes(model.cfg, n_tokens, ranks.dtype.itemsize, cfg.recompute)
+    memory = (saved + 4 * model.num_params()) / (ranks.world if cfg.fsdp else 1) + activation_bytes(model.cfg, n_tokens, ranks.dtype.itemsize, cfg.recompute)
     disk, free = saved * (cfg.keep + 2), shutil.disk_usage(cfg.out_dir).free  # the newest, the best, and the one being written
     held = sum(os.path.getsize(os.path.join(cfg.out_dir, name)) for name in os.listdir(cfg.out_dir) if name.endswith(".pt"))
     if disk > free + held:

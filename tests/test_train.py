@@ -81,9 +81,9 @@ def go(cfg: TrainConfig, task=None, model=None) -> dict:
     return train.train(cfg, task or Rows(), model or tiny(cfg), Ranks("cpu"))
 
 
-def at_step(step: int, action, rows: int = 8):
-    """A Rows.before that calls action() while step is computed."""
-    return lambda split, first: action() if split == "train" and first == step * rows else None
+def at_step(step: int, action, rows: int = 8, first: int = 0):
+    """A Rows.before that calls action() while step is computed, by the rank whose share begins with row `first`."""
+    return lambda split, row: action() if split == "train" and row == step * rows + first else None
 
 
 def send(number=signal.SIGTERM):
@@ -258,6 +258,51 @@ def test_gradients_losses_and_validation_are_those_of_one_rank_on_two(tmp_path, 
     go(config(tmp_path / "single", max_steps=2, grad_clip=0.0), None, tiny(config("unused"), torch.float64))
     for mine, other in zip(metrics(tmp_path / "single"), metrics(tmp_path / "8_4"), strict=True):
         assert mine == pytest.approx(other, rel=1e-9)
+
+
+SHARDED = {"dense": {}, "MoE, recomputed": {"n_expert": 4, "recompute": True}}
+
+
+def run_sharded(folder: str) -> None:
+    """On each of two FSDP ranks: a whole run, the first half of one, and the second half of another."""
+    with Ranks("cpu") as ranks:
+        for name, fields in SHARDED.items():
+            for run, stop in (("whole", None), ("begun", 3), ("finished", None)):
+                cfg = config(f"{folder}/{name} {run}", fsdp=True, **fields)
+                train.train(cfg, Rows(stop and at_step(stop, send(), first=ranks.rank * 4)), tiny(cfg, torch.float64), ranks)
+
+
+def test_fsdp_is_the_same_run_and_any_number_of_ranks_resumes_it(tmp_path):
+    """Losses, gradient norms and validations of one process, on two ranks that each hold half of the model; a checkpoint of two
+    sharded ranks goes on in one plain process, and the other way round; no rank holds the whole."""
+    for name, fields in SHARDED.items():
+        cfg = config(tmp_path / f"{name} single", **fields)
+        go(cfg, None, tiny(cfg, torch.float64))
+        cfg = config(tmp_path / f"{name} finished", **fields)
+        go(cfg, Rows(at_step(3, send())), tiny(cfg, torch.float64))
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(TESTS)!r}]\nimport torch\ntorch.set_num_threads(1)\n"
+                      f"import test_train\ntest_train.run_sharded({str(tmp_path)!r})\n")
+    torchrun(script, cwd=tmp_path)
+    for name, fields in SHARDED.items():
+        assert read_state(str(tmp_path / f"{name} begun")) == "preempted"
+        cfg = config(tmp_path / f"{name} begun", **fields)
+        go(cfg, None, tiny(cfg, torch.float64))
+        for run in ("whole", "begun", "finished"):
+            assert read_state(str(tmp_path / f"{name} {run}")) == "done"
+            for mine, other in zip(metrics(tmp_path / f"{name} {run}"), metrics(tmp_path / f"{name} single"), strict=True):
+                assert mine == pytest.approx(other, rel=1e-6), (name, run)  # Muon orthogonalises in float32
+            final, single = (newest_checkpoint(str(tmp_path / f"{name} {r}"))[1] for r in (run, "single"))
+            assert all(torch.allclose(x, single["model"][key], rtol=1e-5, atol=1e-6) for key, x in final["model"].items())
+
+
+def test_fsdp_refuses_what_it_cannot_do(tmp_path):
+    """One rank has nobody to share with; ranks with unequal numbers of passes would wait for each other for ever."""
+    fails(lambda: go(config(tmp_path / "one", fsdp=True)), "torchrun")
+    ranks = Ranks("cpu")
+    ranks.world = 3
+    model = tiny(config("unused"))
+    fails(lambda: train.distribute(train.TrainStep(model, Rows()), False, 8, config("unused", fsdp=True), ranks), "8 rows", "3 ranks", "batch_tokens")
 
 
 def torchrun(script, *argv: str, cwd) -> str:
@@ -779,7 +824,7 @@ def test_one_bad_step_is_skipped_counted_and_changes_no_weight(poison, clip, tmp
     assert [row.get("skipped") for row in metrics(cfg.out_dir) if "loss" in row] == [None, None, 1, 1, 1, 1]
     assert "step 00002: non-finite gradient, step skipped (1 in a row, 1 in all)" in capsys.readouterr().out
     state = newest_checkpoint(cfg.out_dir)[1]["optimizers"]
-    assert all(x.isfinite().all() for optimizer in state for values in optimizer["state"].values() for x in values.values())
+    assert state["state"] and all(x.isfinite().all() for values in state["state"].values() for x in values.values())
 
 
 def test_bad_steps_that_do_not_follow_each_other_do_not_end_the_run(tmp_path):

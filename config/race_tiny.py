@@ -1,0 +1,11 @@
+seq_len = 64
+n_layer = 4
+n_head = 4
+d_model = 128
+d_ff = 320
+batch_tokens = 768
+max_steps = 300
+eval_rows = 64
+eval_interval = 1000
+save_interval = 1000
+log_interval = 100
