@@ -181,9 +181,9 @@ class HuggingFace:
 
 SYSTEMS = {
     "ours": Ours,
-    "ours, no sinks": lambda cfg, shape: Ours(cfg, shape, sinks=False),
-    "ours, Muon": lambda cfg, shape: Ours(cfg, shape, "muon"),
-    "ours, MoE 8 top 2": lambda cfg, shape: Ours(cfg, shape, n_expert=8, shared_expert=False),
+    "ours without sinks": lambda cfg, shape: Ours(cfg, shape, sinks=False),
+    "ours with Muon": lambda cfg, shape: Ours(cfg, shape, "muon"),
+    "ours MoE 8 top 2": lambda cfg, shape: Ours(cfg, shape, n_expert=8, shared_expert=False),
     "other": Other,
     "nanoGPT": NanoGPT,
     "nanochat": NanoChat,

@@ -19,6 +19,7 @@ import re
 import shutil
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -151,8 +152,18 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return list(text.encode(errors="replace")) if self.bytes_only else self.bpe.encode_ordinary(text)
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [list(t.encode(errors="replace")) for t in texts] if self.bytes_only else self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+    def encode_array(self, text: str) -> np.ndarray:
+        """encode, straight into uint32: no Python integer per token."""
+        if self.bytes_only:
+            return np.frombuffer(text.encode(errors="replace"), np.uint8).astype("<u4")
+        try:
+            return self.bpe.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:  # half a surrogate pair
+            return np.array(self.encode(text), "<u4")
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken works outside the interpreter's lock
+            return list(pool.map(self.encode_array, texts))
 
     def decode(self, ids) -> str:
         return self.bpe.decode(list(ids))
@@ -614,7 +625,7 @@ def wikitext_articles(lines):
 def prepare_text(source: Source, folder: str, tokenizer: Tokenizer) -> dict:
     """Token shards of a text source, each document followed by EOS; every 100th document (or the last 5 %) is validation."""
     buffers, counts = {"train": [], "val": []}, {"train": 0, "val": 0}
-    tokens, waiting, n_documents = {"train": 0, "val": 0}, {"train": 0, "val": 0}, 0
+    tokens, waiting, n_documents, eos = {"train": 0, "val": 0}, {"train": 0, "val": 0}, 0, np.array([tokenizer.eos], "<u4")
 
     def flush(split: str):
         if buffers[split]:
@@ -628,7 +639,7 @@ def prepare_text(source: Source, folder: str, tokenizer: Tokenizer) -> dict:
         for ids in tokenizer.encode_batch(batch):
             n_documents += 1
             split = "val" if n_documents % 100 == 0 else "train"
-            buffers[split].append(np.array([*ids, tokenizer.eos], "<u4"))
+            buffers[split] += [ids, eos]
             waiting[split] += len(ids) + 1
             if waiting[split] >= SHARD_TOKENS and n_documents >= 100:  # before, the tail may yet become validation
                 flush(split)
