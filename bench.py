@@ -241,8 +241,9 @@ class Generate:
     def __init__(self, cfg: BenchConfig, name: str, shape: Shape, shape_name: str):
         torch.manual_seed(0)
         self.cfg, self.system, self.shape = cfg, SYSTEMS[name](cfg, shape), shape
-        self.n, self.facts = min(cfg.new_tokens, shape.seq_len - 16), {}
-        self.system.generate(torch.randint(shape.vocab, (2, 16)).tolist(), 4)
+        self.facts = {}
+        with torch.no_grad():
+            self.system.generate(torch.randint(shape.vocab, (2, 16)).tolist(), 4)
 
     def round(self) -> dict:
         seconds = {}
@@ -250,7 +251,7 @@ class Generate:
             prompts = torch.randint(self.shape.vocab, (batch, 16)).tolist()
             began = time.perf_counter()
             with torch.no_grad(), torch.autocast(self.cfg.device, torch.bfloat16, enabled=self.cfg.dtype == "bfloat16"):
-                self.system.generate(prompts, self.n)
+                self.system.generate(prompts, self.cfg.new_tokens)
             sync(self.cfg)
             seconds[f"batch_{batch}"] = time.perf_counter() - began
         return seconds

@@ -83,6 +83,11 @@ class ModelConfig:
 EPS = 1e-6  # of RMSNorm
 
 
+def eager_cpu_training(x) -> bool:
+    """Where our own autograd functions pay: torch's fused kernels are for CUDA or for the compiler, and without gradients plain is faster."""
+    return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 class FusedRMSNorm(torch.autograd.Function):
     """x / rms(x) * weight for eager mode on the CPU, where torch has no kernel for it: a quarter of F.rms_norm's time (LOG.md).
 
@@ -111,7 +116,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         weight = self.weight.to(x.dtype)
-        if x.device.type == "cpu" and x.dtype != torch.bfloat16 and not torch.compiler.is_compiling():
+        if eager_cpu_training(x) and x.dtype != torch.bfloat16:
             return FusedRMSNorm.apply(x, weight)
         return F.rms_norm(x, (x.size(-1),), weight, eps=EPS)
 
@@ -137,16 +142,25 @@ def rotate(x, cos, sin):
 def attention_reference(q, k, v, sinks=None, mask=None):
     """Softmax attention; sinks (H,) add one logit per head to the denominator. The definition that fast paths are held to.
 
-    q: (B, H, T, D); k, v: (B, K, S, D); mask: (B or 1, 1, T, S), added to the scores; None = causal, S = T. -> (B, H, T, D)
+    q: (B, H, T, D); k, v: (B, K, S, D); mask: (B or 1, 1, T, S), added to the scores; None = causal, the last query at the last key. -> (B, H, T, D)
     """
     B, H, T, D = q.shape
     k, v = (x.repeat_interleave(H // k.size(1), dim=1) for x in (k, v))
     if mask is None:
-        mask = torch.full((T, T), -math.inf, device=q.device, dtype=q.dtype).triu(1)
+        mask = torch.full((T, k.size(2)), -math.inf, device=q.device, dtype=q.dtype).triu(1 + k.size(2) - T)
     scores = q @ k.transpose(-1, -2) / math.sqrt(D) + mask  # (B, H, T, S)
     if sinks is not None:
         scores = torch.cat((scores, sinks.to(q.dtype).view(1, H, 1, 1).expand(B, H, T, 1)), dim=-1)
     return F.softmax(scores, dim=-1)[..., :k.size(2)] @ v
+
+
+def flash(q, k, v, mask):
+    """-> output (B, H, T, D), log-sum-exp of the scores (B, H, T), what the kernel's backward pass wants besides."""
+    if q.is_cuda:
+        o, lse, *state = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
+        return o, lse, state[:6]  # cum_seq_q, cum_seq_k, max_q, max_k, rng state, unused
+    o, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, mask is None and q.size(2) > 1, attn_mask=mask)
+    return o, lse, []
 
 
 class FlashSinks(torch.autograd.Function):
@@ -157,16 +171,10 @@ class FlashSinks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, sinks, mask):
-        if q.is_cuda:
-            o, lse, *kernel_state = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
-            kernel_state = kernel_state[:6]  # cum_seq_q, cum_seq_k, max_q, max_k, rng state, unused
-        else:
-            o, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, mask is None, attn_mask=mask)
-            kernel_state = []
+        o, lse, ctx.kernel_state = flash(q, k, v, mask)
         gate = torch.sigmoid(lse - sinks.view(1, -1, 1).to(lse.dtype)).unsqueeze(-1)  # (B, H, T, 1)
         out = o.mul_(gate.to(o.dtype))
         ctx.save_for_backward(q, k, v, out, lse, gate, mask)
-        ctx.kernel_state = kernel_state
         ctx.sink_dtype = sinks.dtype
         return out
 
@@ -179,7 +187,7 @@ class FlashSinks(torch.autograd.Function):
                 dgate, q, k, v, out, lse, *ctx.kernel_state[:4], 0.0, True, *ctx.kernel_state[4:])
         else:
             dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                dgate, q, k, v, out, lse, 0.0, mask is None, attn_mask=mask)
+                dgate, q, k, v, out, lse, 0.0, mask is None and q.size(2) > 1, attn_mask=mask)
         d = (dout * out).sum(-1, keepdim=True).to(gate.dtype)  # (B, H, T, 1)
         dsinks = -((1 - gate) * d).sum(dim=(0, 2, 3)).to(ctx.sink_dtype)
         return dq, dk, dv, dsinks, None
@@ -193,17 +201,22 @@ def attention_flex(q, k, v, sinks, mask):
 
 
 def attention(q, k, v, sinks=None, mask=None):
-    """attention_reference by the fastest exact way there is for the device, dtype and mask."""
+    """attention_reference by the fastest exact way there is for the device, dtype and mask. Mask None: causal where k, v are as long
+    as q; a single query sees all of them."""
     if mask is not None and not isinstance(mask, torch.Tensor):
         return attention_flex(q, k, v, sinks, mask)
     k, v = k.to(q.dtype), v.to(q.dtype)  # under autocast the cache keeps the dtype of the weights
     if sinks is None:
         mask = mask if mask is None else mask.to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1))
-    flash = mask is None and q.dtype in (torch.bfloat16, torch.float16) if q.is_cuda else q.device.type == "cpu"
-    if not flash:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and q.size(2) > 1, enable_gqa=q.size(1) != k.size(1))
+    causal = mask is None and q.size(2) == k.size(2)
+    if q.device.type != "cpu" and not (q.is_cuda and causal and q.dtype in (torch.bfloat16, torch.float16)):
         return attention_reference(q, k, v, sinks, mask)
-    return FlashSinks.apply(q, k, v, sinks, mask if mask is None else mask.to(q.dtype))
+    mask = mask if mask is None else mask.to(q.dtype)
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():  # an autograd function costs more than a token's attention
+        o, lse, _ = flash(q, k, v, mask)
+        return o.mul_(torch.sigmoid(lse - sinks.view(-1, 1)).unsqueeze(-1).to(o.dtype))
+    return FlashSinks.apply(q, k, v, sinks, mask)
 
 
 def training_mask(docs, window, T: int, device):
@@ -238,7 +251,7 @@ class KVCache:
         self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
         self.real = torch.ones(batch, slots, device=device, dtype=torch.bool)  # slot holds a token, not a pad
         self.pos = torch.full((slots,), -1, device=device)  # position of the token in each slot
-        self.length, self.slots, self.window = 0, slots, cfg.sliding_window or slots
+        self.length, self.slots, self.window, self.padded = 0, slots, cfg.sliding_window or slots, False
 
     def reserve(self, T: int, pads=None):
         """Take slots for T further tokens. -> positions (T,), mask (B, 1, T, used slots) or None where plain causal."""
@@ -249,7 +262,8 @@ class KVCache:
         self.real[:, self.taken] = True if pads is None else pos >= pads[:, None]
         self.length += T
         self.used = min(self.length, self.slots)
-        if pads is None and self.length == T <= self.window:
+        self.padded |= pads is not None
+        if not self.padded and (self.length == T <= self.window or T == 1 and self.used <= self.window):
             return pos, None
         age = pos[:, None] - self.pos[:self.used]  # (T, used)
         ok = (age >= 0) & (age < self.window) & self.real[:, None, :self.used] | (age == 0)  # a pad sees itself: no 0/0
@@ -270,19 +284,38 @@ class KVCache:
         self.k, self.v, self.real = self.k[:, rows], self.v[:, rows], self.real[rows]
 
 
+def linear(x, weight):
+    """F.linear; for the one token of each row that generation on the CPU is at, in the forms that read the weights fastest (LOG.md)."""
+    n_rows = x.numel() // x.size(-1)
+    if n_rows > 8 or x.device.type != "cpu" or torch.is_grad_enabled() or x.dtype != weight.dtype:
+        return F.linear(x, weight)
+    rows = x.reshape(n_rows, -1)
+    if n_rows == 1 and weight.size(0) % 8 == 0:
+        return torch.bmm(weight.unflatten(0, (8, -1)), rows.T.expand(8, -1, 1)).view(*x.shape[:-1], -1)
+    return (weight @ rows.T).T.reshape(*x.shape[:-1], -1)
+
+
+class Linear(nn.Linear):
+    def __init__(self, d_in: int, d_out: int):
+        super().__init__(d_in, d_out, bias=False)
+
+    def forward(self, x):
+        return linear(x, self.weight)
+
+
 def split_linear(x, weight, sizes):
-    """x @ weight.T, cut into parts: one product on a GPU; on a CPU a product for each part, since what follows reads them whole."""
-    if x.device.type == "cpu":
+    """x @ weight.T, cut into parts. In training on the CPU a product for each part, since what follows reads and writes them whole."""
+    if eager_cpu_training(x):
         return [F.linear(x, w) for w in weight.split(sizes)]
-    return F.linear(x, weight).split(sizes, dim=-1)
+    return linear(x, weight).split(sizes, dim=-1)
 
 
 class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.n_head, self.n_kv_head, self.d_head = cfg.n_head, cfg.n_kv_head, cfg.d_head
-        self.qkv = nn.Linear(cfg.d_model, (cfg.n_head + 2 * cfg.n_kv_head) * cfg.d_head, bias=False)
-        self.out = nn.Linear(cfg.n_head * cfg.d_head, cfg.d_model, bias=False)
+        self.qkv = Linear(cfg.d_model, (cfg.n_head + 2 * cfg.n_kv_head) * cfg.d_head)
+        self.out = Linear(cfg.n_head * cfg.d_head, cfg.d_model)
         self.q_norm = RMSNorm(cfg.d_head) if cfg.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(cfg.d_head) if cfg.qk_norm else nn.Identity()
         self.sinks = nn.Parameter(torch.zeros(cfg.n_head)) if cfg.sinks else None
@@ -320,14 +353,14 @@ class SiluMul(torch.autograd.Function):
 
 
 def silu_mul(gate, up):
-    return SiluMul.apply(gate, up) if gate.device.type == "cpu" and not torch.compiler.is_compiling() else F.silu(gate) * up
+    return SiluMul.apply(gate, up) if eager_cpu_training(gate) else F.silu(gate) * up
 
 
 class SwiGLU(nn.Module):
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
-        self.gate_up = nn.Linear(d_model, 2 * d_ff, bias=False)
-        self.down = nn.Linear(d_ff, d_model, bias=False)
+        self.gate_up = Linear(d_model, 2 * d_ff)
+        self.down = Linear(d_ff, d_model)
 
     def forward(self, x):
         gate, up = split_linear(x, self.gate_up.weight, self.down.in_features)
@@ -342,7 +375,7 @@ class MoE(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.n_expert, self.n_active = cfg.n_expert, cfg.n_expert_active
-        self.router = nn.Linear(cfg.d_model, cfg.n_expert, bias=False)
+        self.router = Linear(cfg.d_model, cfg.n_expert)
         self.gate_up = nn.Parameter(torch.empty(cfg.n_expert, 2 * cfg.d_expert, cfg.d_model))
         self.down = nn.Parameter(torch.empty(cfg.n_expert, cfg.d_model, cfg.d_expert))
         self.shared = SwiGLU(cfg.d_model, cfg.d_expert) if cfg.shared_expert else None
@@ -451,10 +484,10 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(cfg.padded_vocab, cfg.d_model)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = RMSNorm(cfg.d_model)
-        self.head = nn.Linear(cfg.d_model, cfg.padded_vocab, bias=False)
+        self.head = Linear(cfg.d_model, cfg.padded_vocab)
         if cfg.tied:
             self.head.weight = self.embed.weight
-        self.score = nn.Linear(cfg.d_model, 1, bias=False) if cfg.score_head else None
+        self.score = Linear(cfg.d_model, 1) if cfg.score_head else None
         self.score_loglik = nn.Parameter(torch.empty(1)) if cfg.score_head else None
         self.recompute = False  # in the backward pass, instead of keeping what happens inside the blocks
         self.init_weights()

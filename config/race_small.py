@@ -1,0 +1,19 @@
+"""Characters of one small text, 2.7M parameters (6 layers, 6 heads, 192 wide, context 256, batch 16), for bench.py --tasks=race beside
+nanoGPT's 250 steps; ablations in LOG.md.
+"""
+seq_len = 256
+n_layer = 6
+n_head = 6
+d_model = 192
+batch_tokens = 4096
+micro_batch = 16
+max_steps = 90
+momentum = 0.9
+muon_lr = 0.03
+learning_rate = 6e-3
+beta1 = 0.8
+warmup_frac = 0.0
+eval_interval = 1000
+eval_rows = 16
+save_interval = 1000
+log_interval = 30
