@@ -3,12 +3,12 @@
     python bench.py                                                            # ours alone, beside the machine's matmul peak
     python bench.py --nanogpt=PATH --nanochat=PATH --transformers              # beside checkouts of nanoGPT and nanochat, and Hugging Face's models
     python bench.py --tasks=race --shapes=tiny,small --nanogpt=PATH --text=tinyshakespeare.txt
-    python bench.py --device=cuda --dtype=bfloat16 --compile --shapes=h100,h100_recipe --nanogpt=PATH
+    python bench.py config/h100_bench.py --nanogpt=PATH                        # on a GPU: tokens/s, MFU and memory by batch
 
 Each system lives in a process of its own, as its users have it, and the processes take turns (A B A B ...): speed on a shared machine moves by
 tens of percent from minute to minute, and only the ratio of neighbours means something. `ratio` is the median over the rounds of
-(time of the baseline) / (time of the system). Every system has its own optimizer; parameter counts are printed. One table per task
-and shape, and JSON lines in --out.
+(time of the baseline) / (time of the system). Every system has its own optimizer; parameter counts are printed. A system that cannot run
+is left out aloud. One table per task, and JSON lines in --out.
 """
 import gzip
 import importlib
@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import types
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ class BenchConfig:
     data_dir: str = "data"  # where gpt2's ranks are
     rounds: int = 9  # measurements of each system; race: seeds
     new_tokens: int = 256  # generate: per row
-    batch: int | None = None  # rows; None = the shape's own
+    batches: tuple[int, ...] = ()  # rows of a training step, one after the other; none = the shape's own
     device: str = "cpu"  # cpu or cuda
     dtype: str = "float32"  # float32 or bfloat16 (autocast)
     compile: bool = False  # torch.compile every system's training step
@@ -432,23 +432,19 @@ def peak_memory(cfg: BenchConfig) -> float:
         return int(re.search(r"VmHWM:\s+(\d+) kB", f.read())[1]) / 1024
 
 
-def work(pipe, cfg: BenchConfig, task: str, system: str, shape_name: str) -> None:
+def work(pipe, cfg: BenchConfig, task: str, system: str, shape_name: str, shape: Shape) -> None:
     """A worker process: sets up its job, then does a round whenever it is asked to; None ends it."""
     try:
         torch.set_num_threads(cfg.threads or torch.get_num_threads())
         torch.randn(64, 64).matmul(torch.randn(64, 64))  # thread pools and libraries are no one's memory
         before = peak_memory(cfg)
-        job = TASKS[task](cfg, system, shape_of(cfg, shape_name), shape_name)
+        job = TASKS[task](cfg, system, shape, shape_name)
         pipe.send(job.facts)
         while pipe.recv():
             pipe.send(job.round())
         pipe.send(peak_memory(cfg) - before)
     except Exception as error:
         pipe.send(error if isinstance(error, UserError) else UserError(f"{system}, {task} at {shape_name}: {type(error).__name__}: {error}"))
-
-
-def shape_of(cfg: BenchConfig, name: str) -> Shape:
-    return Shape(**{**asdict(SHAPES[name]), **({"batch": cfg.batch} if cfg.batch else {})})
 
 
 def systems_for(cfg: BenchConfig, task: str) -> list[str]:
@@ -472,25 +468,32 @@ def matmul_peak(cfg: BenchConfig) -> float:
     return 2 * n ** 3 / (time.perf_counter() - began)
 
 
-def take_turns(cfg: BenchConfig, task: str, shape_name: str) -> tuple[dict[str, dict], dict[str, list[dict]], list[float]]:
+def take_turns(cfg: BenchConfig, task: str, shape_name: str, shape: Shape) -> tuple[dict[str, dict], dict[str, list[dict]], list[float]]:
     """-> facts of each system, its rounds, and the matmul peak beside every round."""
-    context, pipes = multiprocessing.get_context("spawn"), {}
+    context, pipes, workers, facts = multiprocessing.get_context("spawn"), {}, [], {}
 
     def ask(system: str, message):
-        if message is not None:
-            pipes[system].send(message)
+        pipes[system].send(message)
+        return answer_of(system)
+
+    def answer_of(system: str):
         answer = pipes[system].recv()
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    workers, facts = [], {}
     try:
         for system in systems_for(cfg, task):
             pipes[system], theirs = context.Pipe()
-            workers.append(context.Process(target=work, args=(theirs, cfg, task, system, shape_name), daemon=task not in ("tokenize", "race", "start")))
+            workers.append(context.Process(target=work, args=(theirs, cfg, task, system, shape_name, shape), daemon=task not in ("tokenize", "race", "start")))
             workers[-1].start()
-            facts[system] = ask(system, None)
+            try:
+                facts[system] = answer_of(system)
+            except UserError as error:
+                print(f"left out: {error}", flush=True)
+                del pipes[system]
+        if not pipes:
+            raise UserError(f"no system could do {task} at {shape_name}: see above")
         rounds, peaks = {system: [] for system in pipes}, []
         for _ in range(cfg.rounds):
             for system in pipes:
@@ -505,12 +508,12 @@ def take_turns(cfg: BenchConfig, task: str, shape_name: str) -> tuple[dict[str, 
     return facts, rounds, peaks
 
 
-def summarize(cfg: BenchConfig, task: str, shape_name: str, facts, rounds, peaks) -> list[dict]:
+def summarize(cfg: BenchConfig, task: str, shape_name: str, shape: Shape, facts, rounds, peaks) -> list[dict]:
     """One row per system: medians, their ratio to the baseline round by round, and what follows from them."""
-    shape, rows = shape_of(cfg, shape_name), []
+    rows = []
     baseline = cfg.baseline or next((name for name in rounds if not name.startswith("ours")), next(iter(rounds)))
     for system, measured in rounds.items():
-        row = {"system": system, **{key: x for key, x in facts[system].items() if key != "peak_mb"}}
+        row = {"shape": shape_name, "batch_rows": shape.batch, "system": system, **{key: x for key, x in facts[system].items() if key != "peak_mb"}}
         for key in measured[0]:
             values = [m[key] for m in measured]
             median = statistics.median(values)
@@ -554,11 +557,16 @@ def main(argv: list[str]) -> int:
     cfg = configurator.load(BenchConfig, argv)
     os.makedirs(os.path.dirname(cfg.out) or ".", exist_ok=True)
     for task in cfg.tasks:
+        rows = []
         for name in cfg.shapes if task not in ("tokenize", "start") else ("tiny",):
-            rows = summarize(cfg, task, name, *take_turns(cfg, task, name))
-            print(f"\n{task}, {name}: {shape_of(cfg, name)}, {cfg.device}, {cfg.dtype}{', compiled' if cfg.compile else ''}\n{table(rows)}", flush=True)
-            with open(cfg.out, "a") as f:
-                f.writelines(json.dumps({"task": task, "shape": name, **row, "settings": asdict(cfg), **provenance()}) + "\n" for row in rows)
+            for batch in cfg.batches or (SHAPES[name].batch,):
+                shape = replace(SHAPES[name], batch=batch)
+                print(f"{task}, {name}: {shape}", flush=True)
+                found = summarize(cfg, task, name, shape, *take_turns(cfg, task, name, shape))
+                with open(cfg.out, "a") as f:
+                    f.writelines(json.dumps({"task": task, **row, "settings": asdict(cfg), **provenance()}) + "\n" for row in found)
+                rows += found
+        print(f"\n{task}: {cfg.device}, {cfg.dtype}{', compiled' if cfg.compile else ''}\n{table(rows)}\n", flush=True)
     return 0
 
 

@@ -287,7 +287,7 @@ class KVCache:
 def linear(x, weight):
     """F.linear; for the one token of each row that generation on the CPU is at, in the forms that read the weights fastest (LOG.md)."""
     n_rows = x.numel() // x.size(-1)
-    if n_rows > 8 or x.device.type != "cpu" or torch.is_grad_enabled() or x.dtype != weight.dtype:
+    if not 1 <= n_rows <= 8 or x.device.type != "cpu" or torch.is_grad_enabled() or x.dtype != weight.dtype:
         return F.linear(x, weight)
     rows = x.reshape(n_rows, -1)
     if n_rows == 1 and weight.size(0) % 8 == 0:

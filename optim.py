@@ -5,6 +5,7 @@ Sources: Muon kellerjordan.github.io/posts/muon and arXiv 2502.16982, WSD schedu
 import math
 
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class Muon(torch.optim.Optimizer):
@@ -27,13 +28,16 @@ class Muon(torch.optim.Optimizer):
                 buf = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 buf.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(buf, group["momentum"])  # Nesterov
-                by_shape.setdefault(p.shape[-2:], []).append((p, update.view(-1, *p.shape[-2:])))
-            for (rows, columns), members in by_shape.items():
-                updates = self.orthogonalize(torch.cat([u for _, u in members]), group["ns_steps"])
+                alone = id(p) if isinstance(p, DTensor) else None  # a model shared out by FSDP may not fit whole: one matrix at a time
+                by_shape.setdefault((*p.shape[-2:], alone), []).append((p, update))
+            for (rows, columns, _), members in by_shape.items():
+                updates = [whole(update).view(-1, rows, columns) for _, update in members]
+                sizes = [len(u) for u in updates]
+                updates = self.orthogonalize(torch.cat(updates), group["ns_steps"]).split(sizes)
                 lr = group["lr"] * math.sqrt(max(1, rows / columns))
-                for (p, u), update in zip(members, updates.split([len(u) for _, u in members])):
+                for (p, _), update in zip(members, updates):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update.view_as(p).to(p.dtype), alpha=-lr)
+                    p.add_(share_of(update.reshape(p.shape).to(p.dtype), p), alpha=-lr)
 
     def orthogonalize(self, g, steps: int):
         """(n, rows, columns) -> U V^T of each matrix, approximately: singular values end between about 0.7 and 1.2."""
@@ -45,6 +49,16 @@ class Muon(torch.optim.Optimizer):
             a = x @ x.transpose(-1, -2)
             x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
         return x.transpose(-1, -2) if tall else x
+
+
+def whole(x):
+    """All of a tensor of which FSDP gave this rank a part."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def share_of(x, like):
+    """x as FSDP shares `like` out, or x itself. Every rank has the whole of x: nothing is sent."""
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else x
 
 
 def make_optimizers(model, cfg) -> list[torch.optim.Optimizer]:

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass, fields
 import torch
 import torch.nn as nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -28,7 +28,7 @@ from checkpoint import FORMAT, checkpoint_files, lock, newest_checkpoint, proven
 from configurator import UserError
 from data import write_json
 from model import GPT, ModelConfig
-from optim import Muon, lr_at, make_optimizers
+from optim import Muon, lr_at, make_optimizers, whole
 from ranks import Ranks, StopFlag
 
 PREEMPTED = 75  # exit code (EX_TEMPFAIL): saved, run the same command again
@@ -319,7 +319,7 @@ def run_loop(cfg: LoopConfig, task, model: GPT, ranks: Ranks) -> dict:
                 for key, value in values.items():
                     sums[key] = sums[key] + value.detach()
             norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-            norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            norm = float(whole(norm))
             share = lr_at(step, cfg)
             if math.isfinite(norm):
                 bad_steps = 0

@@ -47,7 +47,7 @@ def test_medians_and_ratios_are_taken_round_by_round():
     """A machine that slows down for all systems alike does not move the ratio."""
     cfg = bench.BenchConfig(tasks=("load",))
     rounds = {"ours": [{"batch": 1.0}, {"batch": 10.0}, {"batch": 2.0}], "nanoGPT": [{"batch": 2.0}, {"batch": 20.0}, {"batch": 3.0}]}
-    ours, peer = bench.summarize(cfg, "load", "tiny", {name: {"peak_mb": 1.0} for name in rounds}, rounds, [])
+    ours, peer = bench.summarize(cfg, "load", "tiny", bench.SHAPES["tiny"], {name: {"peak_mb": 1.0} for name in rounds}, rounds, [])
     assert (ours["batch"], ours["ratio"], ours["range"]) == (2.0, 2.0, "1.50-2.00") and peer["ratio"] == 1
 
 
@@ -73,6 +73,14 @@ def test_unknown_names_are_errors_in_words(tmp_path):
     fails(lambda: bench.main(["--systems=nanoGPT", f"--out={tmp_path}/x"]), "nanoGPT", "ours")
 
 
-def test_a_worker_that_fails_says_why(tmp_path):
-    """The traceback of a peer in another process ends as one line that names the peer."""
-    fails(lambda: bench.main(["--tasks=train", "--shapes=tiny", f"--nanogpt={tmp_path}", "--systems=nanoGPT", f"--out={tmp_path}/x"]), "nanoGPT", "model.py")
+def test_a_system_that_cannot_run_is_left_out_aloud(tmp_path, capsys):
+    """The traceback of a peer in another process becomes one line that names the peer; without any system left it is an error."""
+    flags = ["--tasks=train", "--shapes=tiny", f"--nanogpt={tmp_path}", "--systems=nanoGPT", f"--out={tmp_path}/x"]
+    fails(lambda: bench.main(flags), "no system", "train", "tiny")
+    assert f"left out: nanoGPT, train at tiny: FileNotFoundError: [Errno 2] No such file or directory: '{tmp_path}/model.py'" in capsys.readouterr().out
+
+
+def test_batches_come_one_after_the_other_in_one_table(tmp_path, capsys):
+    """Speed and memory by batch, as the GPU recipe asks for."""
+    rows = rows_of(tmp_path, "--tasks=train", "--shapes=tiny", "--systems=ours", "--batches=2,4")
+    assert [row["batch_rows"] for row in rows] == [2, 4] and capsys.readouterr().out.count("of_matmul_peak") == 1

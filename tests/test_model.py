@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import model as model_py
 from configurator import UserError
-from model import (EPS, GPT, FusedRMSNorm, KVCache, LinearCrossEntropy, ModelConfig, MoE, RMSNorm, SwiGLU, attention, attention_reference,
+from model import (EPS, GPT, FusedRMSNorm, KVCache, LinearCrossEntropy, ModelConfig, MoE, RMSNorm, SiluMul, SwiGLU, attention, attention_reference, linear,
                    rotary_angles, rotate, training_mask)
 
 CPU = torch.device("cpu")
@@ -139,6 +139,42 @@ def test_the_fused_rmsnorm_equals_torchs_in_value_and_gradients(dtype, tol):
     close(ours, theirs, tol)
     for got, wanted in zip(torch.autograd.grad(ours, inputs, dout), torch.autograd.grad(theirs, inputs, dout)):
         close(got / wanted.abs().max(), wanted / wanted.abs().max(), tol)
+
+
+@pytest.mark.parametrize("d_out", [24, 8, 13, 1])
+@pytest.mark.parametrize("shape", [(1, 6), (1, 1, 6), (2, 1, 6), (8, 1, 6), (9, 6), (0, 6), (2, 5, 6)])
+def test_products_of_few_rows_are_those_of_many(shape, d_out):
+    """Generation takes another way through the same product, for any number of rows and any width."""
+    x, weight = torch.randn(shape, dtype=torch.float64), torch.randn(d_out, 6, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.allclose(linear(x, weight), F.linear(x, weight)) and linear(x, weight).shape == (*shape[:-1], d_out)
+
+
+def test_the_fused_silu_product_equals_torchs_in_value_and_gradients():
+    """What eager training on the CPU uses for SwiGLU, held to the plain form in float64."""
+    gate, up = (torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    torch.autograd.gradcheck(SiluMul.apply, (gate, up))
+    assert torch.allclose(SiluMul.apply(gate, up), F.silu(gate) * up)
+
+
+def test_values_do_not_depend_on_whether_gradients_are_taken():
+    """Training and evaluation go through different functions (fused, split, plain), which must be the same model."""
+    model, idx = tiny(n_kv_head=2), ids(2, 12)
+    with torch.no_grad():
+        without = model(idx)
+    close(model(idx), without)
+
+
+@pytest.mark.parametrize("sinks", [True, False])
+def test_a_single_query_without_mask_sees_every_key(sinks):
+    """The step of generation: one query at the end of the cache, for which "causal" means everything."""
+    q, k, v = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
+    s = torch.randn(4) if sinks else None
+    everything = attention_reference(q, k, v, s, torch.zeros(1, 1, 1, 7))
+    assert torch.allclose(attention_reference(q, k, v, s), everything, atol=1e-6)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert torch.allclose(attention(q.requires_grad_(grad), k, v, s), everything, atol=1e-6)
 
 
 @pytest.mark.parametrize("shift", [1, 1000, 1_000_000])

@@ -1,0 +1,14 @@
+"""Training speed on one GPU: tokens/s, share of the card's peak (MFU) and peak memory by batch, sinks on and off, Muon, MoE, nanoGPT beside us.
+
+    python bench.py config/h100_bench.py --nanogpt=PATH [--compile=False]
+
+h100 has nanoGPT's parameters layer by layer (203M); h100_recipe is the model of config/h100_pretrain.py (253M), beside 16 layers of nanoGPT.
+Expected result: not yet run.
+"""
+tasks = ("train",)
+shapes = ("h100", "h100_recipe")
+systems = ("ours", "ours without sinks", "ours with Muon", "ours MoE 8 top 2", "nanoGPT")
+batches = (8, 16, 32)
+device = "cuda"
+dtype = "bfloat16"
+compile = True
