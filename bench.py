@@ -503,7 +503,10 @@ def take_turns(cfg: BenchConfig, task: str, shape_name: str, shape: Shape) -> tu
         for system in pipes:
             facts[system]["peak_mb"] = ask(system, False)
     finally:
+        for pipe in pipes.values():
+            pipe.close()
         for worker in workers:
+            worker.join(10)  # it removes its temporary files
             worker.terminate()
     return facts, rounds, peaks
 
@@ -524,8 +527,8 @@ def summarize(cfg: BenchConfig, task: str, shape_name: str, shape: Shape, facts,
                 row["mb_s"] = row["megabytes"] / median
             else:
                 row[key] = median
-                if task == "race":
-                    row[f"{key}s"] = values
+                if task == "race" and key in ("seconds", "val_loss"):
+                    row[f"{key}_of_each"] = values
             if key not in ("forward_backward", "val_loss", "parameters", "tokens") and baseline in rounds:
                 ratios = [theirs[key] / own for theirs, own in zip(rounds[baseline], ([m[key] for m in measured]))]
                 row[f"ratio_{key}" if len(measured[0]) > 1 else "ratio"] = statistics.median(ratios)

@@ -292,7 +292,7 @@ def linear(x, weight):
     rows = x.reshape(n_rows, -1)
     if n_rows == 1 and weight.size(0) % 8 == 0:
         return torch.bmm(weight.unflatten(0, (8, -1)), rows.T.expand(8, -1, 1)).view(*x.shape[:-1], -1)
-    return (weight @ rows.T).T.reshape(*x.shape[:-1], -1)
+    return (weight @ rows.T).T.contiguous().view(*x.shape[:-1], -1)  # the attention kernel takes it for granted that rows lie whole
 
 
 class Linear(nn.Linear):
