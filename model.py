@@ -450,14 +450,17 @@ class LinearCrossEntropy(torch.autograd.Function):
             target = targets[rows].clamp(min=0).unsqueeze(1)
             logits = (x[rows] @ w.T).to(loss.dtype)  # (n, V)
             logits[:, n_vocab:] = -math.inf
-            lse = logits.logsumexp(-1, keepdim=True)
-            loss += ((lse - logits.gather(1, target)).squeeze(1) * supervised).sum()
+            top, chosen = logits.amax(-1, keepdim=True), logits.gather(1, target)
+            total = logits.sub_(top).exp_().sum(-1, keepdim=True)
+            loss += ((total.log() + top - chosen).squeeze(1) * supervised).sum()
             if need:
-                dlogits = logits.sub_(lse).exp_()  # softmax, then minus one at the target
-                dlogits.scatter_add_(1, target, -torch.ones_like(target, dtype=dlogits.dtype))
-                dlogits = dlogits.mul_(supervised.unsqueeze(1)).to(x.dtype)
+                share = supervised.unsqueeze(1).to(total.dtype)
+                dlogits = logits.mul_(share / total).scatter_add_(1, target, -share).to(x.dtype)  # softmax, minus one at the target
                 dx[rows] = dlogits @ w
-                dw += dlogits.T @ x[rows]
+                if dw.dtype == x.dtype:
+                    dw.addmm_(dlogits.T, x[rows])
+                else:
+                    dw += dlogits.T @ x[rows]
         ctx.save_for_backward(dx, dw)
         return loss
 
