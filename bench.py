@@ -10,7 +10,6 @@ tens of percent from minute to minute, and only the ratio of neighbours means so
 (time of the baseline) / (time of the system). Every system has its own optimizer; parameter counts are printed. A system that cannot run
 is left out aloud. One table per task, and JSON lines in --out.
 """
-import gzip
 import importlib
 import importlib.util
 import json
@@ -53,7 +52,7 @@ class BenchConfig:
     nanogpt: str | None = None  # path of a checkout
     nanochat: str | None = None  # path of a checkout
     transformers: bool = False  # Llama and Qwen3 from the installed transformers
-    text: str | None = None  # tokenize, race: a text file (.txt, .jsonl, .parquet, also .gz)
+    text: str | None = None  # tokenize, start, race: a text file (.txt, .jsonl, .parquet, also .gz)
     tokenizer: str = "gpt2"  # tokenize: gpt2 or the path of a ranks file
     data_dir: str = "data"  # where gpt2's ranks are
     rounds: int = 9  # measurements of each system; race: seeds
@@ -69,8 +68,8 @@ class BenchConfig:
         unknown = [s for s in self.shapes if s not in SHAPES] + [t for t in self.tasks if t not in TASKS]
         if unknown:
             raise UserError(f"unknown {', '.join(unknown)}; shapes: {', '.join(SHAPES)}; tasks: {', '.join(TASKS)}")
-        if not self.text and {"tokenize", "race"} & set(self.tasks):
-            raise UserError("tokenize and race need a text: --text=FILE")
+        if not self.text and {"tokenize", "start", "race"} & set(self.tasks):
+            raise UserError("tokenize, start and race need a text: --text=FILE")
 
 
 @dataclass
@@ -395,7 +394,7 @@ class Start(Race):
 
     def ours(self) -> dict:
         return {"first_step": timed([os.path.join(HERE, "train.py"), os.path.join(HERE, "config", "race_tiny.py"), "--data=race", f"--data_dir={self.folder.name}/data",
-                                     "--tokenizer=byte", "--eval_rows=12", f"--out_dir={self.folder.name}/start{self.seed}"], HERE, until="step 00000/[0-9]+ . loss")}
+                                     "--tokenizer=byte", f"--out_dir={self.folder.name}/start{self.seed}"], HERE, until="step 00000/[0-9]+ . loss")}
 
     def nanogpt(self) -> dict:
         return {"first_step": timed(["train.py", "config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=1", "--block_size=64",
@@ -433,7 +432,7 @@ def peak_memory(cfg: BenchConfig) -> float:
 
 
 def work(pipe, cfg: BenchConfig, task: str, system: str, shape_name: str, shape: Shape) -> None:
-    """A worker process: sets up its job, then does a round whenever it is asked to; None ends it."""
+    """A worker process: sets up its job, then does a round whenever it is asked to; False ends it."""
     try:
         torch.set_num_threads(cfg.threads or torch.get_num_threads())
         torch.randn(64, 64).matmul(torch.randn(64, 64))  # thread pools and libraries are no one's memory
@@ -472,8 +471,8 @@ def take_turns(cfg: BenchConfig, task: str, shape_name: str, shape: Shape) -> tu
     """-> facts of each system, its rounds, and the matmul peak beside every round."""
     context, pipes, workers, facts = multiprocessing.get_context("spawn"), {}, [], {}
 
-    def ask(system: str, message):
-        pipes[system].send(message)
+    def ask(system: str, another_round: bool):
+        pipes[system].send(another_round)
         return answer_of(system)
 
     def answer_of(system: str):
@@ -515,6 +514,9 @@ def summarize(cfg: BenchConfig, task: str, shape_name: str, shape: Shape, facts,
     """One row per system: medians, their ratio to the baseline round by round, and what follows from them."""
     rows = []
     baseline = cfg.baseline or next((name for name in rounds if not name.startswith("ours")), next(iter(rounds)))
+    with torch.device("meta"):  # operations by the dense model's count; nothing is allocated
+        flops = shape.batch * shape.seq_len * GPT(ModelConfig(vocab_size=shape.vocab, seq_len=shape.seq_len, n_layer=shape.n_layer, n_head=shape.n_head,
+                                                              d_model=shape.d_model, d_ff=shape.d_ff)).flops_per_token()
     for system, measured in rounds.items():
         row = {"shape": shape_name, "batch_rows": shape.batch, "system": system, **{key: x for key, x in facts[system].items() if key != "peak_mb"}}
         for key in measured[0]:
@@ -530,12 +532,10 @@ def summarize(cfg: BenchConfig, task: str, shape_name: str, shape: Shape, facts,
                 if task == "race" and key in ("seconds", "val_loss"):
                     row[f"{key}_of_each"] = values
             if key not in ("forward_backward", "val_loss", "parameters", "tokens") and baseline in rounds:
-                ratios = [theirs[key] / own for theirs, own in zip(rounds[baseline], ([m[key] for m in measured]))]
+                ratios = [theirs[key] / own for theirs, own in zip(rounds[baseline], values)]
                 row[f"ratio_{key}" if len(measured[0]) > 1 else "ratio"] = statistics.median(ratios)
                 row[f"range_{key}" if len(measured[0]) > 1 else "range"] = f"{min(ratios):.2f}-{max(ratios):.2f}"
-        if task == "train" and "MoE" not in system:  # operations by the dense model's count
-            flops = GPT(ModelConfig(vocab_size=shape.vocab, seq_len=shape.seq_len, n_layer=shape.n_layer, n_head=shape.n_head, d_model=shape.d_model,
-                                    d_ff=shape.d_ff)).flops_per_token() * shape.batch * shape.seq_len
+        if task == "train" and "MoE" not in system:
             row["of_matmul_peak"] = statistics.median(flops / m["step"] / peak for m, peak in zip(measured, peaks))
             if cfg.device == "cuda" and train.device_peak_flops():
                 row["mfu"] = flops / statistics.median(m["step"] for m in measured) / train.device_peak_flops()

@@ -154,13 +154,20 @@ def attention_reference(q, k, v, sinks=None, mask=None):
     return F.softmax(scores, dim=-1)[..., :k.size(2)] @ v
 
 
-def flash(q, k, v, mask):
-    """-> output (B, H, T, D), log-sum-exp of the scores (B, H, T), what the kernel's backward pass wants besides."""
+def is_causal(q, mask) -> bool:
+    return mask is None and q.size(2) > 1  # a single query sees every key
+
+
+def flash(q, k, v, sinks, mask):
+    """-> output with sinks (B, H, T, D), log-sum-exp of the scores (B, H, T), gate (B, H, T, 1), what the kernel's backward wants besides."""
     if q.is_cuda:
         o, lse, *state = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
-        return o, lse, state[:6]  # cum_seq_q, cum_seq_k, max_q, max_k, rng state, unused
-    o, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, mask is None and q.size(2) > 1, attn_mask=mask)
-    return o, lse, []
+        state = state[:6]  # cum_seq_q, cum_seq_k, max_q, max_k, rng state, unused
+    else:
+        o, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal(q, mask), attn_mask=mask)
+        state = []
+    gate = torch.sigmoid(lse - sinks.view(1, -1, 1).to(lse.dtype)).unsqueeze(-1)
+    return o.mul_(gate.to(o.dtype)), lse, gate, state
 
 
 class FlashSinks(torch.autograd.Function):
@@ -171,9 +178,7 @@ class FlashSinks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, sinks, mask):
-        o, lse, ctx.kernel_state = flash(q, k, v, mask)
-        gate = torch.sigmoid(lse - sinks.view(1, -1, 1).to(lse.dtype)).unsqueeze(-1)  # (B, H, T, 1)
-        out = o.mul_(gate.to(o.dtype))
+        out, lse, gate, ctx.kernel_state = flash(q, k, v, sinks, mask)
         ctx.save_for_backward(q, k, v, out, lse, gate, mask)
         ctx.sink_dtype = sinks.dtype
         return out
@@ -187,7 +192,7 @@ class FlashSinks(torch.autograd.Function):
                 dgate, q, k, v, out, lse, *ctx.kernel_state[:4], 0.0, True, *ctx.kernel_state[4:])
         else:
             dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                dgate, q, k, v, out, lse, 0.0, mask is None and q.size(2) > 1, attn_mask=mask)
+                dgate, q, k, v, out, lse, 0.0, is_causal(q, mask), attn_mask=mask)
         d = (dout * out).sum(-1, keepdim=True).to(gate.dtype)  # (B, H, T, 1)
         dsinks = -((1 - gate) * d).sum(dim=(0, 2, 3)).to(ctx.sink_dtype)
         return dq, dk, dv, dsinks, None
@@ -208,14 +213,13 @@ def attention(q, k, v, sinks=None, mask=None):
     k, v = k.to(q.dtype), v.to(q.dtype)  # under autocast the cache keeps the dtype of the weights
     if sinks is None:
         mask = mask if mask is None else mask.to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and q.size(2) > 1, enable_gqa=q.size(1) != k.size(1))
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal(q, mask), enable_gqa=q.size(1) != k.size(1))
     causal = mask is None and q.size(2) == k.size(2)
     if q.device.type != "cpu" and not (q.is_cuda and causal and q.dtype in (torch.bfloat16, torch.float16)):
         return attention_reference(q, k, v, sinks, mask)
     mask = mask if mask is None else mask.to(q.dtype)
     if not torch.is_grad_enabled() and not torch.compiler.is_compiling():  # an autograd function costs more than a token's attention
-        o, lse, _ = flash(q, k, v, mask)
-        return o.mul_(torch.sigmoid(lse - sinks.view(-1, 1)).unsqueeze(-1).to(o.dtype))
+        return flash(q, k, v, sinks, mask)[0]
     return FlashSinks.apply(q, k, v, sinks, mask)
 
 

@@ -269,7 +269,9 @@ def run_sharded(folder: str) -> None:
         for name, fields in SHARDED.items():
             for run, stop in (("whole", None), ("begun", 3), ("finished", None)):
                 cfg = config(f"{folder}/{name} {run}", fsdp=True, **fields)
-                train.train(cfg, Rows(stop and at_step(stop, send(), first=ranks.rank * 4)), tiny(cfg, torch.float64), ranks)
+                model = tiny(cfg, torch.float64)
+                train.train(cfg, Rows(stop and at_step(stop, send(), first=ranks.rank * 4)), model, ranks)
+                assert all(p.to_local().numel() == p.numel() // 2 for p in model.blocks.parameters()), "a rank holds more than its half"
 
 
 def test_fsdp_is_the_same_run_and_any_number_of_ranks_resumes_it(tmp_path):
