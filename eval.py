@@ -26,9 +26,10 @@ import toy
 from checkpoint import load_checkpoint, model_from, provenance, weights_hash
 from configurator import UserError
 from model import GPT, ModelConfig
-from sample import generate
+from sample import Calculator, generate
 
 STAGES = ("pretrain", "sft", "dpo", "verifier")
+PROTOCOLS = ("per_line", "tokens", "strided", "words", "bpb")
 
 
 @dataclass
@@ -37,14 +38,19 @@ class EvalConfig:
     data: str = "toy"  # shards whose validation split gives val_loss
     problems: str = "toy"  # word problems with a problems_test.jsonl; "" = none
     pairs: str = "toy"  # preference pairs with dpo_test.jsonl (else dpo_val); "" = none
+    chats: str = "toy"  # conversations with an sft_val.jsonl: loss, length, repetition and stop rate of the answers; "" = none
     text: str = ""  # texts for the perplexity protocols, e.g. wikitext-2,wikitext-2-valid
+    protocols: tuple[str, ...] = ()  # which of the perplexity protocols; none = all
+    published: str = ""  # published solutions of GSM8K's test problems, for the verifier to judge; "" = none
     tasks: tuple[str, ...] = ()  # which tasks; none = all that the data and checkpoints allow
     data_dir: str = "data"  # where data.py put them
     tokenizer: str | None = None  # None = the checkpoint's; else a ranks file, which must be the same
     n_samples: int = 8  # solutions per problem for majority, best-of-N and oracle
     temperature: float = 0.8  # of these samples
     max_new_tokens: int = 64  # longest answer
+    calculator: bool = False  # work out <<3+4= for the model (Cobbe et al. 2021)
     n_problems: int | None = None  # problems of the test split; None = all
+    n_chats: int = 64  # conversations to answer
     seed: int = 0  # of the samples
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "auto"  # auto, float32, bfloat16
@@ -55,6 +61,9 @@ class EvalConfig:
         unknown = [task for task in self.tasks if task not in TASKS]
         if unknown:
             raise UserError(f"unknown task {', '.join(unknown)}; there are {', '.join(TASKS)}")
+        odd = [protocol for protocol in self.protocols if protocol not in PROTOCOLS]
+        if odd:
+            raise UserError(f"unknown protocol {', '.join(odd)}; there are {', '.join(PROTOCOLS)}")
         if self.no_overwrite and self.force:
             raise UserError("no_overwrite and force exclude each other")
 
@@ -157,8 +166,8 @@ def detokenize(text: str) -> str:
     return text
 
 
-def perplexity(model: GPT, tokenizer, text: str) -> list[dict]:
-    """The same text under every protocol (figures of GPT-2 small in brackets, from the threads named in LOG.md):
+def perplexity(model: GPT, tokenizer, text: str, protocols: tuple[str, ...] = PROTOCOLS) -> list[dict]:
+    """The same text under each protocol (figures of GPT-2 small in brackets, from the threads named in LOG.md):
 
     per_line  first 100 non-empty lines, each alone, at most 512 ids, first id not scored: exp(nats / ids)  [40.64 on valid]
     tokens    whole text, windows of seq_len, first id of each not scored: exp(nats / ids)                  [29.94 on test]
@@ -173,15 +182,18 @@ def perplexity(model: GPT, tokenizer, text: str) -> list[dict]:
         results.append({"metric": "bits_per_byte" if protocol == "bpb" else "perplexity", "protocol": protocol, **ratio(nll, counts, transform)})
 
     lines = [line for line in text.split("\n") if line.strip()][:100]
-    for protocol, windows in (("per_line", [(ids, len(ids) - 1) for ids in (tokenizer.encode(line)[:min(512, T)] for line in lines) if len(ids) > 1]),
-                              ("tokens", disjoint(tokenizer.encode(text), T)), ("strided", strided(tokenizer.encode(text), T, T // 2))):
+    plain = {"per_line": lambda: [(ids, len(ids) - 1) for ids in (tokenizer.encode(line)[:min(512, T)] for line in lines) if len(ids) > 1],
+             "tokens": lambda: disjoint(tokenizer.encode(text), T), "strided": lambda: strided(tokenizer.encode(text), T, T // 2)}
+    for protocol in filter(protocols.__contains__, plain):
+        windows = plain[protocol]()
         add(protocol, windows_nll(model, windows), [scored for _, scored in windows])
-    articles = [article for article in data.wikitext_articles(re.findall(r"[^\n]*\n|[^\n]+", text)) if article.strip()]
-    nll = []
-    for article in articles:
-        nll.append(sum(windows_nll(model, rolling(tokenizer.encode(detokenize(article)), T, tokenizer.eos))))
-    add("words", nll, [len(re.split(r"\s+", article)) for article in articles])
-    add("bpb", nll, [len(article.encode()) for article in articles], lambda x: x / math.log(2))
+    if "words" in protocols or "bpb" in protocols:
+        articles = [article for article in data.wikitext_articles(re.findall(r"[^\n]*\n|[^\n]+", text)) if article.strip()]
+        nll = [sum(windows_nll(model, rolling(tokenizer.encode(detokenize(article)), T, tokenizer.eos))) for article in articles]
+        if "words" in protocols:
+            add("words", nll, [len(re.split(r"\s+", article)) for article in articles])
+        if "bpb" in protocols:
+            add("bpb", nll, [len(article.encode()) for article in articles], lambda x: x / math.log(2))
     return results
 
 
@@ -194,27 +206,30 @@ def final_answer(text: str) -> str | None:
     return found[1].replace(",", "").rstrip(".") if found else None
 
 
-def solve(model: GPT, tokenizer, problems: list[dict], n: int, temperature: float, max_new_tokens: int, seed: int, say=print) -> list[dict]:
-    """n solutions of every problem, in batches of prompts of similar length: [{question, answer, solutions: [{ids, text, correct}]}]."""
+def solve(model: GPT, tokenizer, problems: list[dict], n: int, temperature: float, max_new_tokens: int, seed: int, calculator: bool = False,
+          say=print) -> list[dict]:
+    """n solutions of every problem, in batches of prompts of similar length: [{question, answer, solutions: [{ids, text, correct}]}].
+    A problem's solutions depend on it and the seed alone, not on the other problems or the ranks that share them."""
     rows = [{**problem, "solutions": []} for problem in problems]
     prompts = [data.render_prompt(data.user(row["question"]), tokenizer) for row in rows]
-    order = [i for i in sorted(range(len(rows)), key=lambda i: len(prompts[i])) for _ in range(n)]
-    generator = torch.Generator(model.embed.weight.device).manual_seed(seed)
+    own_seed = [int(hashlib.sha256(row["question"].encode()).hexdigest()[:8], 16) for row in rows]
+    order = [(i, k) for i in sorted(range(len(rows)), key=lambda i: len(prompts[i])) for k in range(n)]
+    stop, tool = (tokenizer.end, tokenizer.eos), Calculator(tokenizer) if calculator else None
     began, made, batch = time.perf_counter(), 0, 512
     for first in range(0, len(order), batch):
-        numbers = order[first:first + batch]
-        outputs = generate(model, [prompts[i] for i in numbers], max_new_tokens, (tokenizer.end, tokenizer.eos), generator, temperature=temperature)
-        for i, ids in zip(numbers, outputs):
-            stopped = ids[-1] in (tokenizer.end, tokenizer.eos)
+        part = order[first:first + batch]
+        outputs = generate(model, [prompts[i] for i, _ in part], max_new_tokens, stop, [(seed, own_seed[i], k) for i, k in part],
+                           calculator=tool, temperature=temperature)
+        for (i, _), ids in zip(part, outputs):
+            stopped = ids[-1] in stop
             text = tokenizer.decode(ids[:-1] if stopped else ids)
             right = final_answer(text)
             rows[i]["solutions"].append({"ids": ids, "text": text, "stopped": stopped,
                                          "correct": right is not None and right == final_answer(rows[i]["answer"])})
             made += len(ids)
-        if first + batch < len(order) and (first // batch) % 4 == 3:
-            elapsed = time.perf_counter() - began
-            share = (first + batch) / len(order)
-            say(f"sampling {first + batch}/{len(order)} solutions | {made / elapsed:,.0f} tok/s | eta {elapsed / share - elapsed:.0f} s")
+        elapsed, finished = time.perf_counter() - began, first + len(part)
+        if finished == len(order) or (first // batch) % 4 == 3:
+            say(f"sampled {finished}/{len(order)} solutions | {made / elapsed:,.0f} tok/s | eta {elapsed * (len(order) / finished - 1):.0f} s")
     return rows
 
 
@@ -315,10 +330,10 @@ class Bench:
     def solutions(self, stage: str, n: int, temperature: float) -> list[dict]:
         """Solved test problems; kept beside the results, so that every number can be traced to its text."""
         cfg = self.cfg
-        settings = hashlib.sha256(json.dumps([n, temperature, cfg.max_new_tokens, cfg.seed, cfg.problems, cfg.n_problems, str(self.dtype)]).encode())
+        settings = hashlib.sha256(json.dumps([VERSION, n, temperature, cfg.max_new_tokens, cfg.seed, cfg.problems, cfg.n_problems, cfg.calculator, str(self.dtype)]).encode())
         path = os.path.join(cfg.out_dir, "generations", f"{stage}_{self.checkpoints[stage]['weights_hash']}_{settings.hexdigest()[:8]}.jsonl")
         if not os.path.exists(path):
-            rows = solve(self.model(stage), self.tokenizer, self.problems(), n, temperature, cfg.max_new_tokens, cfg.seed,
+            rows = solve(self.model(stage), self.tokenizer, self.problems(), n, temperature, cfg.max_new_tokens, cfg.seed, cfg.calculator,
                          lambda text: print(f"eval {stage}: {text}", flush=True))
             data.write_jsonl(path, rows)
         return data.read_jsonl(path)
@@ -343,7 +358,7 @@ def text_perplexity(bench: Bench, stage: str) -> list[dict]:
     results = []
     for name in bench.cfg.text.split(","):
         with data.open_text(os.path.join(bench.cfg.data_dir, name, "test.txt")) as f:
-            results += [{**result, "split": name} for result in perplexity(bench.model(stage), bench.tokenizer, f.read())]
+            results += [{**result, "split": name} for result in perplexity(bench.model(stage), bench.tokenizer, f.read(), bench.cfg.protocols or PROTOCOLS)]
     return results
 
 
@@ -352,6 +367,34 @@ def greedy(bench: Bench, stage: str) -> list[dict]:
     flags = {"exact_match": [s["correct"] for s in solutions], "stop_rate": [s["stopped"] for s in solutions],
              "no_answer": [final_answer(s["text"]) is None for s in solutions]}
     return [{"metric": metric, "protocol": "greedy", **proportion(values)} for metric, values in flags.items()]
+
+
+def repetition(ids: list[int], n: int = 4) -> float:
+    """Share of the n-grams that stood in the same text before."""
+    grams = [tuple(ids[i:i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def habits(model: GPT, tokenizer, prompts: list[list[int]], max_new_tokens: int) -> dict[str, list[float]]:
+    """How the model answers, greedily: whether each answer stops by itself, its tokens, the share of repeated 4-grams in it."""
+    stop = (tokenizer.end, tokenizer.eos)
+    answers = generate(model, prompts, max_new_tokens, stop, temperature=0)
+    return {"stop_rate": [ids[-1] in stop for ids in answers], "length": [len(ids) for ids in answers], "repetition": [repetition(ids) for ids in answers]}
+
+
+def chats(bench: Bench, stage: str) -> list[dict]:
+    """Held-out conversations: nats per token of their last answers, and the habits of the model's own answers in their place."""
+    model, tokenizer = bench.model(stage), bench.tokenizer
+    records = [r["messages"] for r in data.load_records(bench.cfg.chats, bench.cfg.data_dir, "sft", "val")]
+    prompts = [data.render_prompt(messages[:-1], tokenizer) for messages in records]
+    windows = [(prompt + answer, len(answer)) for prompt, answer in zip(prompts, (tokenizer.encode(m[-1]["content"]) + [tokenizer.end] for m in records))
+               if len(prompt + answer) <= model.cfg.seq_len][:512]
+    prompts = [prompt for prompt in prompts if len(prompt) < model.cfg.seq_len][:bench.cfg.n_chats]
+    own = habits(model, tokenizer, prompts, bench.cfg.max_new_tokens)
+    return [{"metric": metric, "split": "val", **number} for metric, number in (
+        ("response_loss", {"protocol": "teacher", **ratio(windows_nll(model, windows), [n for _, n in windows])}),
+        ("stop_rate", {"protocol": "greedy", **proportion(own["stop_rate"])}),
+        *((metric, {"protocol": "greedy", **ratio(own[metric], [1] * len(prompts))}) for metric in ("length", "repetition")))]
 
 
 def preference(bench: Bench, stage: str) -> list[dict]:
@@ -374,9 +417,9 @@ def preference(bench: Bench, stage: str) -> list[dict]:
 def tales(bench: Bench, stage: str) -> list[dict]:
     """Toy world: greedy-free check of what the pairs teach, on tales told for held-out casts at temperature 1."""
     prompts = sorted({record["prompt"][0]["content"] for record in data.load_records(bench.cfg.pairs, bench.cfg.data_dir, "dpo", "test")})
-    tokenizer, generator = bench.tokenizer, torch.Generator(bench.device).manual_seed(bench.cfg.seed)
-    asked = [prompt for prompt in prompts for _ in range(4)]
-    outputs = generate(bench.model(stage), [data.render_prompt(data.user(p), tokenizer) for p in asked], 128, (tokenizer.end, tokenizer.eos), generator)
+    tokenizer, asked = bench.tokenizer, [prompt for prompt in prompts for _ in range(4)]
+    outputs = generate(bench.model(stage), [data.render_prompt(data.user(p), tokenizer) for p in asked], 128, (tokenizer.end, tokenizer.eos),
+                       [(bench.cfg.seed, number) for number in range(len(asked))])
     verdicts = [toy.judge_tale(p, tokenizer.decode(ids[:-1])) for p, ids in zip(asked, outputs)]
     flags = {"on_topic": [v["on_topic"] for v in verdicts], "kind": [v["kind"] for v in verdicts],
              "on_topic_and_kind": [v["on_topic"] and v["kind"] for v in verdicts], "stop_rate": [ids[-1] == tokenizer.end for ids in outputs]}
@@ -395,13 +438,43 @@ def auc_interval(rows: list[dict], key: str) -> dict:
     return {"value": of(range(len(rows))), "low": float(low), "high": float(high), "n": sum(len(row["solutions"]) for row in rows)}
 
 
+def both_kinds(rows: list[dict]) -> bool:
+    return len({s["correct"] for row in rows for s in row["solutions"]}) == 2
+
+
+def discrimination(verifier: GPT, tokenizer, rows: list[dict]) -> list[dict]:
+    """AUC over scored solutions: of the likelihood and the verifier; of form alone (it stopped and has an answer), which must not
+    separate; of the verifier among solutions of full form; and of the verifier when it is shown the final answer alone."""
+    solutions = [s for row in rows for s in row["solutions"]]
+    for s in solutions:
+        s["form"] = s["stopped"] and final_answer(s["text"]) is not None
+    matched = [{**row, "solutions": [s for s in row["solutions"] if s["form"]]} for row in rows]
+    matched = [row for row in matched if row["solutions"]]
+    bare = [{**row, "solutions": [{"ids": tokenizer.encode(f"#### {final_answer(s['text'])}") + [tokenizer.end], "correct": s["correct"]}
+                                  for s in row["solutions"]]} for row in matched]
+    score_solutions(verifier, tokenizer, bare)
+    cases = [(how, rows, key) for how, key in CHOSEN_BY.items()]
+    cases += [("form_alone", rows, "form"), ("best_of_same_form", matched, "score"), ("last_number_alone", bare, "score")]
+    return [{"metric": "auc", "protocol": how, **auc_interval(part, key)} for how, part, key in cases if both_kinds(part)]
+
+
+def calibration(rows: list[dict]) -> list[dict]:
+    """Is a score of p right p of the time? Brier score, expected calibration error over tenths, and each tenth with its mean p."""
+    p, right = (np.array([f(s) for row in rows for s in row["solutions"]]) for f in (lambda s: (1 + math.tanh(s["score"] / 2)) / 2, lambda s: float(s["correct"])))
+    tenth = np.minimum((10 * p).astype(int), 9)
+    bins = [(t, p[tenth == t].mean(), right[tenth == t]) for t in range(10) if (tenth == t).any()]
+    error = sum(len(flags) * abs(mean - flags.mean()) for _, mean, flags in bins) / len(p)
+    return [{"metric": "brier", "protocol": "verifier", **ratio((p - right) ** 2, np.ones(len(p)))},
+            {"metric": "calibration_error", "protocol": "verifier", "value": float(error), "n": len(p)},
+            *({"metric": "calibration", "protocol": f"tenth {t}", "predicted": float(mean), **proportion(flags)} for t, mean, flags in bins)]
+
+
 def rerank(bench: Bench, stage: str) -> list[dict]:
-    """Ways to choose among the first k of the same n_samples solutions, for k = 1, 2, 4, ...; and the AUC of the two scores."""
+    """Ways to choose among the first k of the same n_samples solutions, for k = 1, 2, 4, ...; AUC and calibration of the scores."""
     rows = bench.solutions(stage, bench.cfg.n_samples, bench.cfg.temperature)
     score_solutions(bench.model("verifier"), bench.tokenizer, rows)
     likelihoods(bench.model(stage), bench.tokenizer, rows)
-    kinds = {s["correct"] for row in rows for s in row["solutions"]}
-    results = [{"metric": "auc", "protocol": how, **auc_interval(rows, key)} for how, key in CHOSEN_BY.items() if len(kinds) == 2]
+    results = [*discrimination(bench.model("verifier"), bench.tokenizer, rows), *calibration(rows)]
     k = 1
     while k <= bench.cfg.n_samples:
         for how in RERANKERS:
@@ -410,16 +483,47 @@ def rerank(bench: Bench, stage: str) -> list[dict]:
     return results
 
 
+def published(bench: Bench, stage: str) -> list[dict]:
+    """GSM8K's published solutions of its test problems by four larger models, judged, never trained on: each source's accuracy, the best of
+    the four by likelihood and by verifier, and the AUC over all of them and within each source (sources differ in style and in accuracy)."""
+    tokenizer, verifier = bench.tokenizer, bench.model("verifier")
+    rows = []
+    for record in data.read_jsonl(os.path.join(bench.cfg.data_dir, bench.cfg.published, "test.jsonl"))[:bench.cfg.n_problems]:
+        texts = {source: re.sub(r"\nA: (.*)$", r"\n#### \1", value["solution"]) for source, value in record.items() if isinstance(value, dict)}
+        rows.append({"question": record["question"], "solutions": [
+            {"source": source, "text": text, "ids": tokenizer.encode(text) + [tokenizer.end], "stopped": True, "correct": record[source]["is_correct"]}
+            for source, text in texts.items()]})
+    fits = lambda row: all(len(ids) <= verifier.cfg.seq_len for ids, _ in with_prompts([row], tokenizer))
+    kept = list(filter(fits, rows))
+    if len(kept) < len(rows):
+        print(f"eval published: {len(rows) - len(kept)} of {len(rows)} problems have solutions longer than seq_len={verifier.cfg.seq_len} and are left out")
+    if not kept:
+        raise UserError(f"no problem of {bench.cfg.published} fits seq_len={verifier.cfg.seq_len}")
+    score_solutions(verifier, tokenizer, kept)
+    likelihoods(bench.model(stage), tokenizer, kept)
+    of_source = {source["source"]: [{**row, "solutions": [s for s in row["solutions"] if s["source"] == source["source"]]} for row in kept]
+                 for source in kept[0]["solutions"]}
+    results = [{"metric": "exact_match", "protocol": how, **proportion(choose(row["solutions"], how) for row in kept)} for how in (*CHOSEN_BY, "oracle")]
+    for source, part in of_source.items():
+        results.append({"metric": "exact_match", "protocol": source, **proportion(choose(row["solutions"], "oracle") for row in part)})
+        results += [{"metric": "auc", "protocol": f"{how} of {source}", **auc_interval(part, key)} for how, key in CHOSEN_BY.items() if both_kinds(part)]
+    return [*discrimination(verifier, tokenizer, kept), *calibration(kept), *results]
+
+
 # name: (function, what it needs of the bench, the stages it runs for)
 TASKS = {
     "val_loss": (val_loss, lambda b: b.cfg.data, lambda b: b.policies),
     "text_perplexity": (text_perplexity, lambda b: b.cfg.text, lambda b: b.policies),
+    "chats": (chats, lambda b: b.cfg.chats, lambda b: b.policies),
     "problems": (greedy, lambda b: b.cfg.problems, lambda b: b.policies),
     "preference": (preference, lambda b: b.cfg.pairs, lambda b: b.policies),
     "tales": (tales, lambda b: b.cfg.pairs == "toy", lambda b: [s for s in b.policies if s in ("sft", "dpo")]),
     "rerank": (rerank, lambda b: b.cfg.problems and "verifier" in b.checkpoints, lambda b: [s for s in b.policies if s in ("sft", "dpo")][-1:]),
+    "published": (published, lambda b: b.cfg.published and "verifier" in b.checkpoints, lambda b: [s for s in b.policies if s in ("sft", "dpo")][-1:]),
 }
-VERSION = 1  # of the tasks: raised when a number changes its meaning
+SETTINGS = ("data", "problems", "pairs", "chats", "text", "protocols", "published", "n_samples", "temperature", "max_new_tokens", "calculator",
+            "n_problems", "n_chats", "seed")  # that decide a number, and stand beside it
+VERSION = 2  # of the tasks: raised when a number changes its meaning
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -455,21 +559,21 @@ def append_results(path: str, rows: list[dict], replace=None) -> None:
 
 def main(argv: list[str]) -> int:
     cfg = configurator.load(EvalConfig, argv)
-    data.ensure(",".join(filter(None, (cfg.data, cfg.problems, cfg.pairs))), cfg.data_dir)
+    data.ensure(",".join(filter(None, (cfg.data, cfg.problems, cfg.pairs, cfg.chats))), cfg.data_dir)
     if not os.path.isdir(cfg.out_dir):
         raise UserError(f"out_dir {cfg.out_dir!r} does not exist: give the folder of a run")
     existing = read_results(cfg.out_dir)
     fresh = not existing or cfg.no_overwrite or cfg.force
     path = os.path.join(cfg.out_dir, "results.jsonl" if fresh else time.strftime("results_%Y%m%d_%H%M%S.jsonl"))
     bench = Bench(cfg)
-    settings = {key: getattr(cfg, key) for key in ("data", "problems", "pairs", "text", "n_samples", "temperature", "max_new_tokens", "n_problems", "seed")}
+    settings = json.loads(json.dumps({key: getattr(cfg, key) for key in SETTINGS}))
     origin, new = provenance(), 0
     for name, (task, needs, stages) in TASKS.items():
         if cfg.tasks and name not in cfg.tasks or not needs(bench):
             continue
         for stage in stages(bench):
             key = {"task": name, "stage": stage, "version": VERSION, "weights_hash": bench.checkpoints[stage]["weights_hash"], "settings": settings}
-            if "verifier" in bench.checkpoints and name == "rerank":
+            if name in ("rerank", "published"):
                 key["verifier_hash"] = bench.checkpoints["verifier"]["weights_hash"]
             same = lambda row: all(row.get(k) == v for k, v in key.items())
             if cfg.no_overwrite and any(map(same, existing)):

@@ -9,10 +9,12 @@ the training context: the cache rolls, and the model sees the last seq_len token
 """
 import codecs
 import math
+import re
 import sys
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 import configurator
@@ -34,6 +36,7 @@ class SampleConfig:
     top_p: float | None = None  # keep the smallest set of this probability
     min_p: float | None = None  # keep ids of at least this share of the best id's probability
     seed: int = 0  # of the sampling
+    calculator: bool = False  # finish <<3+4= with 7>>, whatever the model would have written
     data_dir: str = "data"  # where the tokenizer's ranks are
     device: str = "auto"  # auto, cpu, cuda, mps
 
@@ -49,9 +52,10 @@ class SampleConfig:
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling
 
-def sample(logits, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None, generator=None):
+def sample(logits, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None, draws=None):
     """Next ids (B,) from logits (B, vocab). temperature 0 is greedy; top_p keeps the smallest set of that probability, min_p what
-    has at least that share of the most likely id's probability (arXiv 2407.01082)."""
+    has at least that share of the most likely id's probability (arXiv 2407.01082). draws (B,): the uniform number in [0, 1) that
+    decides each row, by inversion of its distribution; None = new ones."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
@@ -66,16 +70,21 @@ def sample(logits, temperature: float = 1.0, top_k: int | None = None, top_p: fl
         beyond[:, 0] = False  # the most likely id always stays
         ordered = ordered.masked_fill(beyond, -math.inf)
         logits = torch.full_like(logits, -math.inf).scatter(1, order, ordered)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+    draws = torch.rand(len(logits), device=logits.device) if draws is None else draws
+    below = logits.softmax(-1).cumsum(-1)  # (B, vocab)
+    draws = draws.to(below).clamp(max=1 - 2**-23)  # rounding must not carry it to the very end, where ids of probability 0 are
+    return torch.searchsorted(below, (draws * below[:, -1]).unsqueeze(1), right=True).squeeze(1)
 
 
 @torch.no_grad()
-def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, stop: tuple[int, ...] = (), generator=None,
-             slots: int | None = None, on_token=None, **sampling) -> list[list[int]]:
+def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, stop: tuple[int, ...] = (), seeds=None,
+             slots: int | None = None, on_token=None, calculator=None, **sampling) -> list[list[int]]:
     """New ids for every prompt, all rows at once with a KV cache; a row ends with its first stop id, which is kept.
 
-    slots: size of the cache; by default prompt + max_new_tokens, at most seq_len, beyond which it rolls. Longer prompts lose
-    their beginning. on_token(row, id) is called as ids are sampled. sampling: see sample().
+    seeds: what decides each row's draws, a number or a tuple of numbers; None = 0, 1, 2, ... A row depends on its prompt and its
+    seed alone, not on the rows beside it. slots: size of the cache; by default prompt + max_new_tokens, at most seq_len, beyond
+    which it rolls. Longer prompts lose their beginning. on_token(row, id) is called as ids are sampled. calculator: a Calculator,
+    whose results are written in place of sampled ids. sampling: see sample().
     """
     if not prompts:
         return []
@@ -85,18 +94,25 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, stop: tu
     width = max(map(len, prompts))
     pads = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
     idx = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+    streams = [np.random.default_rng(seed) for seed in (seeds if seeds is not None else range(len(prompts)))]
     cache = KVCache(model.cfg, len(prompts), slots, device, model.embed.weight.dtype)
     x = model.hidden(idx, cache=cache, pads=pads if pads.any() else None)[:, -1]
     out, rows = [[] for _ in prompts], list(range(len(prompts)))  # rows: which output each batch row belongs to
-    done = [False] * len(prompts)
+    done, owed = [False] * len(prompts), [[] for _ in prompts]  # owed: the calculator's ids that a row has yet to write
     for step in range(max_new_tokens):
-        ids = sample(model.logits(x), generator=generator, **sampling)
-        for row, token in zip(rows, ids.tolist()):
-            if not done[row]:
-                out[row].append(token)
-                done[row] = token in stop
-                if on_token is not None:
-                    on_token(row, token)
+        draws = torch.tensor([streams[row].random(dtype=np.float32) for row in rows], device=device)
+        ids = sample(model.logits(x), draws=draws, **sampling)
+        for i, (row, token) in enumerate(zip(rows, ids.tolist())):
+            if done[row]:
+                continue
+            if owed[row]:
+                token = ids[i] = owed[row].pop(0)
+            elif calculator is not None:
+                owed[row] = calculator(out[row] + [token])
+            out[row].append(int(token))
+            done[row] = token in stop
+            if on_token is not None:
+                on_token(row, int(token))
         running = [i for i, row in enumerate(rows) if not done[row]]
         if not running or step + 1 == max_new_tokens:
             break
@@ -106,6 +122,59 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, stop: tu
             ids, rows = ids[keep], [rows[i] for i in running]
         x = model.hidden(ids.unsqueeze(1), cache=cache)[:, -1]
     return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The calculator (Cobbe et al. 2021): the model writes <<48/2= and is handed 24>>
+
+def arithmetic(text: str) -> float | None:
+    """Value of an expression of + - * / // ( ) and decimal numbers; None for anything else, for more than 64 characters, for a
+    division by zero and for 10^15 or more."""
+    tokens = re.findall(r"\d+\.?\d*|\.\d+|//|\S", text.replace(",", ""))[::-1]  # the next one last
+
+    def operand() -> float:
+        token = tokens.pop()
+        if token in "+-":
+            return operand() if token == "+" else -operand()
+        if token != "(":
+            return float(token) if token[0] in "0123456789." else math.nan
+        value = total()
+        return value if tokens.pop() == ")" else math.nan
+
+    def product() -> float:
+        value = operand()
+        while tokens and tokens[-1] in ("*", "/", "//"):
+            sign, right = tokens.pop(), operand()
+            value = value * right if sign == "*" else value / right if sign == "/" else value // right
+        return value
+
+    def total() -> float:
+        value = product()
+        while tokens and tokens[-1] in ("+", "-"):
+            value = value + product() if tokens.pop() == "+" else value - product()
+        return value
+
+    if len(text) > 64:
+        return None
+    try:
+        value = total()
+    except (ValueError, IndexError, ZeroDivisionError):
+        return None
+    return value if not tokens and abs(value) < 1e15 else None
+
+
+class Calculator:
+    """The ids that follow a row's ids so far: the result and >> where they end in an open <<expression=, else none."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, ids: list[int]) -> list[int]:
+        if b"=" not in self.tokenizer.bpe.decode_single_token_bytes(ids[-1]):
+            return []
+        asked = re.search(r"<<([^<>=]*)=$", self.tokenizer.decode(ids[-70:]))
+        value = arithmetic(asked[1]) if asked else None
+        return [] if value is None else self.tokenizer.encode(f"{round(value, 6) + 0.0:.6f}".rstrip("0").rstrip(".") + ">>")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,14 +205,17 @@ class Sampler:
         self.chat = cfg.chat if cfg.chat is not None else "template" in saved
         if self.chat and saved.get("template", data.TEMPLATE) != data.TEMPLATE:
             raise UserError(f"{cfg.checkpoint} was tuned with chat template {saved['template']}, this code has {data.TEMPLATE}")
-        self.generator = torch.Generator(device).manual_seed(cfg.seed)
+        self.n_answers = 0
 
     def answer(self, ids: list[int]) -> str:
         """Sample, print and return the answer to a prompt; several samples are printed one after the other."""
         cfg, stop = self.cfg, (self.tokenizer.end, self.tokenizer.eos)
         began, printer = time.perf_counter(), Printer(self.tokenizer, stop)
-        rows = generate(self.model, [ids] * cfg.n_samples, cfg.max_new_tokens, stop, self.generator, on_token=printer if cfg.n_samples == 1 else None,
+        seeds = [(cfg.seed, self.n_answers, number) for number in range(cfg.n_samples)]
+        rows = generate(self.model, [ids] * cfg.n_samples, cfg.max_new_tokens, stop, seeds, on_token=printer if cfg.n_samples == 1 else None,
+                        calculator=Calculator(self.tokenizer) if cfg.calculator else None,
                         temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, min_p=cfg.min_p)
+        self.n_answers += 1
         texts = [self.tokenizer.decode(row[:-1] if row[-1] in stop else row) for row in rows]
         if cfg.n_samples > 1:
             print(*(f"--- {number}\n{text}" for number, text in enumerate(texts, 1)), sep="\n", end="")

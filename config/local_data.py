@@ -9,7 +9,10 @@ sources = (
     "pretrain/openstax_books_ccbyncsa.txt.gz;pretrain/novels_1of3.txt.gz;pretrain/novels_2of3.txt.gz;pretrain/novels_3of3.txt.gz;"
     "pretrain/tinystories_4k.txt.gz",
     "sft/alpaca=alpaca_52k.jsonl.gz",
+    "sft/hh-chosen=hh_rlhf_harmless_base_test.jsonl.gz",
     "dpo/hh-rlhf=hh_rlhf_harmless_base_test.jsonl.gz",
+    "dpo/helpful=preference_llamafactory_dpo_en.jsonl.gz",
+    "dpo/polite=preference_raschka_1100.jsonl",
     "verifier/gsm8k=gsm8k_train.jsonl.gz",
     "eval/gsm8k-test=gsm8k_test.jsonl",
     "eval/wikitext-2=wikitext2_raw_test.txt.gz",

@@ -2,10 +2,14 @@
 import copy
 import io
 import math
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import data
 import sample as program
@@ -14,6 +18,7 @@ from sample import generate, sample
 from test_align import BYTE, save_start
 from test_model import ids, randn, tiny, variants
 
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k_train.jsonl.gz"
 GREEDY = {"temperature": 0}
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5], [3, 5, 8, 9, 7, 9], [31, 41, 5, 9]]
 
@@ -88,7 +93,7 @@ def test_generation_of_a_row_does_not_depend_on_its_batch():
 def test_generation_repeats_with_the_seed():
     """A sampled evaluation must be repeatable."""
     model = tiny(seed=5)
-    runs = [generate(model, PROMPTS, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    runs = [generate(model, PROMPTS, 8, seeds=[(seed, row) for row in range(len(PROMPTS))]) for seed in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
 
 
@@ -117,9 +122,13 @@ def test_temperature_zero_and_top_k_one_are_argmax():
     assert torch.equal(sample(logits, top_k=1), logits.argmax(-1))
 
 
+def uniform(n: int, seed: int = 0):
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed))
+
+
 def drawn(logits, n: int = 3000, **sampling) -> set[int]:
     many = torch.tensor(logits).expand(n, len(logits))
-    return set(sample(many, generator=torch.Generator().manual_seed(0), **sampling).tolist())
+    return set(sample(many, draws=uniform(n), **sampling).tolist())
 
 
 @pytest.mark.parametrize("top_p, kept", [(0.05, {2}), (0.49, {2}), (0.51, {2, 0}), (0.79, {2, 0}), (0.81, {2, 0, 3}),
@@ -137,24 +146,41 @@ def test_top_p_zero_keeps_the_most_likely_id():
 def test_top_k_keeps_the_k_most_likely_and_their_proportions():
     """What is left is renormalised, not made uniform: .5 and .3 become .625 and .375."""
     logits = torch.tensor([0.30, 0.05, 0.50, 0.15]).log().expand(20000, 4)
-    got = sample(logits, top_k=2, generator=torch.Generator().manual_seed(0)).bincount(minlength=4) / 20000
+    got = sample(logits, top_k=2, draws=uniform(20000)).bincount(minlength=4) / 20000
     assert got[1] == got[3] == 0 and abs(got[2] - 0.625) < 0.015  # 4 standard errors of 0.0034
     assert drawn([0.0, 1.0, 2.0], top_k=99) == {0, 1, 2}
 
 
 def test_temperature_divides_the_logits():
     """At temperature 2 the odds of 4 : 1 become 2 : 1."""
-    got = sample(torch.tensor([math.log(4.0), 0.0]).expand(20000, 2), temperature=2.0, generator=torch.Generator().manual_seed(0))
+    got = sample(torch.tensor([math.log(4.0), 0.0]).expand(20000, 2), temperature=2.0, draws=uniform(20000))
     assert abs((got == 0).float().mean() - 2 / 3) < 0.015
 
 
-def test_the_same_generator_seed_gives_the_same_ids():
+def test_the_same_draws_give_the_same_ids():
     """And the global random state plays no part."""
     logits = randn(64, 50)
-    first = sample(logits, generator=torch.Generator().manual_seed(3))
+    first = sample(logits, draws=uniform(64, 3))
     torch.manual_seed(99)
-    assert torch.equal(first, sample(logits, generator=torch.Generator().manual_seed(3)))
-    assert not torch.equal(first, sample(logits, generator=torch.Generator().manual_seed(4)))
+    assert torch.equal(first, sample(logits, draws=uniform(64, 3)))
+    assert not torch.equal(first, sample(logits, draws=uniform(64, 4)))
+
+
+def test_no_draw_reaches_an_id_of_probability_zero():
+    """The largest draws below 1, and 0 itself, where ids without probability stand at both ends of the vocabulary."""
+    logits = torch.full((1, 1000), -math.inf)
+    logits[:, 3:700] = 0.0
+    for draw in (0.0, 1 - 2**-24, 0.5):
+        assert 3 <= int(sample(logits, draws=torch.tensor([draw]))) < 700
+
+
+def test_a_sampled_row_depends_on_its_prompt_and_its_seed_alone():
+    """Not on its place in the batch, nor on rows that end before it: best-of-N may be cut into batches at will."""
+    model, seeds = tiny(seed=5), [7, (1, 2), 9, 11, 13]
+    together = generate(model, PROMPTS, 12, stop=(3,), seeds=seeds)
+    assert [generate(model, [prompt], 12, stop=(3,), seeds=[seed])[0] for prompt, seed in zip(PROMPTS, seeds)] == together
+    assert len({len(row) for row in together}) > 1 or len(set(map(tuple, together))) == 5
+    assert generate(model, [PROMPTS[0]] * 3, 12, seeds=[7, 7, 8])[0] != generate(model, [PROMPTS[0]], 12, seeds=[8])[0]
 
 
 def test_padded_ids_are_never_sampled_nor_predicted():
@@ -164,7 +190,7 @@ def test_padded_ids_are_never_sampled_nor_predicted():
         model.embed.weight[50:] = 100 * randn(78, 32)  # would win every softmax
     logits = model(ids(1, 4))
     assert model.embed.weight.shape == (128, 32) and logits.shape == (1, 4, 50)
-    drawn_ids = sample(logits[0, -1:].expand(2000, 50), temperature=100.0, generator=torch.Generator().manual_seed(0))
+    drawn_ids = sample(logits[0, -1:].expand(2000, 50), temperature=100.0, draws=uniform(2000))
     assert drawn_ids.max() < 50 and len(drawn_ids.unique()) > 25
     assert max(map(max, generate(model, PROMPTS, 8, temperature=100.0))) < 50
 
@@ -173,6 +199,62 @@ def test_padded_ids_are_never_sampled_nor_predicted():
 def test_min_p_keeps_ids_of_that_share_of_the_best(min_p, kept):
     """By hand: .30 .05 .50 .15 are .6 .1 1 .3 of the best."""
     assert drawn([math.log(p) for p in (0.30, 0.05, 0.50, 0.15)], min_p=min_p) == kept
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The calculator
+
+@pytest.mark.parametrize("text, value", [("48/2", 24), ("20*.01", 0.2), ("(3+4)*2-1", 13), ("2-3-4", -5), ("12/3/2", 2), ("-3+5", 2), ("+10", 10), ("560//10", 56),
+                                         ("1,000*2", 2000), ("2*-3", -6), ("((((1))))", 1)])
+def test_arithmetic_has_the_usual_rules(text, value):
+    assert program.arithmetic(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["", "1/0", "2**9", "9**9**9", "1+", "(1", "1)", "a+1", "__import__('os')", "1 2", "1e9", "." , "9" * 65, "9" * 40, "(" * 60, "0x1f"])
+def test_what_is_no_bounded_arithmetic_has_no_value(text):
+    """Nothing a model can write is run, hangs, or raises."""
+    assert program.arithmetic(text) is None
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet="0123456789.+-*/() ", max_size=20))
+def test_arithmetic_agrees_with_python_wherever_both_have_a_value(text):
+    value = program.arithmetic(text)
+    if value is not None and "**" not in text and not re.search(r"\b0\d|\d\s+[\d.]|\.\s|/\s+/|\.\d*\.", text):
+        assert value == pytest.approx(eval(text), nan_ok=True)
+
+
+def test_the_calculator_reproduces_the_annotations_of_gsm8k():
+    """Every <<expression=value>> of the 7,473 training solutions, by value; the few that differ are wrong in the source."""
+    if not REAL.is_file():
+        pytest.skip(f"no GSM8K at {REAL}")
+    asked = [pair.split("=") for row in data.read_jsonl(str(REAL)) for pair in re.findall(r"<<([^<>]*)>>", row["answer"])]
+    wrong = [(left, right) for left, right in asked if (value := program.arithmetic(left)) is None or abs(value - float(right)) > 1e-6]
+    assert len(asked) == 23716 and len(wrong) < 15, wrong
+
+
+@pytest.mark.parametrize("name", ["byte", "toy"])
+def test_a_row_that_asks_the_calculator_is_handed_the_result(name):
+    """The ids after "<<3+4=" are those of "7>>"; outside an open << there is nothing to hand."""
+    tokenizer = data.load_tokenizer(name)
+    tool = program.Calculator(tokenizer)
+    assert tool(tokenizer.encode("x <<3+4=")) == tokenizer.encode("7>>")
+    assert tool(tokenizer.encode("3+4=")) == tool(tokenizer.encode("<<3+=")) == tool(tokenizer.encode("<<3+4=7>> =")) == []
+    assert tool(tokenizer.encode("<<1/3=")) == tokenizer.encode("0.333333>>") and tool(tokenizer.encode("<<0*-5=")) == tokenizer.encode("0>>")
+
+
+def test_the_calculator_corrects_a_model_while_it_generates():
+    """A model trained to write "<<2+2=" is emulated by a model that can say one thing only."""
+    model, tokenizer = tiny(dtype=torch.float32, vocab_size=BYTE.vocab_size, seq_len=64), BYTE
+    script = iter(tokenizer.encode("<<2+2=") + [0] * 99)
+
+    class Scripted:
+        embed, cfg = model.embed, model.cfg
+        hidden = lambda self, idx, cache=None, pads=None: model.hidden(idx, cache=cache, pads=pads)
+        logits = lambda self, x: torch.nn.functional.one_hot(torch.tensor([next(script)]), tokenizer.vocab_size).float()
+
+    (row,) = generate(Scripted(), [[1]], 12, temperature=0, calculator=program.Calculator(tokenizer))
+    assert tokenizer.decode(row[:9]) == "<<2+2=4>>" and row[9:] == [0, 0, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,7 +271,7 @@ def answers_of(monkeypatch) -> list:
     """What generate() was asked, while it answers "h\u00e9!" and <|end|>, one byte a token."""
     asked = []
 
-    def generate(model, prompts, max_new_tokens, stop, generator, on_token=None, **sampling):
+    def generate(model, prompts, max_new_tokens, stop, seeds, on_token=None, **sampling):
         asked.append(prompts[0])
         row = [*"h\u00e9!".encode(), BYTE.end]
         for token in row if on_token else []:
