@@ -34,25 +34,33 @@ class AlignConfig(LoopConfig):
     init_from: str = ""  # run folder, checkpoint file or run name to start from
     tokenizer: str | None = None  # None = the checkpoint's; else toy, byte, gpt2 or a ranks file, which must be the same
     seq_len: int | None = None  # tokens per packed row (dpo: longest pair); None = the checkpoint's
+    replay: float = 0.0  # sft: share of the rows that are pretraining text, against forgetting it
+    replay_data: str | None = None  # sft: its shards; None = what the checkpoint was pretrained on
+    on_policy: bool = False  # dpo: pairs of right and wrong samples for the problems of data, instead of its preference records
     loss_type: str = "sigmoid"  # dpo: sigmoid, ipo or simpo
     beta: float = 0.1  # dpo: strength of the pull to the reference (ipo: tau)
     label_smoothing: float = 0.0  # dpo: share of pairs taken to be labelled the wrong way round (cDPO)
     rpo_alpha: float = 0.0  # dpo: weight of the NLL of the chosen answer, per token (RPO)
     simpo_gamma: float = 0.5  # simpo: target margin, as a share of beta
-    n_problems: int | None = None  # verifier: problems to sample solutions for; None = all
-    n_samples: int = 4  # verifier: solutions per problem
-    temperature: float = 0.8  # verifier: of these samples
-    max_new_tokens: int = 64  # verifier: longest solution
+    n_problems: int | None = None  # verifier, on_policy: problems to sample solutions for; None = all
+    n_samples: int = 4  # verifier, on_policy: solutions per problem
+    temperature: float = 0.8  # verifier, on_policy: of these samples
+    calculator: bool = False  # verifier, on_policy: work out <<3+4= for the model (Cobbe et al. 2021)
+    max_new_tokens: int = 64  # longest solution; also of the answers shown before and after
     lm_coef: float = 1.0  # verifier: weight of the language-model loss on the reference solutions
+    level: str = "token"  # verifier: a label on every token of a solution, or on the last alone (solution)
+    n_answers: int = 32  # sft, dpo: held-out prompts answered before and after, for stop rate, length and repetition; 0 = none
 
     def __post_init__(self):
         super().__post_init__()
         faults = [f"{key} must be one of {', '.join(known)}, got {getattr(self, key)!r}" for key, known in
-                  (("mode", tuple(TASKS)), ("loss_type", tuple(DPO_LOSSES))) if getattr(self, key) not in known]
+                  (("mode", tuple(TASKS)), ("loss_type", tuple(DPO_LOSSES)), ("level", ("token", "solution"))) if getattr(self, key) not in known]
         if not self.init_from:
             faults.append("init_from is missing: give the run folder or checkpoint to start from")
         if not 0 <= self.label_smoothing < 0.5:
             faults.append(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        if not 0 <= self.replay < 1:
+            faults.append(f"replay must be in [0, 1), got {self.replay}")
         if self.beta <= 0:
             faults.append(f"beta must be above 0, got {self.beta}")
         if faults:
@@ -153,6 +161,26 @@ def fingerprint(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def sampled_solutions(cfg: AlignConfig, model: GPT, tokenizer, split: str, ranks: Ranks) -> list[dict]:
+    """Problems of a split with the model's sampled solutions, from the run folder or made now by all ranks together."""
+    problems = data.load_records(cfg.data, cfg.data_dir, "problems", split)[:cfg.n_problems]
+    trunk = {name: x for name, x in model.state_dict().items() if not name.startswith("score")}
+    key = fingerprint([weights_hash(trunk), problems, cfg.n_samples, cfg.temperature, cfg.max_new_tokens, cfg.calculator, cfg.seed])
+    path = os.path.join(cfg.out_dir, f"samples_{split}_{key}.jsonl")
+    if not os.path.exists(path):
+        model.to(ranks.device)
+        mine = evaluation.solve(model, tokenizer, problems[ranks.rank::ranks.world], cfg.n_samples, cfg.temperature, cfg.max_new_tokens, cfg.seed,
+                                cfg.calculator, ranks.print)
+        parts = [mine]
+        if ranks.world > 1:
+            parts = [None] * ranks.world
+            dist.all_gather_object(parts, mine)
+        if ranks.main:
+            data.write_jsonl(path, [row for part in parts for row in part])
+        ranks.barrier()
+    return data.read_jsonl(path)
+
+
 class PackedTask:
     """What SFT and verifier share: train and val are Packed."""
 
@@ -170,14 +198,16 @@ class PackedTask:
 # The three tasks (what a task owes the loop: train.train)
 
 class SFT(PackedTask):
-    """Next-token prediction on the assistant's words and the <|end|> after them."""
+    """Next-token prediction on the assistant's words and the <|end|> after them; a share of the training rows may be plain text."""
     name, metrics = "sft", ["loss"]
 
     def __init__(self, cfg: AlignConfig, model: GPT, tokenizer, ranks: Ranks):
-        self.tokens_per_row = cfg.seq_len or model.cfg.seq_len
+        self.tokens_per_row, self.replay = cfg.seq_len or model.cfg.seq_len, cfg.replay
         documents = {}
         for split in ("train", "val"):
-            chats = [data.render(record["messages"], tokenizer) for record in data.load_records(cfg.data, cfg.data_dir, "sft", split)]
+            records = data.load_records(cfg.data, cfg.data_dir, "sft", split)
+            self.prompts = [data.render_prompt(record["messages"][:-1], tokenizer) for record in records]  # of val in the end
+            chats = [data.render(record["messages"], tokenizer) for record in records]
             chats = fitting(chats, lambda chat: len(chat[0]) - 1, self.tokens_per_row, f"sft {split} chats", ranks.print)
             documents[split] = [{"ids": ids, "targets": [i if s else -1 for i, s in zip(ids, supervised)]} for ids, supervised in chats]
         ids, targets = documents["train"][0]["ids"], documents["train"][0]["targets"]
@@ -187,6 +217,23 @@ class SFT(PackedTask):
         self.pack_splits(cfg, documents, tokenizer)
         ranks.print(f"sft: {len(documents['train'])} chats in {len(self.train.rows)} rows of {self.tokens_per_row}, "
                     f"{len(documents['val'])} for validation")
+        if cfg.replay:
+            self.text = data.Mixture(cfg.replay_data, cfg.data_dir, "train", self.tokens_per_row, cfg.seed + 1, tokenizer)
+            self.fingerprint = fingerprint([self.fingerprint, self.text.fingerprint])
+            ranks.print(f"sft: {cfg.replay:.0%} of the rows are text of {cfg.replay_data}, and the training loss counts it; the validation loss does not")
+
+    def batch(self, split: str, first: int, last: int) -> dict:
+        """Row number i of training is replayed text whenever the whole part of i * replay grows there."""
+        if split == "val" or not self.replay:
+            return super().batch(split, first, last)
+        before = [math.floor(i * self.replay + 1e-9) for i in range(first, last + 1)]  # texts among the rows before each
+        plain = torch.tensor([b > a for a, b in zip(before, before[1:])])
+        chats = self.train.batch(self.train.shuffled(first - before[0], last - before[-1]))
+        batch = {key: x.new_zeros(last - first, self.tokens_per_row).masked_scatter(~plain.unsqueeze(1), x) for key, x in chats.items()}
+        if plain.any():
+            rows = self.text.shuffled(before[0], before[-1])  # (n, T + 1)
+            batch["idx"][plain], batch["targets"][plain] = rows[:, :-1], rows[:, 1:]
+        return batch
 
     def units(self, batch: dict):
         return (batch["targets"] >= 0).sum()
@@ -217,7 +264,8 @@ class DPO:
         longest = cfg.seq_len or model.cfg.seq_len
         self.pairs = {}
         for split in ("train", "val"):
-            records = data.load_records(cfg.data, cfg.data_dir, "dpo", split)
+            records = self.sampled_pairs(split, model, tokenizer, ranks) if cfg.on_policy else data.load_records(cfg.data, cfg.data_dir, "dpo", split)
+            self.prompts = [data.render_prompt(record["prompt"], tokenizer) for record in records]  # of val in the end
             pairs = [evaluation.pair_ids(record, tokenizer) for record in records]
             self.pairs[split] = fitting(pairs, lambda pair: pair_length(pair), longest, f"dpo {split} pairs", ranks.print)
         used = max(pair_length(pair) for pairs in self.pairs.values() for pair in pairs)
@@ -228,6 +276,16 @@ class DPO:
         self.reference = self.reference_logprobs(model, ranks) if cfg.loss_type != "simpo" else None
         if cfg.force or not checkpoint_files(cfg.out_dir):
             self.check_start(model, ranks)
+
+    def sampled_pairs(self, split: str, model: GPT, tokenizer, ranks: Ranks) -> list[dict]:
+        """Right against wrong samples of the starting model, on problems that it was not trained on."""
+        rows = sampled_solutions(self.cfg, model, tokenizer, "verifier" if split == "train" else split, ranks)
+        pairs = [pair for row in rows for pair in data.solution_pairs(row)]
+        ranks.print(f"dpo {split}: {len(pairs)} pairs of a right and a wrong sample, from {len(rows)} problems x {self.cfg.n_samples} samples")
+        if not pairs:
+            raise UserError(f"no problem of {self.cfg.data} ({split}) has both a right and a wrong sample: take a better model, more --n_samples "
+                            "or another --temperature")
+        return pairs
 
     def length_audit(self, ranks: Ranks):
         pairs = self.pairs["train"]
@@ -310,6 +368,8 @@ class DPO:
             notes.append("the chosen answers became less likely too: DPO optimises the margin alone; add --rpo_alpha=1 if the text suffers")
         if result["val_rewards/accuracies"] > 0.995:
             notes.append("held-out accuracy is saturated: these pairs may be told apart by something shallow, look at a few")
+        if result.get("val_loss", -math.inf) > before.get("val_loss", math.inf):
+            notes.append(f"the held-out loss rose from {before['val_loss']:.3f} to {result['val_loss']:.3f}: lower --learning_rate, or fewer steps")
         return notes
 
 
@@ -337,8 +397,8 @@ class Verifier(PackedTask):
         self.cfg, self.tokens_per_row = cfg, cfg.seq_len or model.cfg.seq_len
         documents = {}
         for split, problems in (("train", "verifier"), ("val", "val")):
-            rows = self.solutions(model, tokenizer, data.load_records(cfg.data, cfg.data_dir, "problems", problems)[:cfg.n_problems], problems, ranks)
-            documents[split] = [self.document(row["question"], solution["ids"], -1, int(solution["correct"]), tokenizer)
+            rows = sampled_solutions(cfg, model, tokenizer, problems, ranks)
+            documents[split] = [self.document(row["question"], solution["ids"], -1, int(solution["correct"]), tokenizer, cfg.level)
                                 for row in rows for solution in row["solutions"]]
             documents[split] += [self.document(row["question"], tokenizer.encode(row["answer"]) + [tokenizer.end], 1, -1, tokenizer) for row in rows]
             documents[split] = fitting(documents[split], lambda d: len(d["ids"]) - 1, self.tokens_per_row, f"verifier {split} solutions", ranks.print)
@@ -361,30 +421,12 @@ class Verifier(PackedTask):
         model.score_loglik.fill_(1 / max(1.0, float(spread) / 2))
 
     @staticmethod
-    def document(question: str, solution: list[int], lm: int, label: int, tokenizer) -> dict:
+    def document(question: str, solution: list[int], lm: int, label: int, tokenizer, level: str = "token") -> dict:
         prompt = data.render_prompt(data.user(question), tokenizer)
+        unjudged = len(solution) - 1 if level == "solution" else 0
         return {"ids": prompt + solution + [tokenizer.eos],  # one id more, so that the last of the solution is an input and has a score
                 "targets": [-1] * len(prompt) + (solution if lm >= 0 else [-1] * len(solution)) + [-1],
-                "labels": [-1] * (len(prompt) + 1) + [label] * len(solution)}
-
-    def solutions(self, model: GPT, tokenizer, problems: list[dict], split: str, ranks: Ranks) -> list[dict]:
-        """Problems with their sampled solutions, from the run folder or made now by all ranks together."""
-        cfg = self.cfg
-        trunk = {name: x for name, x in model.state_dict().items() if not name.startswith("score")}
-        key = fingerprint([weights_hash(trunk), problems, cfg.n_samples, cfg.temperature, cfg.max_new_tokens, cfg.seed])
-        path = os.path.join(cfg.out_dir, f"samples_{split}_{key}.jsonl")
-        if not os.path.exists(path):
-            model.to(ranks.device)
-            mine = evaluation.solve(model, tokenizer, problems[ranks.rank::ranks.world], cfg.n_samples, cfg.temperature,
-                                    cfg.max_new_tokens, cfg.seed + ranks.rank, ranks.print)
-            parts = [mine]
-            if ranks.world > 1:
-                parts = [None] * ranks.world
-                dist.all_gather_object(parts, mine)
-            if ranks.main:
-                data.write_jsonl(path, [row for part in parts for row in part])
-            ranks.barrier()
-        return data.read_jsonl(path)
+                "labels": [-1] * (len(prompt) + 1 + unjudged) + [label] * (len(solution) - unjudged)}
 
     def units(self, batch: dict):
         return (batch["labels"] >= 0).sum()
@@ -395,6 +437,28 @@ class Verifier(PackedTask):
         loss, lm = verifier_loss(scores, batch["labels"]), model.nll(x, batch["targets"])
         right = (((scores > 0) == (batch["labels"] == 1)) & (batch["labels"] >= 0)).sum()
         return loss + self.cfg.lm_coef * lm + model.balance_loss() * self.units(batch), {"loss": loss, "lm_loss": lm, "accuracy": right}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What tuning did to the answers
+
+def mean_habits(cfg: AlignConfig, task, model: GPT, tokenizer) -> dict[str, float]:
+    """Stop rate, length and repetition of greedy answers to held-out prompts."""
+    prompts = [prompt for prompt in task.prompts if len(prompt) < model.cfg.seq_len][:cfg.n_answers]
+    return {key: sum(values) / len(values) for key, values in evaluation.habits(model, tokenizer, prompts, cfg.max_new_tokens).items()} if prompts else {}
+
+
+def habit_notes(before: dict, after: dict) -> list[str]:
+    """What went wrong with the text, in words."""
+    notes = []
+    if after["stop_rate"] < before["stop_rate"] - 0.1:
+        notes.append(f"answers stop by themselves less often: {before['stop_rate']:.0%} -> {after['stop_rate']:.0%}")
+    if after["repetition"] > before["repetition"] + 0.1:
+        notes.append(f"the text collapses into repetition: {before['repetition']:.0%} -> {after['repetition']:.0%} of 4-grams are repeated; "
+                     "lower --learning_rate, raise --beta, or add --rpo_alpha=1")
+    if not 0.7 < after["length"] / before["length"] < 1.4:
+        notes.append(f"the length of answers drifts: {before['length']:.0f} -> {after['length']:.0f} tokens; compare it with the length of the chosen ones")
+    return notes
 
 
 TASKS = {"sft": SFT, "dpo": DPO, "verifier": Verifier}
@@ -413,13 +477,25 @@ def main(argv: list[str]) -> int:
         torch.manual_seed(cfg.seed)
         os.makedirs(cfg.out_dir, exist_ok=True)
         model = model_from(start, **({"score_head": True} if cfg.mode == "verifier" else {}))
+        if cfg.replay and cfg.replay_data is None:
+            cfg.replay_data = start["train_config"]["data"]
         task = TASKS[cfg.mode](cfg, model, tokenizer, ranks)
         task.extra = {"tokenizer": tokenizer.spec(), "template": data.TEMPLATE, "init_from": {"ref": cfg.init_from, "weights_hash": start["weights_hash"]}}
+        answers = cfg.n_answers and cfg.mode != "verifier" and ranks.main and not cfg.fsdp  # sharded weights cannot be asked from one rank
+        before = mean_habits(cfg, task, model.to(ranks.device), tokenizer) if answers else {}
         result = train(cfg, task, model, ranks)
+        notes = []
         if cfg.mode == "dpo" and result["state"] == "done":
-            before = next((row for row in data.read_metrics(os.path.join(cfg.out_dir, "metrics.jsonl")) if "val_loss" in row), {})
-            for note in task.notes(result, before):
-                ranks.print(f"dpo: NOTE {note}")
+            first = next((row for row in data.read_metrics(os.path.join(cfg.out_dir, "metrics.jsonl")) if "val_loss" in row), {})
+            notes += task.notes(result, first)
+        if before and result["state"] == "done":
+            after = mean_habits(cfg, task, model, tokenizer)
+            data.write_json(os.path.join(cfg.out_dir, "answers.json"), {"before": before, "after": after})
+            ranks.print(f"{cfg.mode}: greedy answers to held-out prompts, before -> after: stop by themselves {before['stop_rate']:.0%} -> {after['stop_rate']:.0%}, "
+                        f"{before['length']:.0f} -> {after['length']:.0f} tokens, repeated 4-grams {before['repetition']:.0%} -> {after['repetition']:.0%}")
+            notes += habit_notes(before, after) if cfg.mode == "dpo" else []
+        for note in notes:
+            ranks.print(f"{cfg.mode}: NOTE {note}")
         return PREEMPTED if result["state"] == "preempted" else 0
 
 

@@ -437,6 +437,13 @@ def dpo_record(row: dict) -> dict | None:
     return {"prompt": chosen[:-1], "chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"]}
 
 
+def solution_pairs(row: dict) -> list[dict]:
+    """Pairs of a right and a wrong sample of one problem (its "solutions" as eval.solve leaves them), each sample in at most one pair;
+    samples that ran into the length limit are no answers to learn from."""
+    texts = {right: dict.fromkeys(s["text"] for s in row["solutions"] if s["stopped"] and s["correct"] == right and s["text"].strip()) for right in (True, False)}
+    return [{"prompt": user(row["question"]), "chosen": right, "rejected": wrong} for right, wrong in zip(texts[True], texts[False])]
+
+
 def problem_record(row: dict) -> dict:
     return {"question": row["question"], "answer": row["answer"]}
 
@@ -510,7 +517,21 @@ def load_records(spec: str, data_dir: str, kind: str, split: str) -> list[dict]:
         if path is None:
             raise UserError(f"no {kind} records at {paths[0]}: make them with data.py --sources={name}")
         rows += [sft_record(row) if kind == "sft" else row for row in read_jsonl(path)]
+    if split in ("train", "verifier"):
+        refuse_evaluation_problems(rows, spec, data_dir)
     return rows
+
+
+def refuse_evaluation_problems(rows: list[dict], spec: str, data_dir: str) -> None:
+    """Raises UserError where a record to train on asks a question of an evaluation set in data_dir, up to case and spaces."""
+    folders = [os.path.join(data_dir, name) for name in sorted(os.listdir(data_dir)) if os.path.isfile(os.path.join(data_dir, name, "problems_test.jsonl"))]
+    plain = lambda text: " ".join(text.lower().split())
+    held_out = {plain(row["question"]): folder for folder in folders for row in read_jsonl(os.path.join(folder, "problems_test.jsonl"))}
+    asked = [row.get("question") or next((m["content"] for m in row.get("messages", row.get("prompt", [])) if m["role"] == "user"), "") for row in rows]
+    leaked = [question for question in asked if plain(question) in held_out]
+    if leaked:
+        raise UserError(f"{len(leaked)} of {len(rows)} training records of {spec} ask a question of {held_out[plain(leaked[0])]}, an evaluation set: "
+                        f"take them out. The first: {leaked[0][:100]!r}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -463,9 +463,11 @@ def calibration(rows: list[dict]) -> list[dict]:
     p, right = (np.array([f(s) for row in rows for s in row["solutions"]]) for f in (lambda s: (1 + math.tanh(s["score"] / 2)) / 2, lambda s: float(s["correct"])))
     tenth = np.minimum((10 * p).astype(int), 9)
     bins = [(t, p[tenth == t].mean(), right[tenth == t]) for t in range(10) if (tenth == t).any()]
-    error = sum(len(flags) * abs(mean - flags.mean()) for _, mean, flags in bins) / len(p)
+    error = lambda draw: np.abs(np.bincount(tenth[draw], (p - right)[draw], 10)).sum() / len(p)
+    draws = [error(draw) for draw in np.random.default_rng(0).integers(0, len(p), (200, len(p)))]  # biased upwards: sampling adds to it
+    low, high = np.minimum(np.quantile(draws, 0.025), error(slice(None))), np.quantile(draws, 0.975)
     return [{"metric": "brier", "protocol": "verifier", **ratio((p - right) ** 2, np.ones(len(p)))},
-            {"metric": "calibration_error", "protocol": "verifier", "value": float(error), "n": len(p)},
+            {"metric": "calibration_error", "protocol": "verifier", "value": float(error(slice(None))), "low": float(low), "high": float(high), "n": len(p)},
             *({"metric": "calibration", "protocol": f"tenth {t}", "predicted": float(mean), **proportion(flags)} for t, mean, flags in bins)]
 
 

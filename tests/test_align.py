@@ -12,6 +12,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -507,6 +508,76 @@ def test_notes_say_in_words_what_the_curves_show(tmp_path):
     notes = task.notes({"val_logps/chosen": -20.0, "val_rewards/accuracies": 1.0}, {"val_logps/chosen": -10.0})
     assert len(notes) == 2 and "less likely" in notes[0] and "saturated" in notes[1]
     assert task.notes({"val_logps/chosen": -5.0, "val_rewards/accuracies": 0.7}, {"val_logps/chosen": -10.0}) == []
+
+
+def test_habits_that_go_wrong_are_said_in_words():
+    """What users notice weeks later in samples: no stop, repetition, longer and longer answers."""
+    good = {"stop_rate": 0.9, "length": 20.0, "repetition": 0.02}
+    assert align.habit_notes(good, good) == []
+    notes = align.habit_notes(good, {"stop_rate": 0.1, "length": 48.0, "repetition": 0.8})
+    assert ["stop by themselves" in notes[0], "repetition: 2% -> 80%" in notes[1], "length" in notes[2]] == [True] * 3 and len(notes) == 3
+
+
+def test_a_dpo_run_made_to_collapse_says_so(tmp_path, capsys):
+    """A learning rate a thousand times too high: the notes must appear in the run's own output."""
+    start = save_start(tmp_path / "start", tiny(), template=data.TEMPLATE, task="sft")
+    data_dir = world(tmp_path / "data")
+    align.main(["--mode=dpo", f"--init_from={start}", "--data=mini", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'run'}", "--device=cpu", "--optimizer=adamw",
+                "--learning_rate=1.0", "--grad_clip=0", "--batch_tokens=1024", "--micro_batch=8", "--max_steps=30", "--eval_interval=15", "--save_interval=30", "--dtype=float32"])
+    said = capsys.readouterr().out
+    assert "greedy answers to held-out prompts, before -> after" in said and "NOTE the chosen answers became less likely too" in said
+    assert "NOTE the text collapses into repetition" in said, said[-1500:]
+    assert set(json.loads((tmp_path / "run" / "answers.json").read_text())) == {"before", "after"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Replay, and pairs from samples
+
+def test_replayed_rows_are_whole_rows_of_text_at_their_share_and_chats_are_all_seen(tmp_path):
+    """Half of the rows: every second is text, supervised throughout; the others are the chats that a run without replay sees."""
+    data_dir = Path(world(tmp_path / "data"))
+    data.write_shard(str(data_dir / "text" / "train_000.bin"), np.arange(200, dtype="<u4") % 50, BYTE)
+    task = build(config(tmp_path, "sft", str(data_dir), seq_len=12, replay=0.5, replay_data="text"), tiny())
+    plain = build(config(tmp_path, "sft", str(data_dir), seq_len=12), tiny())
+    batch, chats = task.batch("train", 0, 8), plain.batch("train", 0, 4)
+    for key in chats:
+        assert torch.equal(batch[key][::2], chats[key])
+    assert torch.equal(batch["targets"][1::2, :-1], batch["idx"][1::2, 1:]) and (batch["docs"][1::2] == 0).all() and batch["idx"][1::2].max() < 50
+    assert torch.equal(batch["idx"], torch.cat([task.batch("train", i, i + 1)["idx"] for i in range(8)])), "rows depend on the micro-batch"
+    assert torch.equal(task.batch("val", 0, 1)["targets"], plain.batch("val", 0, 1)["targets"]), "validation counts responses only"
+    assert task.fingerprint != plain.fingerprint
+
+
+def test_pairs_of_samples_are_right_against_wrong_and_no_sample_is_used_twice():
+    """Cut-off samples are left out: their missing end is what a model would learn from."""
+    solutions = [("a", True, True), ("b", True, False), ("a", True, True), ("c", True, True), ("d", False, False), ("e", True, False), ("f", True, False)]
+    row = {"question": "q", "solutions": [{"text": t, "stopped": stopped, "correct": right} for t, stopped, right in solutions]}
+    assert data.solution_pairs(row) == [{"prompt": data.user("q"), "chosen": "a", "rejected": "b"}, {"prompt": data.user("q"), "chosen": "c", "rejected": "e"}]
+
+
+def test_dpo_on_its_own_samples(tmp_path, monkeypatch, capsys):
+    """Problems become pairs; where every sample is wrong, it says so instead of training on nothing."""
+    monkeypatch.setattr(evaluation, "generate", canned(["#### 1", "#### 2", "none"]))
+    task = build(config(tmp_path, "dpo", on_policy=True, n_samples=3), tiny())
+    assert {BYTE.decode(chosen[:-1]) for _, chosen, _ in task.pairs["train"]} == {"#### 1", "#### 2"} and "pairs of a right and a wrong sample" in capsys.readouterr().out
+    monkeypatch.setattr(evaluation, "generate", canned(["#### 99"]))
+    with pytest.raises(UserError, match="both a right and a wrong sample"):
+        build(config(tmp_path, "dpo", on_policy=True, n_samples=3, seed=5), tiny())
+
+
+@pytest.mark.parametrize("mode", ["sft", "verifier"])
+def test_training_on_an_evaluation_problem_is_refused(tmp_path, mode):
+    """In another case and spacing too: the published GSM8K solutions answer the test questions."""
+    data_dir = Path(world(tmp_path / "data", chats=[*CHATS, chat(PROBLEMS[3]["question"], "4")]))
+    data.write_jsonl(str(data_dir / "exam" / "problems_test.jsonl"), [{"question": PROBLEMS[3]["question"].replace("+", "+") + " ", "answer": "#### 4"}])
+    with pytest.raises(UserError, match="1 of [36] training records of mini ask a question of .*exam"):
+        build(config(tmp_path, mode, str(data_dir)), tiny(score_head=mode == "verifier"))
+
+
+def test_a_solution_level_verifier_has_one_label_a_solution(tmp_path, monkeypatch):
+    """The ablation of Cobbe et al.: the judgement at the end alone."""
+    tokens, solution = (align.Verifier.document("q", [120, 121, END], -1, 1, BYTE, level)["labels"] for level in ("token", "solution"))
+    assert tokens == [-1] * 5 + [1] * 3 and solution == [-1] * 7 + [1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -375,6 +375,10 @@ def test_pair_log_probs_are_sums_over_the_answers():
 # ---------------------------------------------------------------------------------------------------------------------
 # The program, on four random checkpoints
 
+PUBLISHED = [{"question": f"{i} + 1?", "ground_truth": f"A: {i + 1}", "small": {"solution": f"It is\nA: {i + 2}", "is_correct": i == 0},
+              "large": {"solution": f"{i} + 1 = <<{i}+1={i + 1}>>{i + 1}\nA: {i + 1}", "is_correct": True}} for i in range(3)]
+
+
 def make_run(folder: Path) -> list[str]:
     """Data and a checkpoint for every stage. -> flags for eval.py"""
     world = folder / "data" / "toy"
@@ -383,13 +387,15 @@ def make_run(folder: Path) -> list[str]:
     data.write_shard(str(world / "val_000.bin"), np.frombuffer(text, np.uint8).astype("<u4"), BYTE)
     data.write_jsonl(str(world / "problems_test.jsonl"), toy.records(toy.problem, "test", 3, 0))
     data.write_jsonl(str(world / "dpo_test.jsonl"), toy.records(toy.preference, "test", 4, 0))
+    data.write_jsonl(str(world / "sft_val.jsonl"), [record for record in toy.records(toy.instruction, "val", 4, 0)])
+    data.write_jsonl(str(folder / "data" / "larger" / "test.jsonl"), PUBLISHED)
     data.write_atomic(str(folder / "data" / "wiki" / "test.txt"), lambda f: f.write(TEXT.encode()))
     for seed, stage in enumerate(evaluation.STAGES):
         model = tiny(seed, n_layer=1, seq_len=256, score_head=stage == "verifier")
         save_checkpoint(str(folder / "run" / stage / "ckpt_0000009.pt"), {
             "model": model.state_dict(), "model_config": asdict(model.cfg), "train_config": {}, "step": 9, "best": 1.0, "task": stage, "data": "none",
             "rng": torch.get_rng_state(), "optimizers": [], "tokenizer": BYTE.spec(), "template": data.TEMPLATE})
-    return [f"--out_dir={folder / 'run'}", f"--data_dir={folder / 'data'}", "--text=wiki", "--n_samples=2", "--max_new_tokens=6", "--device=cpu",
+    return [f"--out_dir={folder / 'run'}", f"--data_dir={folder / 'data'}", "--text=wiki", "--published=larger", "--n_samples=2", "--max_new_tokens=6", "--device=cpu",
             "--dtype=float32"]
 
 
@@ -470,9 +476,48 @@ def test_the_interval_of_an_auc_is_drawn_over_problems():
 def test_reranking_of_one_sample_is_the_same_by_any_way(finished):
     """With k = 1 there is no choice; with more, nothing beats the oracle."""
     rows = {row["protocol"]: row["value"] for row in evaluation.read_results(str(finished[0])) if row["task"] == "rerank"}
-    assert set(rows) == {f"{how}@{k}" for how in evaluation.RERANKERS for k in (1, 2)}  # all are wrong: there is no AUC, and no nan
+    chosen = {protocol for protocol in rows if "@" in protocol}
+    assert chosen == {f"{how}@{k}" for how in evaluation.RERANKERS for k in (1, 2)}
+    assert all(protocol == "verifier" or protocol.startswith("tenth") for protocol in set(rows) - chosen)  # all are wrong: there is no AUC, and no nan
     assert rows["best_of@1"] == rows["oracle@1"] >= rows["majority@1"]
     assert all(rows[f"{how}@2"] <= rows["oracle@2"] for how in ("majority", "best_of", "weighted"))
+
+
+def test_published_solutions_are_judged_by_source_and_by_choice(finished):
+    """By hand: the small source is right once in three, the large one always, so the oracle always; within the large there is no AUC."""
+    rows = {(row["metric"], row["protocol"]): row for row in evaluation.read_results(str(finished[0])) if row["task"] == "published"}
+    assert rows["exact_match", "small"]["value"] == pytest.approx(1 / 3)
+    assert rows["exact_match", "large"]["value"] == rows["exact_match", "oracle"]["value"] == 1
+    assert 1 / 3 <= rows["exact_match", "best_of"]["value"] <= 1 and rows["auc", "best_of"]["n"] == 6
+    assert ("auc", "best_of of small") in rows and ("auc", "best_of of large") not in rows
+    assert ("auc", "form_alone") not in rows or rows["auc", "form_alone"]["value"] == 0.5
+
+
+def test_calibration_by_hand():
+    """Two scores of probability 0.75, one right: the tenth is a quarter off, and so is the expected error; Brier (.0625 + .5625) / 2."""
+    score = math.log(3)
+    rows = [{"solutions": [{"score": score, "correct": True}, {"score": score, "correct": False}]}]
+    brier, error, tenth = evaluation.calibration(rows)
+    assert brier["value"] == pytest.approx(0.3125) and error["value"] == pytest.approx(0.25)
+    assert tenth["protocol"] == "tenth 7" and tenth["predicted"] == pytest.approx(0.75) and tenth["value"] == 0.5
+
+
+def test_form_alone_is_told_from_content():
+    """Right solutions that stop beside wrong ones that do not: form separates perfectly, and among equal forms nothing is left to separate."""
+    solution = lambda right: {"text": "#### 1", "ids": BYTE.encode("#### 1"), "correct": right, "stopped": right, "score": float(right), "loglik": 0.0}
+    rows = [{"question": "q", "solutions": [solution(True), solution(False)]} for _ in range(4)]
+    found = {row["protocol"]: row["value"] for row in evaluation.discrimination(tiny(score_head=True).float(), BYTE, rows)}
+    assert found == {"likelihood": 0.5, "best_of": 1.0, "form_alone": 1.0}
+
+
+@pytest.mark.parametrize("ids, share", [([1, 2, 3], 0), ([1, 2, 3, 4, 5], 0), ([7] * 13, 0.9), ([1, 2, 3, 4, 1, 2, 3, 4], 0.2)])
+def test_repetition_is_the_share_of_4_grams_seen_before(ids, share):
+    assert evaluation.repetition(ids) == pytest.approx(share)
+
+
+def test_unknown_protocols_are_an_error_in_words(finished):
+    with pytest.raises(UserError, match="unknown protocol per_page; there are per_line"):
+        evaluation.EvalConfig(protocols=("per_page",))
 
 
 def test_generations_are_kept_so_that_a_number_can_be_traced_to_its_text(finished):
