@@ -29,15 +29,17 @@ class ReportConfig:
 COLUMNS = [("val loss (nats/token)", "val_loss", "val_loss", "windows"), ("problems, exact match", "problems", "exact_match", "greedy"),
            ("stops by itself", "problems", "stop_rate", "greedy"), ("prefers chosen, log-prob", "preference", "accuracy", "logprob"),
            ("prefers chosen, reward", "preference", "accuracy", "reward"), ("prefers chosen, length", "preference", "accuracy", "length"),
-           ("tales on topic and kind", "tales", "on_topic_and_kind", "sampled")]
+           ("tales on topic and kind", "tales", "on_topic_and_kind", "sampled"),
+           ("response loss (nats/token)", "chats", "response_loss", "teacher"), ("answers stop", "chats", "stop_rate", "greedy"),
+           ("repeated 4-grams", "chats", "repetition", "greedy")]
 
 
 def number(row: dict | None) -> str:
     """value [low, high] of a result; a rate as percent."""
     if row is None:
         return ""
-    plain = row["metric"] in ("val_loss", "perplexity", "bits_per_byte")
-    digits = lambda x: f"{x:.4f}" if row["metric"] in ("val_loss", "bits_per_byte") else f"{x:.2f}" if plain else f"{100 * x:.1f}"
+    plain = row["metric"] in ("val_loss", "response_loss", "perplexity", "bits_per_byte")
+    digits = lambda x: f"{x:.4f}" if row["metric"] in ("val_loss", "response_loss", "bits_per_byte") else f"{x:.2f}" if plain else f"{100 * x:.1f}"
     interval = f" [{digits(row['low'])}, {digits(row['high'])}]" if "low" in row else ""
     return digits(row["value"]) + ("" if plain else " %") + interval
 
@@ -53,9 +55,9 @@ def find(results: list[dict], **wanted) -> dict | None:
 
 def stage_table(results: list[dict]) -> str:
     models = list(dict.fromkeys(row["model"] for row in results))
-    columns = [column for column in COLUMNS if any(row["task"] == column[1] and row["protocol"] == column[3] for row in results)]
+    columns = [column for column in COLUMNS if any((row["task"], row["metric"], row["protocol"]) == column[1:] for row in results)]
     rows = [[model, *(number(find(results, model=model, task=t, metric=m, protocol=p)) for _, t, m, p in columns)] for model in models]
-    counts = [max((row["n"] for row in results if (row["task"], row["metric"], row["protocol"]) == tuple(column[1:])), default=0) for column in columns]
+    counts = [max((row["n"] for row in results if (row["task"], row["metric"], row["protocol"]) == column[1:]), default=0) for column in columns]
     return table(["", *(column[0] for column in columns)], [row for row in rows if any(row[1:])] + [["n", *map(str, counts)]])
 
 
@@ -63,10 +65,14 @@ def rerank_table(results: list[dict]) -> str:
     ks = sorted({int(row["protocol"].partition("@")[2]) for row in results if row["task"] == "rerank" and "@" in row["protocol"]})
     rows = [[f"{how}, samples = {k}", number(find(results, task="rerank", protocol=f"{how}@{k}"))] for k in ks[-1:] for how in RERANKERS]
     stage = find(results, task="rerank")["model"]
-    for how, name in (("likelihood", "the likelihood"), ("best_of", "the verifier")):
+    for how, name in (("likelihood", "the likelihood"), ("best_of", "the verifier"), ("best_of_same_form", "the verifier among solutions that stop and have an answer"),
+                      ("form_alone", "form alone"), ("last_number_alone", "the verifier shown the final answer alone")):
         auc = find(results, task="rerank", metric="auc", protocol=how)
         if auc:
             rows.append([f"AUC of {name}, n = {auc['n']} solutions", f"{auc['value']:.3f} [{auc['low']:.3f}, {auc['high']:.3f}]"])
+    for metric, name in (("brier", "Brier score of the verifier"), ("calibration_error", "expected calibration error")):
+        row = find(results, task="rerank", metric=metric)
+        rows += [[name, f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"]] if row else []
     greedy = find(results, task="problems", model=stage, metric="exact_match")
     return table(["way to answer", "exact match"], [[f"greedy ({stage})", number(greedy)], *rows])
 
@@ -100,6 +106,35 @@ def plot_rerank(folder: str, results: list[dict]) -> str:
     axes.set_xticks(k, map(str, k))
     axes.set(xlabel="samples per problem", ylabel="exact match, %", title="Choosing among samples (95 % intervals)")
     return finish(figure, axes, folder, "best_of_n.png")
+
+
+def plot_dpo(folder: str) -> str | None:
+    """The four curves by which a DPO run is judged: log-probs and rewards, of chosen and rejected answers, held out."""
+    rows = [r for r in data.read_metrics(os.path.join(folder, "dpo", "metrics.jsonl")) if "val_logps/chosen" in r]
+    if not rows:
+        return None
+    figure, both = plt.subplots(1, 2, figsize=(9, 3.5))
+    for axes, kind, title in zip(both, ("logps", "rewards"), ("log-prob of the answers", "reward: beta x log-ratio to the reference")):
+        for which, color in (("chosen", "tab:green"), ("rejected", "tab:red")):
+            axes.plot([r["step"] for r in rows], [r[f"val_{kind}/{which}"] for r in rows], "o-", ms=3, color=color, label=which)
+        axes.set(xlabel="step", title=title)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    return finish(figure, axes, folder, "dpo_curves.png")
+
+
+def plot_calibration(folder: str, results: list[dict]) -> str | None:
+    """Share of right solutions beside the verifier's mean probability, by tenths of it."""
+    newest = {r["protocol"]: r for r in results if r["task"] == "rerank" and r["metric"] == "calibration"}
+    if not newest:
+        return None
+    rows = sorted(newest.values(), key=lambda r: r["predicted"])
+    figure, axes = plt.subplots(figsize=(4.5, 3.8))
+    p, share = [r["predicted"] for r in rows], [r["value"] for r in rows]
+    axes.errorbar(p, share, [[max(0, r["value"] - r["low"]) for r in rows], [max(0, r["high"] - r["value"]) for r in rows]], fmt="o-", ms=4, capsize=2, label="verifier")
+    axes.plot([0, 1], [0, 1], "k--", lw=1, label="calibrated")
+    axes.set(xlabel="probability given by the verifier", ylabel="share of right solutions", title="Calibration (95 % intervals)")
+    return finish(figure, axes, folder, "calibration.png")
 
 
 def finish(figure, axes, folder: str, name: str) -> str:
@@ -155,13 +190,18 @@ def write_report(folder: str, n_samples: int) -> str:
     if find(results, task="rerank"):
         parts += ["## The verifier", rerank_table(results), "majority: the most common answer; likelihood: the solution that the model itself "
                   "finds likeliest; weighted: votes weighted by the verifier; best_of: the verifier's first choice; oracle: solved when any "
-                  "sample is right, which no choice among them can beat.", f"![]({plot_rerank(folder, results)})"]
+                  "sample is right, which no choice among them can beat.", f"![]({plot_rerank(folder, results)})", *(f"![]({name})" for name in [plot_calibration(folder, results)] if name)]
+    judged = {(row["metric"], row["protocol"]): row for row in results if row["task"] == "published"}
+    if judged:
+        parts += ["## Published solutions of GSM8K's test problems, judged", table(["", "", "n"], [
+            [f"{r['metric'].replace('_', ' ')}, {p}", number(r) if r["metric"] == "exact_match" else f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]", str(r["n"])]
+            for (_, p), r in judged.items() if r["metric"] in ("auc", "exact_match")])]
     texts = [row for row in results if row["task"] == "text_perplexity"]
     if texts:
         keys = list(dict.fromkeys((r["model"], r["split"]) for r in texts))
         protocols = list(dict.fromkeys(r["protocol"] for r in texts))
         parts += ["## Perplexity by protocol", table(["model", "text", *protocols], [[m, s, *(number(find(texts, model=m, split=s, protocol=p)) for p in protocols)] for m, s in keys])]
-    parts += ["## Loss of each stage", *(f"![]({name})" for name in (plot_loss(folder, stage) for stage in STAGES) if name)]
+    parts += ["## Loss of each stage", *(f"![]({name})" for name in [*(plot_loss(folder, stage) for stage in STAGES), plot_dpo(folder)] if name)]
     shown = samples(folder, n_samples)
     parts += ["## The same problems at every stage", shown] if shown else []
     hashes = {row["stage"]: row["weights_hash"] for row in results} | {"verifier": row["verifier_hash"] for row in results if "verifier_hash" in row}
