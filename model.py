@@ -561,7 +561,7 @@ class GPT(nn.Module):
         supervised = target >= 0
         chosen = supervised if not torch.compiler.is_compiling() else slice(None)  # as in nll
         flat, target = flat[chosen], target[chosen].clamp(min=0)
-        rows = row_chunks(len(flat), self.cfg.padded_vocab)
+        rows = row_chunks(len(flat), 3 * self.cfg.padded_vocab)  # its backward pass holds logits, their softmax and a gradient at once
         parts = [checkpoint(chunk_logprobs, h, self.head.weight, t, self.cfg.vocab_size, use_reentrant=False)
                  for h, t in zip(flat.split(rows), target.split(rows))]
         logp = torch.cat(parts)
