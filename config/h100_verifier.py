@@ -12,6 +12,7 @@ dtype = "bfloat16"
 compile = True
 n_samples = 8
 temperature = 0.7  # Cobbe et al.
+calculator = True  # Cobbe et al.
 max_new_tokens = 256
 optimizer = "adamw"
 learning_rate = 1e-4

@@ -15,6 +15,7 @@ sources = (
     "dpo/polite=preference_raschka_1100.jsonl",
     "verifier/gsm8k=gsm8k_train.jsonl.gz",
     "eval/gsm8k-test=gsm8k_test.jsonl",
+    "eval/gsm8k-published=gsm8k_example_model_solutions.jsonl.gz",  # answers to the test questions: to judge, never to train on
     "eval/wikitext-2=wikitext2_raw_test.txt.gz",
     "eval/wikitext-2-valid=wikitext2_raw_valid.txt.gz",
     "eval/sst2=sst2_dev.tsv",

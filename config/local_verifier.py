@@ -10,6 +10,7 @@ data = "gsm8k"
 n_problems = 60
 n_samples = 2
 max_new_tokens = 100
+calculator = True  # as Cobbe et al. sampled
 optimizer = "adamw"
 learning_rate = 3e-4
 batch_tokens = 4096
