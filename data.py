@@ -702,6 +702,10 @@ def prepare_records(source: Source, folder: str) -> dict:
         if len(set(prompts)) > 1:
             splits[split] += [r for r, prompt in zip(largest, prompts) if prompt == prompts[-1]]
             largest[:] = [r for r, prompt in zip(largest, prompts) if prompt != prompts[-1]]
+    lacking = [s for s in splits if not splits[s] and (s != "verifier" or source.stage == "verifier")]
+    if lacking:
+        raise UserError(f"source {source.name}: {len(records)} usable records of {len(set(map(prompt_of, records)))} prompts, too few to hold some out for "
+                        f"{' and '.join(lacking)}: at least {2 + (source.stage == 'verifier')} different prompts are needed")
     kind = "problems" if source.stage == "verifier" else source.stage
     for split, part in splits.items():
         if part:

@@ -655,6 +655,16 @@ def test_a_useless_record_is_dropped_aloud(capsys, stage, bad, reason):
     fails(lambda: data.convert([bad], stage, "mine"), "mine: no usable", stage)
 
 
+@pytest.mark.parametrize("stage, row, least", [("sft", {"question": "q", "answer": "a"}, 2), ("dpo", {"prompt": "p", "chosen": "c", "rejected": "r"}, 2),
+                                               ("verifier", {"question": "q", "answer": "#### 1"}, 3)])
+def test_a_data_set_of_one_record_is_refused_in_words(tmp_path, stage, row, least):
+    """There is nothing to hold out: said when the data is made, not by a missing file when training begins."""
+    data.write_jsonl(str(tmp_path / "one.jsonl"), [row, row])
+    with pytest.raises(UserError, match=f"1 usable records of 1 prompts, too few to hold some out .*at least {least} different"):
+        data.main([f"--sources={stage}/one={tmp_path / 'one.jsonl'}", f"--data_dir={tmp_path / 'data'}"])
+    assert not (tmp_path / "data" / "one").exists()
+
+
 def test_duplicates_are_kept_once(capsys):
     """The same record twice would weigh double, and could be on both sides of a split."""
     rows = [{"question": "q", "answer": "1"}, {"question": "q", "answer": "2"}, {"question": "q", "answer": "1", "id": 2}]
