@@ -308,22 +308,30 @@ def test_dpo_starts_at_ln_2(tmp_path):
         assert sums["rewards/margins"].item() / len(PAIRS) == pytest.approx(0, abs=1e-5)
 
 
-def test_dpo_gradients_equal_those_of_two_models_side_by_side(tmp_path, double):
-    """The cached reference is an economy, not another method: loss and gradients are those of the paper's two-model form."""
+PLAIN = {  # loss of a pair from the answers' log-ratios (chosen, rejected), policy log-probs and lengths, as the papers write it
+    "sigmoid": ({}, lambda r, p, n: -F.logsigmoid(0.3 * (r[0] - r[1]))),
+    "cDPO": ({"label_smoothing": 0.1}, lambda r, p, n: -0.9 * F.logsigmoid(0.3 * (r[0] - r[1])) - 0.1 * F.logsigmoid(0.3 * (r[1] - r[0]))),
+    "IPO": ({"loss_type": "ipo"}, lambda r, p, n: (r[0] / n[0] - r[1] / n[1] - 1 / 0.6) ** 2),
+    "SimPO": ({"loss_type": "simpo", "simpo_gamma": 0.4}, lambda r, p, n: -F.logsigmoid(0.3 * (p[0] / n[0] - p[1] / n[1] - 0.4))),
+    "RPO": ({"rpo_alpha": 0.7}, lambda r, p, n: -F.logsigmoid(0.3 * (r[0] - r[1])) - 0.7 * p[0] / n[0]),
+}
+
+
+@pytest.mark.parametrize("variant", PLAIN)
+def test_loss_and_gradients_equal_those_of_two_models_side_by_side(tmp_path, double, variant):
+    """The cached reference, the padding and the chunks are economies, not another method: so are the paper's two models."""
+    changes, loss_of = PLAIN[variant]
     start = tiny()
-    task = build(config(tmp_path, "dpo", beta=0.3), start)
+    task = build(config(tmp_path, "dpo", beta=0.3, **changes), start)
     reference, policy = copy.deepcopy(start).requires_grad_(False), tiny(seed=1)
-    batch = task.batch("val", 0, len(PAIRS))
-    loss = task.loss(policy, batch)[0]
+    loss = task.loss(policy, task.batch("val", 0, len(PAIRS)))[0]
     plain = 0.0
     for record in PAIRS:
         prompt = data.render_prompt(record["prompt"], BYTE)
-        ratio = {}
-        for key in ("chosen", "rejected"):
-            answer = [*record[key].encode(), END]
-            of = lambda model: plain_logprobs(model, prompt + answer)[-len(answer):].sum()
-            ratio[key] = of(policy) - of(reference)
-        plain = plain - F.logsigmoid(0.3 * (ratio["chosen"] - ratio["rejected"]))
+        answers = [[*record[key].encode(), END] for key in ("chosen", "rejected")]
+        of = lambda model: [plain_logprobs(model, prompt + answer)[-len(answer):].sum() for answer in answers]
+        logps = of(policy)
+        plain = plain + loss_of([a - b for a, b in zip(logps, of(reference))], logps, list(map(len, answers)))
     assert loss.item() == pytest.approx(plain.item(), abs=1e-10) and abs(loss.item() / len(PAIRS) - LN2) > 0.05
     assert_same_gradients(gradients(loss, policy), gradients(plain, policy), 1e-10)
 
