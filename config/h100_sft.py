@@ -8,6 +8,7 @@ mode = "sft"
 out_dir = "out/h100/sft"
 init_from = "out/h100/pretrain"
 data = "alpaca,gsm8k"
+replay = 0.25  # from our sweep at 10M parameters (LOG.md); at this size not yet run
 dtype = "bfloat16"
 compile = True
 optimizer = "adamw"
