@@ -236,7 +236,7 @@ def assert_complete(folder: Path):
         assert steps == list(range(6)), stage
     assert json.loads((folder / "state.json").read_text()) == {"state": "done"}
     rows = data.read_jsonl(str(folder / "results.jsonl"))
-    assert {r["task"] for r in rows} == {"val_loss", "problems", "preference", "tales", "rerank"}
+    assert {r["task"] for r in rows} == {"val_loss", "chats", "problems", "preference", "tales", "rerank"}
     assert {r["stage"] for r in rows} == {"untrained", "pretrain", "sft", "dpo"}
     text = (folder / "report.md").read_text()
     images = re.findall(r"!\[\]\((.*?)\)", text)
