@@ -240,7 +240,7 @@ def assert_complete(folder: Path):
     assert {r["stage"] for r in rows} == {"untrained", "pretrain", "sft", "dpo"}
     text = (folder / "report.md").read_text()
     images = re.findall(r"!\[\]\((.*?)\)", text)
-    assert set(images) == {"best_of_n.png", *(f"loss_{stage}.png" for stage in speedrun.STAGES[:-1])}
+    assert set(images) == {"best_of_n.png", "calibration.png", "dpo_curves.png", *(f"loss_{stage}.png" for stage in speedrun.STAGES[:-1])}
     assert all(matplotlib.image.imread(folder / name).std() > 0 for name in images)
 
 
