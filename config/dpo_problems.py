@@ -1,6 +1,8 @@
 """DPO on the toy world's word problems: the SFT model's own right samples against its wrong ones, on problems that SFT never saw.
 
     python align.py config/dpo_problems.py --init_from=out/toy/sft
+
+Greedy exact match over SFT: +6.8, +0.8, +6.2 points on seeds 1337, 1, 2.
 """
 mode = "dpo"
 out_dir = "out/toy/dpo_problems"
@@ -8,7 +10,7 @@ init_from = "out/toy/sft"
 on_policy = True
 n_samples = 8
 temperature = 1.0  # enough wrong samples to learn from
-rpo_alpha = 20.0  # with 1 or 5, exact match falls; AdamW at 3e-4 or 1e-3 with 1: it falls too (LOG.md)
+rpo_alpha = 20.0  # with 1 or 5 exact match falls below that of SFT (LOG.md)
 muon_lr = 0.003
 learning_rate = 3e-4
 momentum = 0.9
