@@ -813,7 +813,7 @@ def read_manifest(path: str) -> dict:
 
 def ensure(spec: str, data_dir: str) -> None:
     """Make the toy world where spec names it and it is missing: it needs no network, and equal files may be written twice."""
-    if any(name == "toy" for name, _ in parse_mixture(spec)) and not os.path.isfile(os.path.join(data_dir, "toy", "manifest_pretrain.json")):
+    if spec and any(name == "toy" for name, _ in parse_mixture(spec)) and not os.path.isfile(os.path.join(data_dir, "toy", "manifest_pretrain.json")):
         prepare(DataConfig(sources=("toy",), data_dir=data_dir))
 
 

@@ -493,6 +493,12 @@ def test_published_solutions_are_judged_by_source_and_by_choice(finished):
     assert ("auc", "form_alone") not in rows or rows["auc", "form_alone"]["value"] == 0.5
 
 
+def test_an_evaluation_may_need_nothing_but_the_published_solutions(tmp_path, capsys):
+    """Every other data set switched off is no error."""
+    argv = [*make_run(tmp_path), "--data=", "--chats=", "--problems=", "--pairs=", "--text="]
+    assert evaluation.main(argv) == 0 and "eval published dpo" in capsys.readouterr().out
+
+
 def test_calibration_by_hand():
     """Two scores of probability 0.75, one right: the tenth is a quarter off, and so is the expected error; Brier (.0625 + .5625) / 2."""
     score = math.log(3)
