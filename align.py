@@ -471,14 +471,14 @@ def main(argv: list[str]) -> int:
     tokenizer = data.load_tokenizer(cfg.tokenizer or start["tokenizer"]["name"], cfg.data_dir, start["tokenizer"])
     if start.get("template", data.TEMPLATE) != data.TEMPLATE:
         raise UserError(f"{cfg.init_from} was tuned with chat template {start['template']}, this code has {data.TEMPLATE}")
+    if cfg.replay and cfg.replay_data is None:  # before the run is compared with what its folder holds
+        cfg.replay_data = start["train_config"]["data"]
     with Ranks(cfg.device, cfg.dtype) as ranks:
         if is_done(cfg, ranks):
             return 0
         torch.manual_seed(cfg.seed)
         os.makedirs(cfg.out_dir, exist_ok=True)
         model = model_from(start, **({"score_head": True} if cfg.mode == "verifier" else {}))
-        if cfg.replay and cfg.replay_data is None:
-            cfg.replay_data = start["train_config"]["data"]
         task = TASKS[cfg.mode](cfg, model, tokenizer, ranks)
         task.extra = {"tokenizer": tokenizer.spec(), "template": data.TEMPLATE, "init_from": {"ref": cfg.init_from, "weights_hash": start["weights_hash"]}}
         answers = cfg.n_answers and cfg.mode != "verifier" and ranks.main and not cfg.fsdp  # sharded weights cannot be asked from one rank

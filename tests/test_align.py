@@ -556,6 +556,17 @@ def test_replayed_rows_are_whole_rows_of_text_at_their_share_and_chats_are_all_s
     assert task.fingerprint != plain.fingerprint
 
 
+def test_a_finished_run_with_replay_started_again_is_done(tmp_path, capsys):
+    """What is replayed by default comes from the checkpoint: the second start must resolve it as the first did."""
+    start = save_start(tmp_path / "start", tiny(), train_config={"data": "text"})
+    data_dir = Path(world(tmp_path / "data"))
+    data.write_shard(str(data_dir / "text" / "train_000.bin"), np.arange(200, dtype="<u4") % 50, BYTE)
+    argv = ["--mode=sft", f"--init_from={start}", "--data=mini", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'run'}", "--device=cpu", "--dtype=float32",
+            "--replay=0.5", "--batch_tokens=128", "--max_steps=2", "--n_answers=0"]
+    assert align.main(argv) == 0 and "done at step 2" in capsys.readouterr().out
+    assert align.main(argv) == 0 and "is done: nothing to do" in capsys.readouterr().out
+
+
 def test_pairs_of_samples_are_right_against_wrong_and_no_sample_is_used_twice():
     """Cut-off samples are left out: their missing end is what a model would learn from."""
     solutions = [("a", True, True), ("b", True, False), ("a", True, True), ("c", True, True), ("d", False, False), ("e", True, False), ("f", True, False)]
