@@ -206,10 +206,10 @@ class SFT(PackedTask):
         documents = {}
         for split in ("train", "val"):
             records = data.load_records(cfg.data, cfg.data_dir, "sft", split)
-            self.prompts = [data.render_prompt(record["messages"][:-1], tokenizer) for record in records]  # of val in the end
             chats = [data.render(record["messages"], tokenizer) for record in records]
             chats = fitting(chats, lambda chat: len(chat[0]) - 1, self.tokens_per_row, f"sft {split} chats", ranks.print)
             documents[split] = [{"ids": ids, "targets": [i if s else -1 for i, s in zip(ids, supervised)]} for ids, supervised in chats]
+        self.prompts = [data.render_prompt(record["messages"][:-1], tokenizer) for record in records]  # of val, the last split
         ids, targets = documents["train"][0]["ids"], documents["train"][0]["targets"]
         share = sum(t >= 0 for d in documents["train"] for t in d["targets"]) / sum(len(d["ids"]) for d in documents["train"])
         ranks.print(f"sft: loss on responses only, {share:.0%} of tokens. The first chat, supervised part in [[ ]]:\n  "
@@ -228,7 +228,7 @@ class SFT(PackedTask):
             return super().batch(split, first, last)
         before = [math.floor(i * self.replay + 1e-9) for i in range(first, last + 1)]  # texts among the rows before each
         plain = torch.tensor([b > a for a, b in zip(before, before[1:])])
-        chats = self.train.batch(self.train.shuffled(first - before[0], last - before[-1]))
+        chats = super().batch("train", first - before[0], last - before[-1])
         batch = {key: x.new_zeros(last - first, self.tokens_per_row).masked_scatter(~plain.unsqueeze(1), x) for key, x in chats.items()}
         if plain.any():
             rows = self.text.shuffled(before[0], before[-1])  # (n, T + 1)
@@ -265,9 +265,9 @@ class DPO:
         self.pairs = {}
         for split in ("train", "val"):
             records = self.sampled_pairs(split, model, tokenizer, ranks) if cfg.on_policy else data.load_records(cfg.data, cfg.data_dir, "dpo", split)
-            self.prompts = [data.render_prompt(record["prompt"], tokenizer) for record in records]  # of val in the end
             pairs = [evaluation.pair_ids(record, tokenizer) for record in records]
             self.pairs[split] = fitting(pairs, lambda pair: pair_length(pair), longest, f"dpo {split} pairs", ranks.print)
+        self.prompts = [data.render_prompt(record["prompt"], tokenizer) for record in records]  # of val, the last split
         used = max(pair_length(pair) for pairs in self.pairs.values() for pair in pairs)
         self.width = min(longest, -(-used // 64) * 64)
         self.tokens_per_row, self.n_val_rows = 2 * self.width, len(self.pairs["val"])

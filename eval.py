@@ -260,6 +260,11 @@ def likelihoods(model: GPT, tokenizer, rows: list[dict]) -> None:
         s["loglik"] = -nll
 
 
+def probability(solution: dict) -> float:
+    """The verifier's, that the solution is right: sigmoid(score), without overflow."""
+    return (1 + math.tanh(solution["score"] / 2)) / 2
+
+
 def choose(solutions: list[dict], how: str) -> bool:
     """Whether the answer chosen from the solutions is right. oracle: any is; majority: the most common answer (first seen wins a
     tie); likelihood: the likeliest; best_of: the highest score; weighted: the answer with the largest sum of sigmoid(score)."""
@@ -269,7 +274,7 @@ def choose(solutions: list[dict], how: str) -> bool:
         return max(solutions, key=lambda s: s[CHOSEN_BY[how]])["correct"]
     votes = Counter()
     for s in solutions:
-        votes[final_answer(s["text"])] += 1.0 if how == "majority" else (1 + math.tanh(s["score"] / 2)) / 2
+        votes[final_answer(s["text"])] += 1.0 if how == "majority" else probability(s)
     votes.pop(None, None)  # no answer is no vote
     winner = votes.most_common(1)[0][0] if votes else None
     return any(s["correct"] for s in solutions if final_answer(s["text"]) == winner)
@@ -460,7 +465,8 @@ def discrimination(verifier: GPT, tokenizer, rows: list[dict]) -> list[dict]:
 
 def calibration(rows: list[dict]) -> list[dict]:
     """Is a score of p right p of the time? Brier score, expected calibration error over tenths, and each tenth with its mean p."""
-    p, right = (np.array([f(s) for row in rows for s in row["solutions"]]) for f in (lambda s: (1 + math.tanh(s["score"] / 2)) / 2, lambda s: float(s["correct"])))
+    solutions = [s for row in rows for s in row["solutions"]]
+    p, right = np.array([probability(s) for s in solutions]), np.array([float(s["correct"]) for s in solutions])
     tenth = np.minimum((10 * p).astype(int), 9)
     bins = [(t, p[tenth == t].mean(), right[tenth == t]) for t in range(10) if (tenth == t).any()]
     error = lambda draw: np.abs(np.bincount(tenth[draw], (p - right)[draw], 10)).sum() / len(p)

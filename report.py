@@ -34,14 +34,17 @@ COLUMNS = [("val loss (nats/token)", "val_loss", "val_loss", "windows"), ("probl
            ("repeated 4-grams", "chats", "repetition", "greedy")]
 
 
+DIGITS = {"val_loss": 4, "response_loss": 4, "bits_per_byte": 4, "perplexity": 2, "auc": 3, "brier": 3, "calibration_error": 3}  # the rest are rates
+
+
 def number(row: dict | None) -> str:
     """value [low, high] of a result; a rate as percent."""
     if row is None:
         return ""
-    plain = row["metric"] in ("val_loss", "response_loss", "perplexity", "bits_per_byte")
-    digits = lambda x: f"{x:.4f}" if row["metric"] in ("val_loss", "response_loss", "bits_per_byte") else f"{x:.2f}" if plain else f"{100 * x:.1f}"
-    interval = f" [{digits(row['low'])}, {digits(row['high'])}]" if "low" in row else ""
-    return digits(row["value"]) + ("" if plain else " %") + interval
+    digits = DIGITS.get(row["metric"])
+    show = lambda x: f"{100 * x:.1f}" if digits is None else f"{x:.{digits}f}"
+    interval = f" [{show(row['low'])}, {show(row['high'])}]" if "low" in row else ""
+    return show(row["value"]) + (" %" if digits is None else "") + interval
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
@@ -69,10 +72,10 @@ def rerank_table(results: list[dict]) -> str:
                       ("form_alone", "form alone"), ("last_number_alone", "the verifier shown the final answer alone")):
         auc = find(results, task="rerank", metric="auc", protocol=how)
         if auc:
-            rows.append([f"AUC of {name}, n = {auc['n']} solutions", f"{auc['value']:.3f} [{auc['low']:.3f}, {auc['high']:.3f}]"])
+            rows.append([f"AUC of {name}, n = {auc['n']} solutions", number(auc)])
     for metric, name in (("brier", "Brier score of the verifier"), ("calibration_error", "expected calibration error")):
         row = find(results, task="rerank", metric=metric)
-        rows += [[name, f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"]] if row else []
+        rows += [[name, number(row)]] if row else []
     greedy = find(results, task="problems", model=stage, metric="exact_match")
     return table(["way to answer", "exact match"], [[f"greedy ({stage})", number(greedy)], *rows])
 
@@ -88,7 +91,7 @@ def plot_loss(folder: str, stage: str) -> str | None:
     if max(r["loss"] for r in train) > 10 * min(r["loss"] for r in train) > 0:
         axes.set_yscale("log")
     axes.set(xlabel="step", ylabel="loss", title=f"{stage}: loss")
-    return finish(figure, axes, folder, f"loss_{stage}.png")
+    return finish(figure, folder, f"loss_{stage}.png")
 
 
 def plot_rerank(folder: str, results: list[dict]) -> str:
@@ -105,7 +108,7 @@ def plot_rerank(folder: str, results: list[dict]) -> str:
     axes.set_xscale("log", base=2)
     axes.set_xticks(k, map(str, k))
     axes.set(xlabel="samples per problem", ylabel="exact match, %", title="Choosing among samples (95 % intervals)")
-    return finish(figure, axes, folder, "best_of_n.png")
+    return finish(figure, folder, "best_of_n.png")
 
 
 def plot_dpo(folder: str) -> str | None:
@@ -118,9 +121,7 @@ def plot_dpo(folder: str) -> str | None:
         for which, color in (("chosen", "tab:green"), ("rejected", "tab:red")):
             axes.plot([r["step"] for r in rows], [r[f"val_{kind}/{which}"] for r in rows], "o-", ms=3, color=color, label=which)
         axes.set(xlabel="step", title=title)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    return finish(figure, axes, folder, "dpo_curves.png")
+    return finish(figure, folder, "dpo_curves.png")
 
 
 def plot_calibration(folder: str, results: list[dict]) -> str | None:
@@ -134,12 +135,13 @@ def plot_calibration(folder: str, results: list[dict]) -> str | None:
     axes.errorbar(p, share, [[max(0, r["value"] - r["low"]) for r in rows], [max(0, r["high"] - r["value"]) for r in rows]], fmt="o-", ms=4, capsize=2, label="verifier")
     axes.plot([0, 1], [0, 1], "k--", lw=1, label="calibrated")
     axes.set(xlabel="probability given by the verifier", ylabel="share of right solutions", title="Calibration (95 % intervals)")
-    return finish(figure, axes, folder, "calibration.png")
+    return finish(figure, folder, "calibration.png")
 
 
-def finish(figure, axes, folder: str, name: str) -> str:
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+def finish(figure, folder: str, name: str) -> str:
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
     figure.tight_layout()
     data.write_atomic(os.path.join(folder, name), lambda f: figure.savefig(f, format="png", dpi=110))
     plt.close(figure)
@@ -194,7 +196,7 @@ def write_report(folder: str, n_samples: int) -> str:
     judged = {(row["metric"], row["protocol"]): row for row in results if row["task"] == "published"}
     if judged:
         parts += ["## Published solutions of GSM8K's test problems, judged", table(["", "", "n"], [
-            [f"{r['metric'].replace('_', ' ')}, {p}", number(r) if r["metric"] == "exact_match" else f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]", str(r["n"])]
+            [f"{r['metric'].replace('_', ' ')}, {p}", number(r), str(r["n"])]
             for (_, p), r in judged.items() if r["metric"] in ("auc", "exact_match")])]
     texts = [row for row in results if row["task"] == "text_perplexity"]
     if texts:

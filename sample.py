@@ -109,10 +109,10 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, stop: tu
                 token = ids[i] = owed[row].pop(0)
             elif calculator is not None:
                 owed[row] = calculator(out[row] + [token])
-            out[row].append(int(token))
+            out[row].append(token)
             done[row] = token in stop
             if on_token is not None:
-                on_token(row, int(token))
+                on_token(row, token)
         running = [i for i, row in enumerate(rows) if not done[row]]
         if not running or step + 1 == max_new_tokens:
             break

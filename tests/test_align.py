@@ -588,12 +588,12 @@ def test_dpo_on_its_own_samples(tmp_path, monkeypatch, capsys):
 def test_training_on_an_evaluation_problem_is_refused(tmp_path, mode):
     """In another case and spacing too: the published GSM8K solutions answer the test questions."""
     data_dir = Path(world(tmp_path / "data", chats=[*CHATS, chat(PROBLEMS[3]["question"], "4")]))
-    data.write_jsonl(str(data_dir / "exam" / "problems_test.jsonl"), [{"question": PROBLEMS[3]["question"].replace("+", "+") + " ", "answer": "#### 4"}])
+    data.write_jsonl(str(data_dir / "exam" / "problems_test.jsonl"), [{"question": f"  {PROBLEMS[3]['question'].upper()} ", "answer": "#### 4"}])
     with pytest.raises(UserError, match="1 of [36] training records of mini ask a question of .*exam"):
         build(config(tmp_path, mode, str(data_dir)), tiny(score_head=mode == "verifier"))
 
 
-def test_a_solution_level_verifier_has_one_label_a_solution(tmp_path, monkeypatch):
+def test_a_solution_level_verifier_has_one_label_a_solution():
     """The ablation of Cobbe et al.: the judgement at the end alone."""
     tokens, solution = (align.Verifier.document("q", [120, 121, END], -1, 1, BYTE, level)["labels"] for level in ("token", "solution"))
     assert tokens == [-1] * 5 + [1] * 3 and solution == [-1] * 7 + [1]

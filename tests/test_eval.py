@@ -387,7 +387,7 @@ def make_run(folder: Path) -> list[str]:
     data.write_shard(str(world / "val_000.bin"), np.frombuffer(text, np.uint8).astype("<u4"), BYTE)
     data.write_jsonl(str(world / "problems_test.jsonl"), toy.records(toy.problem, "test", 3, 0))
     data.write_jsonl(str(world / "dpo_test.jsonl"), toy.records(toy.preference, "test", 4, 0))
-    data.write_jsonl(str(world / "sft_val.jsonl"), [record for record in toy.records(toy.instruction, "val", 4, 0)])
+    data.write_jsonl(str(world / "sft_val.jsonl"), toy.records(toy.instruction, "val", 4, 0))
     data.write_jsonl(str(folder / "data" / "larger" / "test.jsonl"), PUBLISHED)
     data.write_atomic(str(folder / "data" / "wiki" / "test.txt"), lambda f: f.write(TEXT.encode()))
     for seed, stage in enumerate(evaluation.STAGES):
@@ -521,7 +521,7 @@ def test_repetition_is_the_share_of_4_grams_seen_before(ids, share):
     assert evaluation.repetition(ids) == pytest.approx(share)
 
 
-def test_unknown_protocols_are_an_error_in_words(finished):
+def test_unknown_protocols_are_an_error_in_words():
     with pytest.raises(UserError, match="unknown protocol per_page; there are per_line"):
         evaluation.EvalConfig(protocols=("per_page",))
 
