@@ -524,9 +524,9 @@ def load_records(spec: str, data_dir: str, kind: str, split: str) -> list[dict]:
 
 def refuse_evaluation_problems(rows: list[dict], spec: str, data_dir: str) -> None:
     """Raises UserError where a record to train on asks a question of an evaluation set in data_dir, up to case and spaces."""
-    folders = [os.path.join(data_dir, name) for name in sorted(os.listdir(data_dir)) if os.path.isfile(os.path.join(data_dir, name, "problems_test.jsonl"))]
     plain = lambda text: " ".join(text.lower().split())
-    held_out = {plain(row["question"]): folder for folder in folders for row in read_jsonl(os.path.join(folder, "problems_test.jsonl"))}
+    paths = [os.path.join(data_dir, name, file) for name in sorted(os.listdir(data_dir)) for file in ("problems_test.jsonl", "test.jsonl")]
+    held_out = {plain(row["question"]): os.path.dirname(path) for path in filter(os.path.isfile, paths) for row in read_jsonl(path) if "question" in row}
     asked = [row.get("question") or next((m["content"] for m in row.get("messages", row.get("prompt", [])) if m["role"] == "user"), "") for row in rows]
     leaked = [question for question in asked if plain(question) in held_out]
     if leaked:
@@ -563,12 +563,15 @@ class DataConfig:
     seed: int = 0  # of the toy world
     toy_stories: int = 24000  # toy world: pretraining documents
     toy_problems: int = 2000  # toy world: word problems to learn from; few enough that held-out ones stay hard
+    toy_test: int = 500  # toy world: problems and pairs to test on
 
     def __post_init__(self):
         if self.stage not in (*STAGES, "all"):
             raise UserError(f"stage must be one of {', '.join(STAGES)}, all; got {self.stage!r}")
-        if self.toy_stories < 40 or self.toy_problems < 1:
-            raise UserError(f"toy_stories must be at least 40 and toy_problems 1; got {self.toy_stories} and {self.toy_problems}")
+        faults = [f"{key} must be at least {low}, got {getattr(self, key)}" for key, low in (("toy_stories", 40), ("toy_problems", 1), ("toy_test", 1))
+                  if getattr(self, key) < low]
+        if faults:
+            raise UserError("; ".join(faults))
 
 
 @dataclass
@@ -749,12 +752,12 @@ def prepare_toy(folder: str, cfg: DataConfig) -> dict:
         write_shard(os.path.join(folder, f"{split}_000.bin"), tokens, tokenizer)
         counts[f"pretrain_{split}_tokens"] = len(tokens)
     files = {"problems_train": toy.records(toy.problem, "train", cfg.toy_problems, cfg.seed)}
-    for split, n in (("verifier", 4000), ("val", 500), ("test", 500)):
+    for split, n in (("verifier", 4000), ("val", 500), ("test", cfg.toy_test)):
         files[f"problems_{split}"] = toy.records(toy.problem, split, n, cfg.seed)
     for split, n, problems in (("train", 2000, files["problems_train"]), ("val", 200, files["problems_val"][:200])):
         files[f"sft_{split}"] = toy.records(toy.instruction, split, n, cfg.seed) + [sft_record(row) for row in problems]
         files[f"dpo_{split}"] = toy.records(toy.preference, split, n, cfg.seed)
-    files["dpo_test"] = toy.records(toy.preference, "test", 500, cfg.seed)
+    files["dpo_test"] = toy.records(toy.preference, "test", cfg.toy_test, cfg.seed)
     for name, rows in files.items():
         write_jsonl(os.path.join(folder, f"{name}.jsonl"), rows)
         counts[name] = len(rows)
@@ -771,7 +774,7 @@ def prepare(cfg: DataConfig) -> None:
         request = {"stage": source.stage, "cap": source.cap, "tokenizer": cfg.tokenizer, "files": [[os.path.basename(f), sha256(f)[:16] if os.path.isfile(f) else None] for f in source.files],
                    "from": list(PRESETS[source.name][1:]) if source.name in PRESETS and not source.files else None}
         if source.name == "toy":
-            request = {"toy": [cfg.seed, cfg.toy_stories, cfg.toy_problems, sha256(toy.__file__)[:16]]}
+            request = {"toy": [cfg.seed, cfg.toy_stories, cfg.toy_problems, cfg.toy_test, sha256(toy.__file__)[:16]]}
         path = os.path.join(folder, f"manifest_{source.stage}.json")
         before = read_manifest(path)
         if before["request"] == request and all(os.path.isfile(os.path.join(folder, name)) for name in before["files"]):

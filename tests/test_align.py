@@ -584,11 +584,11 @@ def test_dpo_on_its_own_samples(tmp_path, monkeypatch, capsys):
         build(config(tmp_path, "dpo", on_policy=True, n_samples=3, seed=5), tiny())
 
 
-@pytest.mark.parametrize("mode", ["sft", "verifier"])
-def test_training_on_an_evaluation_problem_is_refused(tmp_path, mode):
-    """In another case and spacing too: the published GSM8K solutions answer the test questions."""
+@pytest.mark.parametrize("mode, file", [("sft", "problems_test.jsonl"), ("verifier", "problems_test.jsonl"), ("verifier", "test.jsonl")])
+def test_training_on_an_evaluation_problem_is_refused(tmp_path, mode, file):
+    """In another case and spacing too, and where only the published solutions to the test questions are at hand."""
     data_dir = Path(world(tmp_path / "data", chats=[*CHATS, chat(PROBLEMS[3]["question"], "4")]))
-    data.write_jsonl(str(data_dir / "exam" / "problems_test.jsonl"), [{"question": f"  {PROBLEMS[3]['question'].upper()} ", "answer": "#### 4"}])
+    data.write_jsonl(str(data_dir / "exam" / file), [{"question": f"  {PROBLEMS[3]['question'].upper()} ", "answer": "#### 4"}])
     with pytest.raises(UserError, match="1 of [36] training records of mini ask a question of .*exam"):
         build(config(tmp_path, mode, str(data_dir)), tiny(score_head=mode == "verifier"))
 
