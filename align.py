@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import configurator
 import data
 import eval as evaluation
+import problems
 from checkpoint import checkpoint_files, load_checkpoint, model_from, weights_hash
 from configurator import UserError
 from model import GPT
@@ -163,13 +164,13 @@ def fingerprint(value) -> str:
 
 def sampled_solutions(cfg: AlignConfig, model: GPT, tokenizer, split: str, ranks: Ranks) -> list[dict]:
     """Problems of a split with the model's sampled solutions, from the run folder or made now by all ranks together."""
-    problems = data.load_records(cfg.data, cfg.data_dir, "problems", split)[:cfg.n_problems]
+    asked = data.load_records(cfg.data, cfg.data_dir, "problems", split)[:cfg.n_problems]
     trunk = {name: x for name, x in model.state_dict().items() if not name.startswith("score")}
-    key = fingerprint([weights_hash(trunk), problems, cfg.n_samples, cfg.temperature, cfg.max_new_tokens, cfg.calculator, cfg.seed])
+    key = fingerprint([weights_hash(trunk), asked, cfg.n_samples, cfg.temperature, cfg.max_new_tokens, cfg.calculator, cfg.seed])
     path = os.path.join(cfg.out_dir, f"samples_{split}_{key}.jsonl")
     if not os.path.exists(path):
         model.to(ranks.device)
-        mine = evaluation.solve(model, tokenizer, problems[ranks.rank::ranks.world], cfg.n_samples, cfg.temperature, cfg.max_new_tokens, cfg.seed,
+        mine = problems.solve(model, tokenizer, asked[ranks.rank::ranks.world], cfg.n_samples, cfg.temperature, cfg.max_new_tokens, cfg.seed,
                                 cfg.calculator, ranks.print)
         parts = [mine]
         if ranks.world > 1:
@@ -396,8 +397,8 @@ class Verifier(PackedTask):
     def __init__(self, cfg: AlignConfig, model: GPT, tokenizer, ranks: Ranks):
         self.cfg, self.tokens_per_row = cfg, cfg.seq_len or model.cfg.seq_len
         documents = {}
-        for split, problems in (("train", "verifier"), ("val", "val")):
-            rows = sampled_solutions(cfg, model, tokenizer, problems, ranks)
+        for split, source in (("train", "verifier"), ("val", "val")):
+            rows = sampled_solutions(cfg, model, tokenizer, source, ranks)
             documents[split] = [self.document(row["question"], solution["ids"], -1, int(solution["correct"]), tokenizer, cfg.level)
                                 for row in rows for solution in row["solutions"]]
             documents[split] += [self.document(row["question"], tokenizer.encode(row["answer"]) + [tokenizer.end], 1, -1, tokenizer) for row in rows]
@@ -416,7 +417,7 @@ class Verifier(PackedTask):
     @torch.no_grad()
     def scale_scores(model: GPT, tokenizer, rows: list[dict]):
         """Log-likelihoods of long solutions spread over tens of nats: let the scores, their multiples, begin with a deviation of at most 2."""
-        evaluation.likelihoods(model, tokenizer, rows)
+        problems.likelihoods(model, tokenizer, rows)
         spread = torch.tensor([s["loglik"] for row in rows for s in row["solutions"]]).std(correction=0)
         model.score_loglik.fill_(1 / max(1.0, float(spread) / 2))
 

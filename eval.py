@@ -7,6 +7,7 @@
 out_dir is the folder of a pipeline (with pretrain/, sft/, dpo/, verifier/ in it) or of a single stage.
 """
 import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -16,6 +17,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -23,13 +25,16 @@ import torch
 import configurator
 import data
 import toy
-from checkpoint import load_checkpoint, model_from, provenance, weights_hash
+from checkpoint import checkpoint_files, load_checkpoint, model_from, provenance, weights_hash
 from configurator import UserError
 from model import GPT, ModelConfig
-from sample import Calculator, generate
+from perplexity import PROTOCOLS, detokenize, overlap, perplexity, windows_nll
+from problems import (CHOSEN_BY, RERANKERS, auc_interval, both_kinds, calibration, choose, discrimination, final_answer, likelihoods, score_solutions, solve,
+                      taxonomy, with_prompts)
+from sample import generate
+from stats import mean, proportion, ratio
 
 STAGES = ("pretrain", "sft", "dpo", "verifier")
-PROTOCOLS = ("per_line", "tokens", "strided", "words", "bpb")
 
 
 @dataclass
@@ -69,218 +74,6 @@ class EvalConfig:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Statistics
-
-def wilson(hits: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927)."""
-    p = hits / n
-    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
-
-
-def proportion(flags) -> dict:
-    flags = [bool(flag) for flag in flags]
-    low, high = wilson(sum(flags), len(flags))
-    return {"value": sum(flags) / len(flags), "low": low, "high": high, "n": len(flags)}
-
-
-def ratio(numerators, denominators, transform=lambda x: x) -> dict:
-    """transform(sum / sum) over independent parts (lines, windows, documents); 95 % interval by 1,000 bootstrap draws of parts."""
-    a, b = np.array(numerators, float), np.array(denominators, float)
-    draws = np.random.default_rng(0).integers(0, len(a), (1000, len(a)))
-    low, high = np.quantile(a[draws].sum(1) / b[draws].sum(1), [0.025, 0.975])
-    return {"value": float(transform(a.sum() / b.sum())), "low": float(transform(low)), "high": float(transform(high)), "n": int(b.sum())}
-
-
-def auc(scores, labels) -> float:
-    """Probability that a right solution scores above a wrong one, ties counting half; nan where one kind is missing."""
-    scores, labels = np.array(scores, float), np.array(labels, bool)
-    if labels.all() or not labels.any():
-        return math.nan
-    order = np.sort(scores)
-    rank = (np.searchsorted(order, scores, "left") + np.searchsorted(order, scores, "right") + 1) / 2
-    positive = labels.sum()
-    return float((rank[labels].sum() - positive * (positive + 1) / 2) / (positive * (~labels).sum()))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Perplexity: sums of negative log-likelihood over windows
-
-@torch.no_grad()
-def windows_nll(model: GPT, windows: list[tuple[list[int], int]], batch: int = 16) -> list[float]:
-    """nats of each window: (ids, k) scores the last k of its ids, each given all ids before it in the window."""
-    device, nll = model.embed.weight.device, [0.0] * len(windows)
-    order = sorted(range(len(windows)), key=lambda i: len(windows[i][0]))
-    for first in range(0, len(order), batch):
-        numbers = order[first:first + batch]
-        width = max(len(windows[i][0]) for i in numbers) - 1
-        idx = torch.zeros(len(numbers), width, dtype=torch.long)
-        targets = torch.full((len(numbers), width), -1)
-        for row, i in enumerate(numbers):
-            ids, scored = windows[i]
-            end = len(ids) - 1
-            idx[row, :end] = torch.tensor(ids[:-1])
-            targets[row, end - scored:end] = torch.tensor(ids[len(ids) - scored:])
-        logp = model.logprobs(model.hidden(idx.to(device)), targets.to(device))
-        for i, value in zip(numbers, logp.sum(-1).tolist()):
-            nll[i] = -value
-    return nll
-
-
-def disjoint(ids: list[int], length: int) -> list[tuple[list[int], int]]:
-    """Windows of `length` ids; the first id of each has no context and is not scored."""
-    parts = [ids[i:i + length] for i in range(0, len(ids), length)]
-    return [(part, len(part) - 1) for part in parts if len(part) > 1]
-
-
-def strided(ids: list[int], length: int, stride: int) -> list[tuple[list[int], int]]:
-    """Windows of `length` ids that move by stride: every id but the first is scored once, with as much context as fits."""
-    windows, done = [], 1
-    for begin in range(0, len(ids), stride):
-        end = min(begin + length, len(ids))
-        if end > done:
-            windows.append((ids[begin:end], end - done))
-            done = end
-    return windows
-
-
-def rolling(ids: list[int], length: int, eos: int) -> list[tuple[list[int], int]]:
-    """lm-evaluation-harness's rolling windows: all ids scored; the context of a window's first is one id (EOS at the start)."""
-    ids = [eos, *ids]
-    return [(ids[max(0, min(i, len(ids) - 1 - length)):i + length + 1], len(ids[i + 1:i + length + 1])) for i in range(0, len(ids) - 1, length)]
-
-
-DETOKENIZE = [  # WikiText's marks back into plain text, after lm-evaluation-harness's wikitext task
-    ("s '", "s'"), (r"/' [0-9]/", r"/'[0-9]/"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), (" : ", ": "), (" ; ", "; "), (" . ", ". "),
-    (" ! ", "! "), (" ? ", "? "), (" , ", ", "), ("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" " + chr(176) + " ", chr(176)),
-    (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")]
-
-
-def detokenize(text: str) -> str:
-    for mark, plain in DETOKENIZE[:11]:
-        text = text.replace(mark, plain)
-    for opening, closing in ((r"\(", r"\)"), (r"\[", r"\]"), ("{", "}"), ('"', '"'), ("'", "'")):
-        text = re.sub(rf"{opening}\s*([^{closing}]*?)\s*{closing}", lambda m: m[0][0] + m[1] + m[0][-1], text)
-    for mark, plain in DETOKENIZE[11:]:
-        text = text.replace(mark, plain)
-    return text
-
-
-def perplexity(model: GPT, tokenizer, text: str, protocols: tuple[str, ...] = PROTOCOLS) -> list[dict]:
-    """The same text under each protocol (figures of GPT-2 small in brackets, from the threads named in LOG.md):
-
-    per_line  first 100 non-empty lines, each alone, at most 512 ids, first id not scored: exp(nats / ids)  [40.64 on valid]
-    tokens    whole text, windows of seq_len, first id of each not scored: exp(nats / ids)                  [29.94 on test]
-    strided   the same, windows move by seq_len / 2                                                         [25.2 on test]
-    words     per article, detokenised, rolling windows: exp(nats / whitespace words of the original)       [37.37 on test]
-    bpb       the same nats / (ln 2 * UTF-8 bytes of the original)
-    """
-    T = model.cfg.seq_len
-    results = []
-
-    def add(protocol, nll, counts, transform=math.exp):
-        results.append({"metric": "bits_per_byte" if protocol == "bpb" else "perplexity", "protocol": protocol, **ratio(nll, counts, transform)})
-
-    lines = [line for line in text.split("\n") if line.strip()][:100]
-    plain = {"per_line": lambda: [(ids, len(ids) - 1) for ids in (tokenizer.encode(line)[:min(512, T)] for line in lines) if len(ids) > 1],
-             "tokens": lambda: disjoint(tokenizer.encode(text), T), "strided": lambda: strided(tokenizer.encode(text), T, T // 2)}
-    for protocol in filter(protocols.__contains__, plain):
-        windows = plain[protocol]()
-        add(protocol, windows_nll(model, windows), [scored for _, scored in windows])
-    if "words" in protocols or "bpb" in protocols:
-        articles = [article for article in data.wikitext_articles(re.findall(r"[^\n]*\n|[^\n]+", text)) if article.strip()]
-        nll = [sum(windows_nll(model, rolling(tokenizer.encode(detokenize(article)), T, tokenizer.eos))) for article in articles]
-        if "words" in protocols:
-            add("words", nll, [len(re.split(r"\s+", article)) for article in articles])
-        if "bpb" in protocols:
-            add("bpb", nll, [len(article.encode()) for article in articles], lambda x: x / math.log(2))
-    return results
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Word problems
-
-def final_answer(text: str) -> str | None:
-    """The number after ####, commas removed (GSM8K's strict match); None where there is none."""
-    found = re.search(r"#### (\-?[0-9\.\,]+)", text)
-    return found[1].replace(",", "").rstrip(".") if found else None
-
-
-def solve(model: GPT, tokenizer, problems: list[dict], n: int, temperature: float, max_new_tokens: int, seed: int, calculator: bool = False,
-          say=print) -> list[dict]:
-    """n solutions of every problem, in batches of prompts of similar length: [{question, answer, solutions: [{ids, text, correct}]}].
-    A problem's solutions depend on it and the seed alone, not on the other problems or the ranks that share them."""
-    rows = [{**problem, "solutions": []} for problem in problems]
-    prompts = [data.render_prompt(data.user(row["question"]), tokenizer) for row in rows]
-    own_seed = [int(hashlib.sha256(row["question"].encode()).hexdigest()[:8], 16) for row in rows]
-    order = [(i, k) for i in sorted(range(len(rows)), key=lambda i: len(prompts[i])) for k in range(n)]
-    stop, tool = (tokenizer.end, tokenizer.eos), Calculator(tokenizer) if calculator else None
-    began, made, batch = time.perf_counter(), 0, 512
-    for first in range(0, len(order), batch):
-        part = order[first:first + batch]
-        outputs = generate(model, [prompts[i] for i, _ in part], max_new_tokens, stop, [(seed, own_seed[i], k) for i, k in part],
-                           calculator=tool, temperature=temperature)
-        for (i, _), ids in zip(part, outputs):
-            stopped = ids[-1] in stop
-            text = tokenizer.decode(ids[:-1] if stopped else ids)
-            right = final_answer(text)
-            rows[i]["solutions"].append({"ids": ids, "text": text, "stopped": stopped,
-                                         "correct": right is not None and right == final_answer(rows[i]["answer"])})
-            made += len(ids)
-        elapsed, finished = time.perf_counter() - began, first + len(part)
-        if finished == len(order) or (first // batch) % 4 == 3:
-            say(f"sampled {finished}/{len(order)} solutions | {made / elapsed:,.0f} tok/s | eta {elapsed * (len(order) / finished - 1):.0f} s")
-    return rows
-
-
-def with_prompts(rows: list[dict], tokenizer) -> list[tuple[list[int], dict]]:
-    """(ids of prompt and solution, the solution) of every solution."""
-    return [(data.render_prompt(data.user(row["question"]), tokenizer) + s["ids"], s) for row in rows for s in row["solutions"]]
-
-
-@torch.no_grad()
-def score_solutions(verifier: GPT, tokenizer, rows: list[dict], batch: int = 128) -> None:
-    """Write the verifier's logit at the last token of every solution into it as "score"."""
-    items = sorted(with_prompts(rows, tokenizer), key=lambda item: len(item[0]))
-    device = verifier.embed.weight.device
-    for first in range(0, len(items), batch):
-        part = items[first:first + batch]
-        width = max(len(ids) for ids, _ in part)
-        idx = torch.tensor([ids + [tokenizer.pad] * (width - len(ids)) for ids, _ in part], device=device)
-        solution = torch.tensor([[len(ids) - len(s["ids"]) <= t < len(ids) for t in range(width)] for ids, s in part], device=device)
-        scores = verifier.scores(verifier.hidden(idx), idx, solution)
-        for row, (ids, s) in enumerate(part):
-            s["score"] = float(scores[row, len(ids) - 1])
-
-
-def likelihoods(model: GPT, tokenizer, rows: list[dict]) -> None:
-    """Write the log-likelihood of every solution under the model that made it into it as "loglik"."""
-    items = with_prompts(rows, tokenizer)
-    for (_, s), nll in zip(items, windows_nll(model, [(ids, len(s["ids"])) for ids, s in items], 128)):
-        s["loglik"] = -nll
-
-
-def probability(solution: dict) -> float:
-    """The verifier's, that the solution is right: sigmoid(score), without overflow."""
-    return (1 + math.tanh(solution["score"] / 2)) / 2
-
-
-def choose(solutions: list[dict], how: str) -> bool:
-    """Whether the answer chosen from the solutions is right. oracle: any is; majority: the most common answer (first seen wins a
-    tie); likelihood: the likeliest; best_of: the highest score; weighted: the answer with the largest sum of sigmoid(score)."""
-    if how == "oracle":
-        return any(s["correct"] for s in solutions)
-    if how in CHOSEN_BY:
-        return max(solutions, key=lambda s: s[CHOSEN_BY[how]])["correct"]
-    votes = Counter()
-    for s in solutions:
-        votes[final_answer(s["text"])] += 1.0 if how == "majority" else probability(s)
-    votes.pop(None, None)  # no answer is no vote
-    winner = votes.most_common(1)[0][0] if votes else None
-    return any(s["correct"] for s in solutions if final_answer(s["text"]) == winner)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Preferences
 
 def pair_ids(record: dict, tokenizer) -> tuple[list[int], list[int], list[int]]:
@@ -301,11 +94,14 @@ class Bench:
     """Models, tokenizer and data of one evaluation, loaded when first asked for."""
 
     def __init__(self, cfg: EvalConfig):
-        self.cfg, self.models = cfg, {}
-        single = not any(os.path.isdir(os.path.join(cfg.out_dir, stage)) for stage in STAGES)
-        names = [stage for stage in STAGES if os.path.isdir(os.path.join(cfg.out_dir, stage))]
-        folders = {load_checkpoint(cfg.out_dir)["task"]: cfg.out_dir} if single else {s: os.path.join(cfg.out_dir, s) for s in names}
-        self.checkpoints = {stage: load_checkpoint(folder) for stage, folder in folders.items()}
+        self.cfg, self.models, self.hashes, self.seen = cfg, {}, {}, {}
+        runs = sorted(entry.name for entry in os.scandir(cfg.out_dir) if entry.is_dir() and checkpoint_files(entry.path))
+        runs.sort(key=lambda name: STAGES.index(name) if name in STAGES else len(STAGES))
+        if runs:
+            self.checkpoints = {name: load_checkpoint(os.path.join(cfg.out_dir, name)) for name in runs}
+        else:
+            only = load_checkpoint(cfg.out_dir)
+            self.checkpoints = {only["task"]: only}
         first = next(iter(self.checkpoints.values()))
         self.tokenizer = data.load_tokenizer(cfg.tokenizer or first["tokenizer"]["name"], cfg.data_dir, first["tokenizer"])
         self.headerless = first["train_config"].get("headerless", False)
@@ -317,12 +113,25 @@ class Bench:
         untrained = GPT(ModelConfig(**{**first["model_config"], "score_head": False}))
         self.checkpoints = {"untrained": {"model": untrained.state_dict(), "model_config": {**first["model_config"], "score_head": False},
                                           "weights_hash": weights_hash(untrained.state_dict())}, **self.checkpoints}
-        self.policies = [stage for stage in self.checkpoints if stage != "verifier"]
+        self.policies = [stage for stage, saved in self.checkpoints.items() if saved.get("task") != "verifier"]
 
     def model(self, stage: str) -> GPT:
         if stage not in self.models:
             self.models[stage] = model_from(self.checkpoints[stage]).to(self.device, self.dtype).eval()
         return self.models[stage]
+
+    def files(self, task: "Task") -> list[str]:
+        """The files that a task takes its items from."""
+        names = [name for name, _ in data.parse_mixture(getattr(self.cfg, task.data))]
+        return sorted(path for name in names for pattern in task.files for path in glob.glob(os.path.join(glob.escape(self.cfg.data_dir), name, pattern)))
+
+    def data_hash(self, task: "Task") -> str:
+        """sha256 over names and contents of a task's files, first 16 hex digits."""
+        for path in self.files(task):
+            if path not in self.hashes:
+                self.hashes[path] = data.sha256(path)
+        named = [[os.path.relpath(path, self.cfg.data_dir), self.hashes[path]] for path in self.files(task)]
+        return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
 
     def problems(self) -> list[dict]:
         return data.load_records(self.cfg.problems, self.cfg.data_dir, "problems", "test")[:self.cfg.n_problems]
@@ -331,6 +140,15 @@ class Bench:
         split = "test" if os.path.exists(os.path.join(self.cfg.data_dir, self.cfg.pairs, "dpo_test.jsonl")) else "val"
         pairs = [pair_ids(record, self.tokenizer) for record in data.load_records(self.cfg.pairs, self.cfg.data_dir, "dpo", split)]
         return split, [pair for pair in pairs if len(pair[0]) + max(len(pair[1]), len(pair[2])) <= self.model(self.policies[-1]).cfg.seq_len]
+
+    def overlaps(self, text: str) -> list[float | None]:
+        """Share of the 13-token runs of a text, as it stands and detokenised, that stand in the training shards too; None without shards."""
+        if text not in self.seen:
+            names = [name for name, _ in data.parse_mixture(self.cfg.data)] if self.cfg.data else []
+            paths = sorted(path for name in names for path in glob.glob(os.path.join(glob.escape(self.cfg.data_dir), name, "*train*.bin")))
+            shards = [data.read_shard(path, self.tokenizer, self.headerless) for path in paths]
+            self.seen[text] = [overlap(self.tokenizer.encode_array(form), shards) if shards else None for form in (text, detokenize(text))]
+        return self.seen[text]
 
     def solutions(self, stage: str, n: int, temperature: float) -> list[dict]:
         """Solved test problems; kept beside the results, so that every number can be traced to its text."""
@@ -360,18 +178,28 @@ def val_loss(bench: Bench, stage: str) -> list[dict]:
 
 
 def text_perplexity(bench: Bench, stage: str) -> list[dict]:
+    """Every protocol on every text; beside each number, how much of the text stood in the pretraining shards."""
     results = []
     for name in bench.cfg.text.split(","):
         with data.open_text(os.path.join(bench.cfg.data_dir, name, "test.txt")) as f:
-            results += [{**result, "split": name} for result in perplexity(bench.model(stage), bench.tokenizer, f.read(), bench.cfg.protocols or PROTOCOLS)]
+            text = f.read()
+        overlaps = bench.overlaps(text)
+        for row in perplexity(bench.model(stage), bench.tokenizer, text, bench.cfg.protocols or PROTOCOLS):
+            results.append({**row, "split": name, "overlap": overlaps[row["protocol"] in ("words", "bpb")]})
     return results
 
 
 def greedy(bench: Bench, stage: str) -> list[dict]:
-    solutions = [row["solutions"][0] for row in bench.solutions(stage, 1, 0.0)]
-    flags = {"exact_match": [s["correct"] for s in solutions], "stop_rate": [s["stopped"] for s in solutions],
-             "no_answer": [final_answer(s["text"]) is None for s in solutions]}
-    return [{"metric": metric, "protocol": "greedy", **proportion(values)} for metric, values in flags.items()]
+    """One greedy answer to every problem: right (strictly: after ####; flexibly: its last number), without an answer, stopped; and what went
+    wrong, with examples. The untrained row has the trivial answer beside it."""
+    rows = bench.solutions(stage, 1, 0.0)
+    flags, examples = taxonomy(rows)
+    results = [{"metric": metric, "protocol": "greedy", **proportion(values), "examples": examples.get(metric, [])} for metric, values in flags.items()]
+    if stage == "untrained":
+        answers = [final_answer(row["answer"]) for row in rows]
+        common = Counter(answers).most_common(1)[0][0]
+        results.append({"model": f"always {common}", "metric": "exact_match", "protocol": "greedy", **proportion(answer == common for answer in answers)})
+    return results
 
 
 def repetition(ids: list[int], n: int = 4) -> float:
@@ -381,10 +209,14 @@ def repetition(ids: list[int], n: int = 4) -> float:
 
 
 def habits(model: GPT, tokenizer, prompts: list[list[int]], max_new_tokens: int) -> dict[str, list[float]]:
-    """How the model answers, greedily: whether each answer stops by itself, its tokens, the share of repeated 4-grams in it."""
+    """How the model answers, greedily: whether each answer stops by itself, its tokens, the share of repeated 4-grams in it, and of its
+    2-grams the share that no other answer has: 0 where a model says the same to everyone (distinct-2, arXiv 1510.03055, across answers)."""
     stop = (tokenizer.end, tokenizer.eos)
     answers = generate(model, prompts, max_new_tokens, stop, temperature=0)
-    return {"stop_rate": [ids[-1] in stop for ids in answers], "length": [len(ids) for ids in answers], "repetition": [repetition(ids) for ids in answers]}
+    grams = [set(zip(ids, ids[1:])) for ids in answers]
+    answers_with = Counter(gram for own in grams for gram in own)
+    return {"stop_rate": [ids[-1] in stop for ids in answers], "length": [len(ids) for ids in answers], "repetition": [repetition(ids) for ids in answers],
+            "distinct_2": [sum(answers_with[gram] == 1 for gram in own) / max(1, len(own)) for own in grams]}
 
 
 def chats(bench: Bench, stage: str) -> list[dict]:
@@ -399,7 +231,7 @@ def chats(bench: Bench, stage: str) -> list[dict]:
     return [{"metric": metric, "split": "val", **number} for metric, number in (
         ("response_loss", {"protocol": "teacher", **ratio(windows_nll(model, windows), [n for _, n in windows])}),
         ("stop_rate", {"protocol": "greedy", **proportion(own["stop_rate"])}),
-        *((metric, {"protocol": "greedy", **ratio(own[metric], [1] * len(prompts))}) for metric in ("length", "repetition")))]
+        *((metric, {"protocol": "greedy", **mean(own[metric])}) for metric in ("length", "repetition", "distinct_2")))]
 
 
 def preference(bench: Bench, stage: str) -> list[dict]:
@@ -412,10 +244,8 @@ def preference(bench: Bench, stage: str) -> list[dict]:
         reward = logp - pair_logprobs(bench.model("sft"), pairs)
         results.append({"metric": "accuracy", "protocol": "reward", **proportion(reward[:, 0] > reward[:, 1])})
     if stage == "untrained":
-        hits = np.where(lengths[:, 0] == lengths[:, 1], 0.5, lengths[:, 0] > lengths[:, 1]).sum()
-        low, high = wilson(hits, len(pairs))
-        results.append({"model": "longer answer wins", "metric": "accuracy", "protocol": "length", "value": hits / len(pairs),
-                        "low": low, "high": high, "n": len(pairs)})
+        hits = np.where(lengths[:, 0] == lengths[:, 1], 0.5, lengths[:, 0] > lengths[:, 1])
+        results.append({"model": "longer answer wins", "metric": "accuracy", "protocol": "length", **proportion(hits)})
     return [{**result, "split": split} for result in results]
 
 
@@ -429,52 +259,6 @@ def tales(bench: Bench, stage: str) -> list[dict]:
     flags = {"on_topic": [v["on_topic"] for v in verdicts], "kind": [v["kind"] for v in verdicts],
              "on_topic_and_kind": [v["on_topic"] and v["kind"] for v in verdicts], "stop_rate": [ids[-1] == tokenizer.end for ids in outputs]}
     return [{"metric": metric, "protocol": "sampled", **proportion(values)} for metric, values in flags.items()]
-
-
-CHOSEN_BY = {"likelihood": "loglik", "best_of": "score"}  # the highest of which field of a solution
-RERANKERS = ("majority", "likelihood", "weighted", "best_of", "oracle")
-
-
-def auc_interval(rows: list[dict], key: str) -> dict:
-    """AUC of a field of the solutions; 95 % interval by 200 bootstrap draws of problems."""
-    of = lambda numbers: auc(*zip(*((s[key], s["correct"]) for i in numbers for s in rows[i]["solutions"])))
-    draws = np.random.default_rng(0).integers(0, len(rows), (200, len(rows)))
-    low, high = np.nanquantile([of(draw) for draw in draws], [0.025, 0.975])
-    return {"value": of(range(len(rows))), "low": float(low), "high": float(high), "n": sum(len(row["solutions"]) for row in rows)}
-
-
-def both_kinds(rows: list[dict]) -> bool:
-    return len({s["correct"] for row in rows for s in row["solutions"]}) == 2
-
-
-def discrimination(verifier: GPT, tokenizer, rows: list[dict]) -> list[dict]:
-    """AUC over scored solutions: of the likelihood and the verifier; of form alone (it stopped and has an answer), which must not
-    separate; of the verifier among solutions of full form; and of the verifier when it is shown the final answer alone."""
-    solutions = [s for row in rows for s in row["solutions"]]
-    for s in solutions:
-        s["form"] = s["stopped"] and final_answer(s["text"]) is not None
-    matched = [{**row, "solutions": [s for s in row["solutions"] if s["form"]]} for row in rows]
-    matched = [row for row in matched if row["solutions"]]
-    bare = [{**row, "solutions": [{"ids": tokenizer.encode(f"#### {final_answer(s['text'])}") + [tokenizer.end], "correct": s["correct"]}
-                                  for s in row["solutions"]]} for row in matched]
-    score_solutions(verifier, tokenizer, bare)
-    cases = [(how, rows, key) for how, key in CHOSEN_BY.items()]
-    cases += [("form_alone", rows, "form"), ("best_of_same_form", matched, "score"), ("last_number_alone", bare, "score")]
-    return [{"metric": "auc", "protocol": how, **auc_interval(part, key)} for how, part, key in cases if both_kinds(part)]
-
-
-def calibration(rows: list[dict]) -> list[dict]:
-    """Is a score of p right p of the time? Brier score, expected calibration error over tenths, and each tenth with its mean p."""
-    solutions = [s for row in rows for s in row["solutions"]]
-    p, right = np.array([probability(s) for s in solutions]), np.array([float(s["correct"]) for s in solutions])
-    tenth = np.minimum((10 * p).astype(int), 9)
-    bins = [(t, p[tenth == t].mean(), right[tenth == t]) for t in range(10) if (tenth == t).any()]
-    error = lambda draw: np.abs(np.bincount(tenth[draw], (p - right)[draw], 10)).sum() / len(p)
-    draws = [error(draw) for draw in np.random.default_rng(0).integers(0, len(p), (200, len(p)))]  # biased upwards: sampling adds to it
-    low, high = np.minimum(np.quantile(draws, 0.025), error(slice(None))), np.quantile(draws, 0.975)
-    return [{"metric": "brier", "protocol": "verifier", **ratio((p - right) ** 2, np.ones(len(p)))},
-            {"metric": "calibration_error", "protocol": "verifier", "value": float(error(slice(None))), "low": float(low), "high": float(high), "n": len(p)},
-            *({"metric": "calibration", "protocol": f"tenth {t}", "predicted": float(mean), **proportion(flags)} for t, mean, flags in bins)]
 
 
 def rerank(bench: Bench, stage: str) -> list[dict]:
@@ -518,24 +302,44 @@ def published(bench: Bench, stage: str) -> list[dict]:
     return [*discrimination(verifier, tokenizer, kept), *calibration(kept), *results]
 
 
-# name: (function, what it needs of the bench, the stages it runs for)
+class Task(NamedTuple):
+    run: Callable  # (bench, stage) -> rows
+    data: str  # the setting that names its data; the task is left out where that is empty
+    files: tuple[str, ...]  # patterns of its files in that data's folder
+    stages: Callable = lambda bench: bench.policies  # those it is run for
+
+
+def tuned(bench: Bench) -> list[str]:
+    return [stage for stage in bench.policies if stage in ("sft", "dpo")]
+
+
+def judged(bench: Bench) -> list[str]:
+    """The stage whose solutions the verifier judges."""
+    return tuned(bench)[-1:] if "verifier" in bench.checkpoints else []
+
+
 TASKS = {
-    "val_loss": (val_loss, lambda b: b.cfg.data, lambda b: b.policies),
-    "text_perplexity": (text_perplexity, lambda b: b.cfg.text, lambda b: b.policies),
-    "chats": (chats, lambda b: b.cfg.chats, lambda b: b.policies),
-    "problems": (greedy, lambda b: b.cfg.problems, lambda b: b.policies),
-    "preference": (preference, lambda b: b.cfg.pairs, lambda b: b.policies),
-    "tales": (tales, lambda b: b.cfg.pairs == "toy", lambda b: [s for s in b.policies if s in ("sft", "dpo")]),
-    "rerank": (rerank, lambda b: b.cfg.problems and "verifier" in b.checkpoints, lambda b: [s for s in b.policies if s in ("sft", "dpo")][-1:]),
-    "published": (published, lambda b: b.cfg.published and "verifier" in b.checkpoints, lambda b: [s for s in b.policies if s in ("sft", "dpo")][-1:]),
+    "val_loss": Task(val_loss, "data", ("*val*.bin",)),
+    "text_perplexity": Task(text_perplexity, "text", ("test.txt",)),
+    "chats": Task(chats, "chats", ("sft_val.jsonl",)),
+    "problems": Task(greedy, "problems", ("problems_test.jsonl",)),
+    "preference": Task(preference, "pairs", ("dpo_test.jsonl", "dpo_val.jsonl")),
+    "tales": Task(tales, "pairs", ("dpo_test.jsonl",), lambda bench: tuned(bench) if bench.cfg.pairs == "toy" else []),
+    "rerank": Task(rerank, "problems", ("problems_test.jsonl",), judged),
+    "published": Task(published, "published", ("test.jsonl",), judged),
 }
 SETTINGS = ("data", "problems", "pairs", "chats", "text", "protocols", "published", "n_samples", "temperature", "max_new_tokens", "calculator",
             "n_problems", "n_chats", "seed")  # that decide a number, and stand beside it
-VERSION = 2  # of the tasks: raised when a number changes its meaning
+VERSION = 3  # of the tasks: raised when a number changes its meaning
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Results: one JSON line per number, append-only
+
+def item_key(row: dict) -> str:
+    """Under which a row's items stand in its items file."""
+    return f"{row['model']} {row['metric']} {row['protocol']} {row['split']}"
+
 
 def read_results(folder: str) -> list[dict]:
     """Rows of every results file of a run, oldest first."""
@@ -576,20 +380,24 @@ def main(argv: list[str]) -> int:
     bench = Bench(cfg)
     settings = json.loads(json.dumps({key: getattr(cfg, key) for key in SETTINGS}))
     origin, new = provenance(), 0
-    for name, (task, needs, stages) in TASKS.items():
-        if cfg.tasks and name not in cfg.tasks or not needs(bench):
+    for name, task in TASKS.items():
+        if cfg.tasks and name not in cfg.tasks or not getattr(cfg, task.data):
             continue
-        for stage in stages(bench):
-            key = {"task": name, "stage": stage, "version": VERSION, "weights_hash": bench.checkpoints[stage]["weights_hash"], "settings": settings}
-            if name in ("rerank", "published"):
+        for stage in task.stages(bench):
+            key = {"task": name, "stage": stage, "version": VERSION, "weights_hash": bench.checkpoints[stage]["weights_hash"],
+                   "data_hash": bench.data_hash(task), "settings": settings}
+            if task.stages is judged:
                 key["verifier_hash"] = bench.checkpoints["verifier"]["weights_hash"]
             same = lambda row: all(row.get(k) == v for k, v in key.items())
             if cfg.no_overwrite and any(map(same, existing)):
                 continue
             began = time.perf_counter()
-            rows = [{"model": stage, "split": "test", **key, "step": bench.checkpoints[stage].get("step", 0), **number} for number in task(bench, stage)]
+            rows = [{"model": stage, "split": "test", **key, "step": bench.checkpoints[stage].get("step", 0), **number} for number in task.run(bench, stage)]
             seconds = time.perf_counter() - began
-            rows = [row | {"seconds": round(seconds, 2), "date": time.strftime("%Y-%m-%d %H:%M:%S"), **origin} for row in rows]
+            kept = {item_key(row): row.pop("items") for row in rows if "items" in row}
+            items = os.path.join("items", f"{name}_{stage}_{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json")
+            data.write_json(os.path.join(cfg.out_dir, items), kept)
+            rows = [row | {"items": items, "seconds": round(seconds, 2), "date": time.strftime("%Y-%m-%d %H:%M:%S"), **origin} for row in rows]
             append_results(path, rows, same if cfg.force else None)
             new += len(rows)
             print(f"eval {name} {stage} ({seconds:.0f} s): " + ", ".join(f"{r['metric']} {r['protocol']} {r['value']:.4g}" for r in rows), flush=True)

@@ -14,7 +14,8 @@ import matplotlib.pyplot as plt
 import configurator
 import data
 from configurator import UserError
-from eval import RERANKERS, STAGES, read_results
+from eval import STAGES, read_results
+from problems import RERANKERS
 
 
 @dataclass

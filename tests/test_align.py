@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 import align
 import data
 import eval as evaluation
+import problems
 from checkpoint import checkpoint_files, load_checkpoint, model_from, save_checkpoint
 from configurator import UserError
 from model import GPT, ModelConfig
@@ -159,7 +160,7 @@ def judged(tmp_path, monkeypatch):
     """A verifier task of one problem, "q" with the answer "r", and the sampled solutions "x" (right) and "yz" (wrong)."""
     rows = [{"question": "q", "answer": "r", "solutions": [{"ids": [120, END], "text": "x", "correct": True},
                                                            {"ids": [121, 122, END], "text": "yz", "correct": False}]}]
-    monkeypatch.setattr(evaluation, "solve", lambda *args: copy.deepcopy(rows))
+    monkeypatch.setattr(problems, "solve", lambda *args: copy.deepcopy(rows))
     cfg = config(tmp_path, "verifier", world(tmp_path / "data", problems=[{"question": "q", "answer": "r"}]), seq_len=32)
     return build(cfg, tiny(score_head=True))
 
@@ -576,10 +577,10 @@ def test_pairs_of_samples_are_right_against_wrong_and_no_sample_is_used_twice():
 
 def test_dpo_on_its_own_samples(tmp_path, monkeypatch, capsys):
     """Problems become pairs; where every sample is wrong, it says so instead of training on nothing."""
-    monkeypatch.setattr(evaluation, "generate", canned(["#### 1", "#### 2", "none"]))
+    monkeypatch.setattr(problems, "generate", canned(["#### 1", "#### 2", "none"]))
     task = build(config(tmp_path, "dpo", on_policy=True, n_samples=3), tiny())
     assert {BYTE.decode(chosen[:-1]) for _, chosen, _ in task.pairs["train"]} == {"#### 1", "#### 2"} and "pairs of a right and a wrong sample" in capsys.readouterr().out
-    monkeypatch.setattr(evaluation, "generate", canned(["#### 99"]))
+    monkeypatch.setattr(problems, "generate", canned(["#### 99"]))
     with pytest.raises(UserError, match="both a right and a wrong sample"):
         build(config(tmp_path, "dpo", on_policy=True, n_samples=3, seed=5), tiny())
 
@@ -640,7 +641,7 @@ def test_the_verifier_task_adds_both_losses_of_separate_documents(judged):
 def test_verifier_scores_are_trained_where_evaluation_reads_them(judged):
     """A score read at a token that never had a label is the output of an untrained unit: the reranking would be noise."""
     verifier, solution = tiny(seed=3, score_head=True), {"ids": [121, 122, END], "text": "yz"}
-    evaluation.score_solutions(verifier, BYTE, [{"question": "q", "solutions": [solution]}])
+    problems.score_solutions(verifier, BYTE, [{"question": "q", "solutions": [solution]}])
     ids = [*QUESTION, *solution["ids"]]
     scores = alone(verifier, ids, len(QUESTION)).tolist()
     (read,) = [t for t, score in enumerate(scores) if score == pytest.approx(solution["score"], abs=1e-5)]
@@ -650,7 +651,7 @@ def test_verifier_scores_are_trained_where_evaluation_reads_them(judged):
 
 def test_samples_are_labelled_by_their_final_answer(tmp_path, monkeypatch):
     """Right is what GSM8K counts as right: the number after ####, whatever the way to it; no number is wrong."""
-    monkeypatch.setattr(evaluation, "generate", canned(["nonsense\n#### 1", "1+0=1\n#### 2", "1"]))
+    monkeypatch.setattr(problems, "generate", canned(["nonsense\n#### 1", "1+0=1\n#### 2", "1"]))
     cfg = config(tmp_path, "verifier", world(tmp_path / "data", problems=PROBLEMS[:1]), n_samples=3, seq_len=64)
     task = build(cfg, tiny(score_head=True))
     labels = {BYTE.decode([i for i in d["ids"] if i < 256]).removeprefix("1+0?"): max(d["labels"]) for d in task.train.documents}
@@ -659,7 +660,7 @@ def test_samples_are_labelled_by_their_final_answer(tmp_path, monkeypatch):
 
 def test_samples_are_kept_and_read_by_the_second_start(tmp_path, monkeypatch):
     """Sampling is the expensive part; a restart must neither pay for it again nor train on other samples."""
-    monkeypatch.setattr(evaluation, "generate", canned(["#### 1", "#### 2"]))
+    monkeypatch.setattr(problems, "generate", canned(["#### 1", "#### 2"]))
     cfg, model = config(tmp_path, "verifier", n_samples=2), tiny(score_head=True)
     first = build(cfg, model)
     files = sorted(name for name in os.listdir(cfg.out_dir) if name.startswith("samples_"))
@@ -668,7 +669,7 @@ def test_samples_are_kept_and_read_by_the_second_start(tmp_path, monkeypatch):
     def again(*args, **kwargs):
         raise AssertionError("sampled again")
 
-    monkeypatch.setattr(evaluation, "generate", again)
+    monkeypatch.setattr(problems, "generate", again)
     assert build(cfg, model).fingerprint == first.fingerprint
     with pytest.raises(AssertionError, match="sampled again"):
         build(config(tmp_path, "verifier", cfg.data_dir, n_samples=2, temperature=0.5), model)
@@ -689,14 +690,14 @@ def test_the_score_head_is_the_only_new_parameter(tmp_path):
 
 def test_the_scores_of_long_solutions_begin_small(tmp_path, monkeypatch):
     """Log-likelihoods of -100 taken as logits would be a loss of 100 for every right solution; narrow ones are taken as they are."""
-    monkeypatch.setattr(evaluation, "generate", canned(["#### 1", "a much longer way to the answer, with words and words\n#### 2"]))
+    monkeypatch.setattr(problems, "generate", canned(["#### 1", "a much longer way to the answer, with words and words\n#### 2"]))
     model = tiny(score_head=True)
     model.score.weight.data.zero_()
     task = build(config(tmp_path, "verifier", n_samples=2, seq_len=128), model)
     solutions = [(d["ids"][:-1], sum(label >= 0 for label in d["labels"])) for d in task.train.documents if max(d["labels"]) >= 0]
     scores = torch.tensor([alone(model, ids, len(ids) - n)[-1].item() for ids, n in solutions])
     assert scores.std(correction=0).item() == pytest.approx(2.0, abs=0.01)
-    monkeypatch.setattr(evaluation, "generate", canned(["#### 1", "#### 2"]))
+    monkeypatch.setattr(problems, "generate", canned(["#### 1", "#### 2"]))
     fresh = GPT(tiny(score_head=True).cfg)  # every id is about equally likely
     build(config(tmp_path, "verifier", n_samples=2, seq_len=128), fresh)
     assert fresh.score_loglik.item() == 1
@@ -705,7 +706,7 @@ def test_the_scores_of_long_solutions_begin_small(tmp_path, monkeypatch):
 @pytest.mark.parametrize("texts,said", [(["no"], True), (["#### 1", "#### 2", "#### 3", "#### 4", "#### 5", "#### 6"], False)])
 def test_nothing_to_rerank_is_said_aloud(tmp_path, monkeypatch, capsys, texts, said):
     """With no right sample at all (or only right ones) no verifier can help, and the user should hear it before the training."""
-    monkeypatch.setattr(evaluation, "generate", canned(texts))
+    monkeypatch.setattr(problems, "generate", canned(texts))
     build(config(tmp_path, "verifier", n_samples=6), tiny(score_head=True))
     assert ("nothing to rerank" in capsys.readouterr().out) is said
 
@@ -805,7 +806,7 @@ def last_step(folder: Path) -> int:
 @pytest.mark.parametrize("mode, recompute", [("sft", True), ("dpo", False), ("verifier", False)])
 def test_the_compiled_objective_equals_the_eager_one(tmp_path, monkeypatch, mode, recompute):
     """The H100 recipes compile forward pass and objective as one module: loss and gradients may not change."""
-    monkeypatch.setattr(evaluation, "generate", canned(["#### 1", "#### 2"]))
+    monkeypatch.setattr(problems, "generate", canned(["#### 1", "#### 2"]))
     model = tiny(score_head=mode == "verifier")
     task = build(config(tmp_path, mode, seq_len=64, n_samples=2, rpo_alpha=1.0), model)
     model.recompute, batch, found = recompute, task.batch("train", 0, 2), []

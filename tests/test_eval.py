@@ -17,6 +17,9 @@ from hypothesis import strategies as st
 
 import data
 import eval as evaluation
+import perplexity as ppl
+import problems
+import stats
 import toy
 from checkpoint import save_checkpoint, weights_hash
 from configurator import UserError
@@ -52,7 +55,7 @@ def plain_logprobs(model: GPT, ids: list[int]) -> torch.Tensor:
                                              (20, 20, 0.8389, 1.0000)])
 def test_wilson_gives_the_published_intervals(hits, n, low, high):
     """Newcombe 1998, table I, method 3; also where nothing or everything was hit, where the naive interval has no width."""
-    assert evaluation.wilson(hits, n) == pytest.approx((low, high), abs=6e-5)
+    assert stats.wilson(hits, n) == pytest.approx((low, high), abs=6e-5)
 
 
 @settings(max_examples=200, deadline=None)
@@ -70,18 +73,18 @@ def test_an_interval_of_a_proportion_holds_its_value_and_stays_a_proportion(case
 def test_auc_is_the_share_of_pairs_in_right_order(items):
     """Every right solution against every wrong one, ties counting half; without both kinds there is no such number."""
     pairs = [(a > b) + (a == b) / 2 for a, right in items if right for b, wrong in items if not wrong]
-    value = evaluation.auc(*zip(*items))
+    value = stats.auc(*zip(*items))
     assert math.isnan(value) if not pairs else value == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
 
 
 def test_a_ratio_is_sum_over_sum_and_its_interval_covers_the_truth():
     """A mean of ratios would weigh short lines as much as long ones; an interval of 95 % must hold the truth about 95 times of 100."""
-    row = evaluation.ratio([1.0, 30.0], [1, 10], math.exp)
+    row = stats.ratio([1.0, 30.0], [1, 10], "exp")
     assert row["value"] == pytest.approx(math.exp(31 / 11)) and row["n"] == 11
     draws, covered = np.random.default_rng(1), 0
     for _ in range(150):
         counts = draws.integers(5, 50, 60)
-        row = evaluation.ratio([draws.normal(3.0, 1.0, n).sum() for n in counts], counts, math.exp)
+        row = stats.ratio([draws.normal(3.0, 1.0, n).sum() for n in counts], counts, "exp")
         covered += row["low"] <= math.exp(3.0) <= row["high"]
         assert row["low"] <= row["value"] <= row["high"]
     assert 130 <= covered <= 149
@@ -96,13 +99,13 @@ def test_windows_score_exactly_these_ids():
         return [" ".join(map(str, ids[:len(ids) - k])) + " [" + " ".join(map(str, ids[len(ids) - k:])) + "]" for ids, k in windows]
 
     ids = list(range(10))
-    assert written(evaluation.disjoint(ids, 4)) == ["0 [1 2 3]", "4 [5 6 7]", "8 [9]"]
-    assert written(evaluation.disjoint(list(range(9)), 4)) == ["0 [1 2 3]", "4 [5 6 7]"]
-    assert written(evaluation.strided(ids, 4, 2)) == ["0 [1 2 3]", "2 3 [4 5]", "4 5 [6 7]", "6 7 [8 9]"]
-    assert written(evaluation.strided(list(range(9)), 4, 2)) == ["0 [1 2 3]", "2 3 [4 5]", "4 5 [6 7]", "6 7 [8]"]
-    assert written(evaluation.rolling(list(range(8)), 4, 99)) == ["99 [0 1 2 3]", "3 [4 5 6 7]"]
-    assert written(evaluation.rolling(ids, 4, 99)) == ["99 [0 1 2 3]", "3 [4 5 6 7]", "5 6 7 [8 9]"]
-    assert written(evaluation.rolling([0, 1], 4, 99)) == ["99 [0 1]"]
+    assert written(ppl.disjoint(ids, 4)) == ["0 [1 2 3]", "4 [5 6 7]", "8 [9]"]
+    assert written(ppl.disjoint(list(range(9)), 4)) == ["0 [1 2 3]", "4 [5 6 7]"]
+    assert written(ppl.strided(ids, 4, 2)) == ["0 [1 2 3]", "2 3 [4 5]", "4 5 [6 7]", "6 7 [8 9]"]
+    assert written(ppl.strided(list(range(9)), 4, 2)) == ["0 [1 2 3]", "2 3 [4 5]", "4 5 [6 7]", "6 7 [8]"]
+    assert written(ppl.rolling(list(range(8)), 4, 99)) == ["99 [0 1 2 3]", "3 [4 5 6 7]"]
+    assert written(ppl.rolling(ids, 4, 99)) == ["99 [0 1 2 3]", "3 [4 5 6 7]", "5 6 7 [8 9]"]
+    assert written(ppl.rolling([0, 1], 4, 99)) == ["99 [0 1]"]
 
 
 windows_of = st.tuples(st.integers(0, 60), st.integers(2, 12), st.integers(1, 11)).filter(lambda case: case[2] < case[1])
@@ -115,9 +118,9 @@ def test_no_window_protocol_scores_an_id_twice_or_reaches_past_the_context(case)
     very first; rolling: all), each after at least one other, no window with more inputs than the model has context."""
     n, length, stride = case
     ids = list(range(n))
-    for name, windows, wanted, room in (("disjoint", evaluation.disjoint(ids, length), [i for i in ids if i % length], length),
-                                        ("strided", evaluation.strided(ids, length, stride), ids[1:], length),
-                                        ("rolling", evaluation.rolling(ids, length, 1000), ids, length + 1)):
+    for name, windows, wanted, room in (("disjoint", ppl.disjoint(ids, length), [i for i in ids if i % length], length),
+                                        ("strided", ppl.strided(ids, length, stride), ids[1:], length),
+                                        ("rolling", ppl.rolling(ids, length, 1000), ids, length + 1)):
         scored = [i for window, k in windows for i in window[len(window) - k:]]
         assert sorted(scored) == wanted, name
         assert all(0 < k < len(window) <= room for window, k in windows), name
@@ -131,8 +134,8 @@ def test_windows_nll_equals_a_full_log_softmax_whatever_the_batch():
     windows = [(draws.integers(0, 262, n).tolist(), k) for n, k in ((9, 8), (2, 1), (30, 4), (17, 16), (30, 29), (5, 0))]
     wanted = [-plain_logprobs(model, ids)[len(ids) - 1 - k:].sum().item() for ids, k in windows]
     for batch in (1, 2, 16):
-        assert evaluation.windows_nll(model, windows, batch) == pytest.approx(wanted, abs=1e-9)
-    assert evaluation.windows_nll(model, []) == []
+        assert ppl.windows_nll(model, windows, batch) == pytest.approx(wanted, abs=1e-9)
+    assert ppl.windows_nll(model, []) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,7 +145,7 @@ TEXT = " = One = \n\n first words of it .\n second line ,\n = Two = \n\n more of
 
 
 def by_protocol(model, text=TEXT, tokenizer=BYTE) -> dict[str, dict]:
-    return {row["protocol"]: row for row in evaluation.perplexity(model, tokenizer, text)}
+    return {row["protocol"]: row for row in ppl.perplexity(model, tokenizer, text)}
 
 
 def test_token_perplexity_is_the_one_computed_by_hand():
@@ -181,7 +184,7 @@ def test_words_and_bits_per_byte_are_two_readings_of_the_same_nats():
     rows = by_protocol(model)
     nats = 0.0
     for article in (" = One = \n\n first words of it .\n second line ,\n", " = Two = \n\n more of it .\n"):
-        ids = [EOS, *evaluation.detokenize(article).encode()]
+        ids = [EOS, *ppl.detokenize(article).encode()]
         for i in range(0, len(ids) - 1, 16):
             window = ids[max(0, min(i, len(ids) - 17)):i + 17]
             nats -= plain_logprobs(model, window)[-len(ids[i + 1:i + 17]):].sum().item()
@@ -242,7 +245,7 @@ def test_every_protocol_survives_a_relabelling_of_the_ids():
 def test_detokenize_undoes_the_marks_of_wikitext_as_the_harness_does(marked, plain):
     """Marks and spaces of WikiText are no English; the published 37.37 is of exactly this text. Punctuation goes before brackets, so that
     what stands before a closing mark is joined too."""
-    assert evaluation.detokenize(marked) == plain
+    assert ppl.detokenize(marked) == plain
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,7 +256,7 @@ def test_detokenize_undoes_the_marks_of_wikitext_as_the_harness_does(marked, pla
     ("#### 2.50", "2.50"), ("####5", None), ("#### $5", None), ("#### 7 apples", "7"), ("#### 3\n#### 4", "3")])
 def test_final_answer_reads_what_gsm8k_reads(text, answer):
     """The strict match of the data set's own scorer: number after "#### ", commas dropped; everything else is no answer."""
-    assert evaluation.final_answer(text) == answer
+    assert problems.final_answer(text) == answer
 
 
 def solution(answer, correct=False, score=0.0) -> dict:
@@ -262,13 +265,13 @@ def solution(answer, correct=False, score=0.0) -> dict:
 
 def test_oracle_takes_any_right_solution():
     """The ceiling of every other way to choose."""
-    assert evaluation.choose([solution(1), solution(2, True)], "oracle") and not evaluation.choose([solution(1), solution(None)], "oracle")
+    assert problems.choose([solution(1), solution(2, True)], "oracle") and not problems.choose([solution(1), solution(None)], "oracle")
 
 
 def test_majority_takes_the_most_common_answer_and_counts_no_answer_for_nothing():
     """A tie goes to the answer seen first; solutions without an answer do not vote, however many they are."""
     right, wrong, none = solution(7, True), solution(8), solution(None)
-    choose = lambda *solutions: evaluation.choose(list(solutions), "majority")
+    choose = lambda *solutions: problems.choose(list(solutions), "majority")
     assert choose(right, wrong, right) and not choose(wrong, right, wrong)
     assert choose(right, wrong) and not choose(wrong, right)
     assert choose(none, none, none, right) and not choose(none, none)
@@ -277,9 +280,9 @@ def test_majority_takes_the_most_common_answer_and_counts_no_answer_for_nothing(
 
 def test_likelihood_takes_the_likeliest_and_is_the_models_own():
     """What the model itself would choose: the row that a verifier must beat."""
-    assert evaluation.choose([{"loglik": -3.0, "correct": False}, {"loglik": -1.0, "correct": True}], "likelihood")
+    assert problems.choose([{"loglik": -3.0, "correct": False}, {"loglik": -1.0, "correct": True}], "likelihood")
     model, rows = tiny(seed=4), [{"question": "q", "solutions": [{"ids": [*b"ab", END]}, {"ids": [*b"c"]}]}]
-    evaluation.likelihoods(model, BYTE, rows)
+    problems.likelihoods(model, BYTE, rows)
     for s in rows[0]["solutions"]:
         ids = torch.tensor([USER, *b"q", END, ASSISTANT, *s["ids"]])
         logp = model(ids[None])[0].log_softmax(-1)[torch.arange(len(ids) - 1), ids[1:]]
@@ -288,22 +291,22 @@ def test_likelihood_takes_the_likeliest_and_is_the_models_own():
 
 def test_best_of_takes_the_highest_score():
     """The score decides alone, not the number of votes."""
-    assert evaluation.choose([solution(8, score=1), solution(8, score=1), solution(7, True, score=2)], "best_of")
-    assert not evaluation.choose([solution(7, True, score=-1), solution(8, score=0)], "best_of")
-    assert not evaluation.choose([solution(7, True, score=1), solution(None, score=2)], "best_of")
+    assert problems.choose([solution(8, score=1), solution(8, score=1), solution(7, True, score=2)], "best_of")
+    assert not problems.choose([solution(7, True, score=-1), solution(8, score=0)], "best_of")
+    assert not problems.choose([solution(7, True, score=1), solution(None, score=2)], "best_of")
 
 
 def test_weighted_adds_up_probabilities_not_scores():
     """Two votes of s(0) = 0.5 each beat one of s(2) = 0.88, and lose to it against s(-2) = 0.12 each."""
     right = solution(7, True, score=2)
-    assert not evaluation.choose([right, solution(8, score=0), solution(8, score=0)], "weighted")
-    assert evaluation.choose([right, solution(8, score=-2), solution(8, score=-2)], "weighted")
-    assert evaluation.choose([right, solution(None, score=9), solution(None, score=9)], "weighted")
+    assert not problems.choose([right, solution(8, score=0), solution(8, score=0)], "weighted")
+    assert problems.choose([right, solution(8, score=-2), solution(8, score=-2)], "weighted")
+    assert problems.choose([right, solution(None, score=9), solution(None, score=9)], "weighted")
 
 
 def test_a_very_low_score_is_a_very_small_weight():
     """exp(800) is no float: one hopeless solution must not end the evaluation."""
-    assert evaluation.choose([solution(7, True, score=2), solution(8, score=-800)], "weighted")
+    assert problems.choose([solution(7, True, score=2), solution(8, score=-800)], "weighted")
 
 
 QUESTIONS = [{"question": "1+1?" + " please" * (i % 3), "answer": "#### 2"} for i in range(5)]
@@ -312,8 +315,8 @@ QUESTIONS = [{"question": "1+1?" + " please" * (i % 3), "answer": "#### 2"} for 
 def test_a_batch_of_prompts_is_solved_as_each_alone():
     """Left padding and the shared cache must not leak between problems of unequal length."""
     model = tiny().double()
-    together = evaluation.solve(model, BYTE, QUESTIONS, 1, 0.0, 12, 0)
-    alone = [evaluation.solve(model, BYTE, [question], 1, 0.0, 12, 0)[0] for question in QUESTIONS]
+    together = problems.solve(model, BYTE, QUESTIONS, 1, 0.0, 12, 0)
+    alone = [problems.solve(model, BYTE, [question], 1, 0.0, 12, 0)[0] for question in QUESTIONS]
     assert together == alone and len({tuple(row["solutions"][0]["ids"]) for row in alone}) > 1
     assert [row["question"] for row in together] == [row["question"] for row in QUESTIONS]
 
@@ -321,7 +324,7 @@ def test_a_batch_of_prompts_is_solved_as_each_alone():
 def test_the_same_seed_gives_the_same_samples_and_another_seed_others():
     """A number from samples can be had again; and samples of one problem differ from each other, or there is nothing to vote on."""
     model = tiny()
-    ids = lambda seed: [[s["ids"] for s in row["solutions"]] for row in evaluation.solve(model, BYTE, QUESTIONS[:2], 3, 0.8, 12, seed)]
+    ids = lambda seed: [[s["ids"] for s in row["solutions"]] for row in problems.solve(model, BYTE, QUESTIONS[:2], 3, 0.8, 12, seed)]
     first = ids(5)
     assert first == ids(5) != ids(6)
     assert len({tuple(x) for row in first for x in row}) == 6
@@ -337,10 +340,10 @@ def test_solutions_end_at_end_and_say_whether_they_did(monkeypatch):
         return F.one_hot(torch.tensor([next(position)]), 262).float() * 100
 
     monkeypatch.setattr(model, "logits", logits)
-    (row,) = evaluation.solve(model, BYTE, QUESTIONS[:1], 1, 0.0, 20, 0)
+    (row,) = problems.solve(model, BYTE, QUESTIONS[:1], 1, 0.0, 20, 0)
     assert row["solutions"] == [{"ids": [*b"#### 2", END], "text": "#### 2", "stopped": True, "correct": True}]
     position = iter(script)
-    (row,) = evaluation.solve(model, BYTE, QUESTIONS[:1], 1, 0.0, 4, 0)
+    (row,) = problems.solve(model, BYTE, QUESTIONS[:1], 1, 0.0, 4, 0)
     assert row["solutions"] == [{"ids": [*b"####"], "text": "####", "stopped": False, "correct": False}]
 
 
@@ -358,7 +361,7 @@ def test_scores_are_read_at_the_last_token_of_each_solution_whatever_the_batch()
             wanted.append(verifier.scores(verifier.hidden(ids), ids, solution)[0, -1].item())
     for batch in (1, 2, 128):
         scored = copy.deepcopy(rows)
-        evaluation.score_solutions(verifier, BYTE, scored, batch)
+        problems.score_solutions(verifier, BYTE, scored, batch)
         assert [s["score"] for row in scored for s in row["solutions"]] == pytest.approx(wanted, abs=1e-6)
     assert len(set(wanted)) == 5
 
@@ -467,9 +470,9 @@ def test_the_baselines_are_the_trivial_answers(finished):
 def test_the_interval_of_an_auc_is_drawn_over_problems():
     """Solutions of one problem are not independent; the value is that of all solutions."""
     rows = [{"solutions": [{"score": i % 7 + 2.0 * right, "correct": right} for right in (True, False)]} for i in range(60)]
-    result = evaluation.auc_interval(rows, "score")
+    result = problems.auc_interval(rows, "score")
     solutions = [s for row in rows for s in row["solutions"]]
-    assert result["value"] == evaluation.auc([s["score"] for s in solutions], [s["correct"] for s in solutions]) and result["n"] == 120
+    assert result["value"] == stats.auc([s["score"] for s in solutions], [s["correct"] for s in solutions]) and result["n"] == 120
     assert result["low"] < result["value"] < result["high"]
 
 
@@ -477,7 +480,7 @@ def test_reranking_of_one_sample_is_the_same_by_any_way(finished):
     """With k = 1 there is no choice; with more, nothing beats the oracle."""
     rows = {row["protocol"]: row["value"] for row in evaluation.read_results(str(finished[0])) if row["task"] == "rerank"}
     chosen = {protocol for protocol in rows if "@" in protocol}
-    assert chosen == {f"{how}@{k}" for how in evaluation.RERANKERS for k in (1, 2)}
+    assert chosen == {f"{how}@{k}" for how in problems.RERANKERS for k in (1, 2)}
     assert all(protocol == "verifier" or protocol.startswith("tenth") for protocol in set(rows) - chosen)  # all are wrong: there is no AUC, and no nan
     assert rows["best_of@1"] == rows["oracle@1"] >= rows["majority@1"]
     assert all(rows[f"{how}@2"] <= rows["oracle@2"] for how in ("majority", "best_of", "weighted"))
@@ -503,7 +506,7 @@ def test_calibration_by_hand():
     """Two scores of probability 0.75, one right: the tenth is a quarter off, and so is the expected error; Brier (.0625 + .5625) / 2."""
     score = math.log(3)
     rows = [{"solutions": [{"score": score, "correct": True}, {"score": score, "correct": False}]}]
-    brier, error, tenth = evaluation.calibration(rows)
+    brier, error, tenth = problems.calibration(rows)
     assert brier["value"] == pytest.approx(0.3125) and error["value"] == pytest.approx(0.25)
     assert tenth["protocol"] == "tenth 7" and tenth["predicted"] == pytest.approx(0.75) and tenth["value"] == 0.5
 
@@ -512,7 +515,7 @@ def test_form_alone_is_told_from_content():
     """Right solutions that stop beside wrong ones that do not: form separates perfectly, and among equal forms nothing is left to separate."""
     solution = lambda right: {"text": "#### 1", "ids": BYTE.encode("#### 1"), "correct": right, "stopped": right, "score": float(right), "loglik": 0.0}
     rows = [{"question": "q", "solutions": [solution(True), solution(False)]} for _ in range(4)]
-    found = {row["protocol"]: row["value"] for row in evaluation.discrimination(tiny(score_head=True).float(), BYTE, rows)}
+    found = {row["protocol"]: row["value"] for row in problems.discrimination(tiny(score_head=True).float(), BYTE, rows)}
     assert found == {"likelihood": 0.5, "best_of": 1.0, "form_alone": 1.0}
 
 
