@@ -20,8 +20,8 @@ import torch.nn.functional as F
 
 import configurator
 import data
-import eval as evaluation
 import problems
+import tasks
 from checkpoint import checkpoint_files, load_checkpoint, model_from, weights_hash
 from configurator import UserError
 from model import GPT
@@ -266,7 +266,7 @@ class DPO:
         self.pairs = {}
         for split in ("train", "val"):
             records = self.sampled_pairs(split, model, tokenizer, ranks) if cfg.on_policy else data.load_records(cfg.data, cfg.data_dir, "dpo", split)
-            pairs = [evaluation.pair_ids(record, tokenizer) for record in records]
+            pairs = [tasks.pair_ids(record, tokenizer) for record in records]
             self.pairs[split] = fitting(pairs, lambda pair: pair_length(pair), longest, f"dpo {split} pairs", ranks.print)
         self.prompts = [data.render_prompt(record["prompt"], tokenizer) for record in records]  # of val, the last split
         used = max(pair_length(pair) for pairs in self.pairs.values() for pair in pairs)
@@ -446,7 +446,7 @@ class Verifier(PackedTask):
 def mean_habits(cfg: AlignConfig, task, model: GPT, tokenizer) -> dict[str, float]:
     """Stop rate, length and repetition of greedy answers to held-out prompts."""
     prompts = [prompt for prompt in task.prompts if len(prompt) < model.cfg.seq_len][:cfg.n_answers]
-    return {key: sum(values) / len(values) for key, values in evaluation.habits(model, tokenizer, prompts, cfg.max_new_tokens).items()} if prompts else {}
+    return {key: sum(values) / len(values) for key, values in tasks.habits(model, tokenizer, prompts, cfg.max_new_tokens).items()} if prompts else {}
 
 
 def habit_notes(before: dict, after: dict) -> list[str]:

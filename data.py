@@ -548,6 +548,7 @@ PRESETS = {
     "wikitext-2": ("eval", "Salesforce/wikitext", "wikitext-2-raw-v1", "b08601e04326c79dfdd32d625aee71d232d685c3", "test"),
     "wikitext-2-valid": ("eval", "Salesforce/wikitext", "wikitext-2-raw-v1", "b08601e04326c79dfdd32d625aee71d232d685c3", "validation"),
     "sst2": ("eval", "stanfordnlp/sst2", None, "8d51e7e4887a4caaa95b3fbebbf53c0490b58bbb", "validation"),
+    "sst2-train": ("eval", "stanfordnlp/sst2", None, "8d51e7e4887a4caaa95b3fbebbf53c0490b58bbb", "train"),
     "dialogsum": ("eval", "knkarthick/dialogsum", None, "a968e7aee0602e257935f1321a02e4287f7d5848", "test"),
 }
 STAGES = ("pretrain", "sft", "dpo", "verifier", "eval")

@@ -10,29 +10,23 @@ import fcntl
 import glob
 import hashlib
 import json
-import math
 import os
-import re
 import time
-from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Callable, NamedTuple
 
-import numpy as np
 import torch
 
 import configurator
 import data
-import toy
+import tasks
 from checkpoint import checkpoint_files, load_checkpoint, model_from, provenance, weights_hash
 from configurator import UserError
 from model import GPT, ModelConfig
-from perplexity import PROTOCOLS, detokenize, overlap, perplexity, windows_nll
-from problems import (CHOSEN_BY, RERANKERS, auc_interval, both_kinds, calibration, choose, discrimination, final_answer, likelihoods, score_solutions, solve,
-                      taxonomy, with_prompts)
-from sample import generate
-from stats import mean, proportion, ratio
+from perplexity import PROTOCOLS, detokenize, overlap
+from problems import solve
+from tasks import pair_ids
 
 STAGES = ("pretrain", "sft", "dpo", "verifier")
 
@@ -47,6 +41,9 @@ class EvalConfig:
     text: str = ""  # texts for the perplexity protocols, e.g. wikitext-2,wikitext-2-valid
     protocols: tuple[str, ...] = ()  # which of the perplexity protocols; none = all
     published: str = ""  # published solutions of GSM8K's test problems, for the verifier to judge; "" = none
+    sst2: str = ""  # SST-2: sentences with labels; "" = none
+    shots: str = ""  # SST-2's training sentences, for few-shot prompts; "" = zero-shot alone
+    dialogues: str = ""  # dialogues with their summaries (DialogSum, SAMSum); "" = none
     tasks: tuple[str, ...] = ()  # which tasks; none = all that the data and checkpoints allow
     data_dir: str = "data"  # where data.py put them
     tokenizer: str | None = None  # None = the checkpoint's; else a ranks file, which must be the same
@@ -54,7 +51,7 @@ class EvalConfig:
     temperature: float = 0.8  # of these samples
     max_new_tokens: int = 64  # longest answer
     calculator: bool = False  # work out <<3+4= for the model (Cobbe et al. 2021)
-    n_problems: int | None = None  # problems of the test split; None = all
+    n_problems: int | None = None  # problems (sentences, dialogues) of the test split; None = all
     n_chats: int = 64  # conversations to answer
     seed: int = 0  # of the samples
     device: str = "auto"  # auto, cpu, cuda, mps
@@ -71,20 +68,6 @@ class EvalConfig:
             raise UserError(f"unknown protocol {', '.join(odd)}; there are {', '.join(PROTOCOLS)}")
         if self.no_overwrite and self.force:
             raise UserError("no_overwrite and force exclude each other")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Preferences
-
-def pair_ids(record: dict, tokenizer) -> tuple[list[int], list[int], list[int]]:
-    """ids of prompt, chosen and rejected answer; the answers end with <|end|>. One prompt, so the two cannot differ in it."""
-    return (data.render_prompt(record["prompt"], tokenizer), *(tokenizer.encode(record[key]) + [tokenizer.end] for key in ("chosen", "rejected")))
-
-
-def pair_logprobs(model: GPT, pairs: list) -> np.ndarray:
-    """Summed log-probs (n, 2) of chosen and rejected answers."""
-    windows = [(prompt + answer, len(answer)) for prompt, *answers in pairs for answer in answers]
-    return -np.array(windows_nll(model, windows, batch=64)).reshape(-1, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,146 +145,6 @@ class Bench:
         return data.read_jsonl(path)
 
 
-def val_loss(bench: Bench, stage: str) -> list[dict]:
-    """Nats per token on the validation shards; beside it, for the untrained row, the unigram entropy of the same tokens."""
-    model = bench.model(stage)
-    rows = data.Mixture(bench.cfg.data, bench.cfg.data_dir, "val", model.cfg.seq_len, 0, bench.tokenizer, bench.headerless)
-    ids = rows.validation(0, min(rows.n_rows, 512)).tolist()
-    nll, T = windows_nll(model, [(row, len(row) - 1) for row in ids]), model.cfg.seq_len
-    results = [{"metric": "val_loss", "protocol": "windows", "split": "val", **ratio(nll, [T] * len(nll))}]
-    if stage == "untrained":
-        counts = Counter(token for row in ids for token in row[1:])
-        total = sum(counts.values())
-        entropy = -sum(c / total * math.log(c / total) for c in counts.values())
-        results.append({"model": "unigram entropy", "metric": "val_loss", "protocol": "windows", "split": "val", "value": entropy, "n": total})
-    return results
-
-
-def text_perplexity(bench: Bench, stage: str) -> list[dict]:
-    """Every protocol on every text; beside each number, how much of the text stood in the pretraining shards."""
-    results = []
-    for name in bench.cfg.text.split(","):
-        with data.open_text(os.path.join(bench.cfg.data_dir, name, "test.txt")) as f:
-            text = f.read()
-        overlaps = bench.overlaps(text)
-        for row in perplexity(bench.model(stage), bench.tokenizer, text, bench.cfg.protocols or PROTOCOLS):
-            results.append({**row, "split": name, "overlap": overlaps[row["protocol"] in ("words", "bpb")]})
-    return results
-
-
-def greedy(bench: Bench, stage: str) -> list[dict]:
-    """One greedy answer to every problem: right (strictly: after ####; flexibly: its last number), without an answer, stopped; and what went
-    wrong, with examples. The untrained row has the trivial answer beside it."""
-    rows = bench.solutions(stage, 1, 0.0)
-    flags, examples = taxonomy(rows)
-    results = [{"metric": metric, "protocol": "greedy", **proportion(values), "examples": examples.get(metric, [])} for metric, values in flags.items()]
-    if stage == "untrained":
-        answers = [final_answer(row["answer"]) for row in rows]
-        common = Counter(answers).most_common(1)[0][0]
-        results.append({"model": f"always {common}", "metric": "exact_match", "protocol": "greedy", **proportion(answer == common for answer in answers)})
-    return results
-
-
-def repetition(ids: list[int], n: int = 4) -> float:
-    """Share of the n-grams that stood in the same text before."""
-    grams = [tuple(ids[i:i + n]) for i in range(len(ids) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def habits(model: GPT, tokenizer, prompts: list[list[int]], max_new_tokens: int) -> dict[str, list[float]]:
-    """How the model answers, greedily: whether each answer stops by itself, its tokens, the share of repeated 4-grams in it, and of its
-    2-grams the share that no other answer has: 0 where a model says the same to everyone (distinct-2, arXiv 1510.03055, across answers)."""
-    stop = (tokenizer.end, tokenizer.eos)
-    answers = generate(model, prompts, max_new_tokens, stop, temperature=0)
-    grams = [set(zip(ids, ids[1:])) for ids in answers]
-    answers_with = Counter(gram for own in grams for gram in own)
-    return {"stop_rate": [ids[-1] in stop for ids in answers], "length": [len(ids) for ids in answers], "repetition": [repetition(ids) for ids in answers],
-            "distinct_2": [sum(answers_with[gram] == 1 for gram in own) / max(1, len(own)) for own in grams]}
-
-
-def chats(bench: Bench, stage: str) -> list[dict]:
-    """Held-out conversations: nats per token of their last answers, and the habits of the model's own answers in their place."""
-    model, tokenizer = bench.model(stage), bench.tokenizer
-    records = [r["messages"] for r in data.load_records(bench.cfg.chats, bench.cfg.data_dir, "sft", "val")]
-    prompts = [data.render_prompt(messages[:-1], tokenizer) for messages in records]
-    windows = [(prompt + answer, len(answer)) for prompt, answer in zip(prompts, (tokenizer.encode(m[-1]["content"]) + [tokenizer.end] for m in records))
-               if len(prompt + answer) <= model.cfg.seq_len][:512]
-    prompts = [prompt for prompt in prompts if len(prompt) < model.cfg.seq_len][:bench.cfg.n_chats]
-    own = habits(model, tokenizer, prompts, bench.cfg.max_new_tokens)
-    return [{"metric": metric, "split": "val", **number} for metric, number in (
-        ("response_loss", {"protocol": "teacher", **ratio(windows_nll(model, windows), [n for _, n in windows])}),
-        ("stop_rate", {"protocol": "greedy", **proportion(own["stop_rate"])}),
-        *((metric, {"protocol": "greedy", **mean(own[metric])}) for metric in ("length", "repetition", "distinct_2")))]
-
-
-def preference(bench: Bench, stage: str) -> list[dict]:
-    """Share of pairs whose chosen answer has the higher log-prob (sum; mean per token), or, for DPO, the higher reward."""
-    split, pairs = bench.pairs()
-    logp, lengths = pair_logprobs(bench.model(stage), pairs), np.array([[len(p[1]), len(p[2])] for p in pairs])
-    results = [{"metric": "accuracy", "protocol": protocol, **proportion(values[:, 0] > values[:, 1])}
-               for protocol, values in (("logprob", logp), ("logprob_per_token", logp / lengths))]
-    if stage == "dpo" and "sft" in bench.checkpoints:
-        reward = logp - pair_logprobs(bench.model("sft"), pairs)
-        results.append({"metric": "accuracy", "protocol": "reward", **proportion(reward[:, 0] > reward[:, 1])})
-    if stage == "untrained":
-        hits = np.where(lengths[:, 0] == lengths[:, 1], 0.5, lengths[:, 0] > lengths[:, 1])
-        results.append({"model": "longer answer wins", "metric": "accuracy", "protocol": "length", **proportion(hits)})
-    return [{**result, "split": split} for result in results]
-
-
-def tales(bench: Bench, stage: str) -> list[dict]:
-    """Toy world: greedy-free check of what the pairs teach, on tales told for held-out casts at temperature 1."""
-    prompts = sorted({record["prompt"][0]["content"] for record in data.load_records(bench.cfg.pairs, bench.cfg.data_dir, "dpo", "test")})
-    tokenizer, asked = bench.tokenizer, [prompt for prompt in prompts for _ in range(4)]
-    outputs = generate(bench.model(stage), [data.render_prompt(data.user(p), tokenizer) for p in asked], 128, (tokenizer.end, tokenizer.eos),
-                       [(bench.cfg.seed, number) for number in range(len(asked))])
-    verdicts = [toy.judge_tale(p, tokenizer.decode(ids[:-1])) for p, ids in zip(asked, outputs)]
-    flags = {"on_topic": [v["on_topic"] for v in verdicts], "kind": [v["kind"] for v in verdicts],
-             "on_topic_and_kind": [v["on_topic"] and v["kind"] for v in verdicts], "stop_rate": [ids[-1] == tokenizer.end for ids in outputs]}
-    return [{"metric": metric, "protocol": "sampled", **proportion(values)} for metric, values in flags.items()]
-
-
-def rerank(bench: Bench, stage: str) -> list[dict]:
-    """Ways to choose among the first k of the same n_samples solutions, for k = 1, 2, 4, ...; AUC and calibration of the scores."""
-    rows = bench.solutions(stage, bench.cfg.n_samples, bench.cfg.temperature)
-    score_solutions(bench.model("verifier"), bench.tokenizer, rows)
-    likelihoods(bench.model(stage), bench.tokenizer, rows)
-    results = [*discrimination(bench.model("verifier"), bench.tokenizer, rows), *calibration(rows)]
-    k = 1
-    while k <= bench.cfg.n_samples:
-        for how in RERANKERS:
-            results.append({"metric": "exact_match", "protocol": f"{how}@{k}", **proportion(choose(row["solutions"][:k], how) for row in rows)})
-        k *= 2
-    return results
-
-
-def published(bench: Bench, stage: str) -> list[dict]:
-    """GSM8K's published solutions of its test problems by four larger models, judged, never trained on: each source's accuracy, the best of
-    the four by likelihood and by verifier, and the AUC over all of them and within each source (sources differ in style and in accuracy)."""
-    tokenizer, verifier = bench.tokenizer, bench.model("verifier")
-    rows = []
-    for record in data.read_jsonl(os.path.join(bench.cfg.data_dir, bench.cfg.published, "test.jsonl"))[:bench.cfg.n_problems]:
-        texts = {source: re.sub(r"\nA: (.*)$", r"\n#### \1", value["solution"]) for source, value in record.items() if isinstance(value, dict)}
-        rows.append({"question": record["question"], "solutions": [
-            {"source": source, "text": text, "ids": tokenizer.encode(text) + [tokenizer.end], "stopped": True, "correct": record[source]["is_correct"]}
-            for source, text in texts.items()]})
-    fits = lambda row: all(len(ids) <= verifier.cfg.seq_len for ids, _ in with_prompts([row], tokenizer))
-    kept = list(filter(fits, rows))
-    if len(kept) < len(rows):
-        print(f"eval published: {len(rows) - len(kept)} of {len(rows)} problems have solutions longer than seq_len={verifier.cfg.seq_len} and are left out")
-    if not kept:
-        raise UserError(f"no problem of {bench.cfg.published} fits seq_len={verifier.cfg.seq_len}")
-    score_solutions(verifier, tokenizer, kept)
-    likelihoods(bench.model(stage), tokenizer, kept)
-    of_source = {source["source"]: [{**row, "solutions": [s for s in row["solutions"] if s["source"] == source["source"]]} for row in kept]
-                 for source in kept[0]["solutions"]}
-    results = [{"metric": "exact_match", "protocol": how, **proportion(choose(row["solutions"], how) for row in kept)} for how in (*CHOSEN_BY, "oracle")]
-    for source, part in of_source.items():
-        results.append({"metric": "exact_match", "protocol": source, **proportion(choose(row["solutions"], "oracle") for row in part)})
-        results += [{"metric": "auc", "protocol": f"{how} of {source}", **auc_interval(part, key)} for how, key in CHOSEN_BY.items() if both_kinds(part)]
-    return [*discrimination(verifier, tokenizer, kept), *calibration(kept), *results]
-
-
 class Task(NamedTuple):
     run: Callable  # (bench, stage) -> rows
     data: str  # the setting that names its data; the task is left out where that is empty
@@ -319,16 +162,18 @@ def judged(bench: Bench) -> list[str]:
 
 
 TASKS = {
-    "val_loss": Task(val_loss, "data", ("*val*.bin",)),
-    "text_perplexity": Task(text_perplexity, "text", ("test.txt",)),
-    "chats": Task(chats, "chats", ("sft_val.jsonl",)),
-    "problems": Task(greedy, "problems", ("problems_test.jsonl",)),
-    "preference": Task(preference, "pairs", ("dpo_test.jsonl", "dpo_val.jsonl")),
-    "tales": Task(tales, "pairs", ("dpo_test.jsonl",), lambda bench: tuned(bench) if bench.cfg.pairs == "toy" else []),
-    "rerank": Task(rerank, "problems", ("problems_test.jsonl",), judged),
-    "published": Task(published, "published", ("test.jsonl",), judged),
+    "val_loss": Task(tasks.val_loss, "data", ("*val*.bin",)),
+    "text_perplexity": Task(tasks.text_perplexity, "text", ("test.txt",)),
+    "chats": Task(tasks.chats, "chats", ("sft_val.jsonl",)),
+    "problems": Task(tasks.greedy, "problems", ("problems_test.jsonl",)),
+    "preference": Task(tasks.preference, "pairs", ("dpo_test.jsonl", "dpo_val.jsonl")),
+    "tales": Task(tasks.tales, "pairs", ("dpo_test.jsonl",), lambda bench: tuned(bench) if bench.cfg.pairs == "toy" else []),
+    "sst2": Task(tasks.sst2, "sst2", ("test.jsonl",)),
+    "dialogsum": Task(tasks.dialogsum, "dialogues", ("test.jsonl",)),
+    "rerank": Task(tasks.rerank, "problems", ("problems_test.jsonl",), judged),
+    "published": Task(tasks.published, "published", ("test.jsonl",), judged),
 }
-SETTINGS = ("data", "problems", "pairs", "chats", "text", "protocols", "published", "n_samples", "temperature", "max_new_tokens", "calculator",
+SETTINGS = ("data", "problems", "pairs", "chats", "text", "protocols", "published", "sst2", "shots", "dialogues", "n_samples", "temperature", "max_new_tokens", "calculator",
             "n_problems", "n_chats", "seed")  # that decide a number, and stand beside it
 VERSION = 3  # of the tasks: raised when a number changes its meaning
 

@@ -33,6 +33,10 @@ def last_number(text: str) -> str | None:
 def false_equation(text: str) -> str | None:
     """The first equation of a solution that does not hold (3+4=8, inside <<>> or outside), else None. Only sums that both sides spell out in
     numbers are judged, with room for rounding to cents or to whole numbers."""
+    def close(exact: float, claimed: float | None) -> bool:
+        rounded = claimed is not None and claimed == int(claimed) and exact != int(exact)
+        return claimed is not None and abs(exact - claimed) < max(0.011, 0.01 * abs(exact), float(rounded))
+
     def value(side: str) -> float | None:
         side = re.sub(r"(?<=\d)\s*x\s*(?=[\d(])", "*", side.replace("$", "").strip().rstrip(".,"))
         return arithmetic(side) if re.match(r"[-(\d.]", side) else None  # one that begins with an operator lacks what stood in words before it
@@ -44,7 +48,7 @@ def false_equation(text: str) -> str | None:
             a, b = value(left), value(right)
             if a is None or b is None or not re.search(r"\d\s*\)*\s*[-+*/x]", left):
                 continue
-            if abs(a - b) > max(0.011, 0.01 * abs(a)) and not (b == int(b) and abs(a - b) < 1 and a != int(a)):
+            if not any(close(a, claim) for claim in (b, value(re.match(r"[-$(\d.,]*", right)[0]))):  # 2*3=6+1=7 is bad style and good arithmetic
                 return f"{left}={right}"
     return None
 

@@ -1,4 +1,4 @@
-"""Evaluation of the 253M model: perplexity protocols on WikiText-2, GSM8K, held-out HH-RLHF pairs. About 10 minutes, not yet run.
+"""Evaluation of the 253M model: perplexity protocols on WikiText-2, GSM8K, SST-2, DialogSum, held-out HH-RLHF pairs. About 10 minutes, not yet run.
 
     python eval.py config/h100_eval.py
 """
@@ -8,6 +8,9 @@ text = "wikitext-2-valid,wikitext-2"
 problems = "gsm8k-test"
 pairs = "hh-rlhf"
 chats = "alpaca"
+sst2 = "sst2"
+shots = "sst2-train"
+dialogues = "dialogsum"
 calculator = True
 n_samples = 8
 temperature = 0.7

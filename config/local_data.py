@@ -19,5 +19,6 @@ sources = (
     "eval/wikitext-2=wikitext2_raw_test.txt.gz",
     "eval/wikitext-2-valid=wikitext2_raw_valid.txt.gz",
     "eval/sst2=sst2_dev.tsv",
+    "eval/sst2-train=sst2_train.tsv.gz",  # examples for few-shot prompts
     "eval/dialogsum=dialogsum_test.jsonl",
 )

@@ -1,4 +1,4 @@
-"""Evaluation of the small local model on WikiText-2 (test), GSM8K and held-out HH-RLHF pairs.
+"""Evaluation of the small local model on WikiText-2 (test), GSM8K, SST-2, DialogSum and held-out HH-RLHF pairs.
 
     python eval.py config/local_eval.py
 """
@@ -8,6 +8,9 @@ text = "wikitext-2"  # the test split; about five minutes a model on 2 cores: fi
 problems = "gsm8k-test"
 pairs = "hh-rlhf,helpful,polite"
 chats = "alpaca"
+sst2 = "sst2"
+shots = "sst2-train"
+dialogues = "dialogsum"
 published = "gsm8k-published"
 calculator = True
 n_problems = 50  # of 1,319: a model of this size solves none

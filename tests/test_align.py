@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 import align
 import data
-import eval as evaluation
 import problems
+import tasks
 from checkpoint import checkpoint_files, load_checkpoint, model_from, save_checkpoint
 from configurator import UserError
 from model import GPT, ModelConfig
@@ -495,7 +495,7 @@ def merging():
 @given(*[st.text("ab \n<|end|>", max_size=12)] * 3)
 def test_chosen_and_rejected_have_identical_prompt_ids(merging, prompt, chosen, rejected):
     """A token that merges across the border would give the two answers different prompts; text that spells <|end|> ends nothing."""
-    ids = evaluation.pair_ids({"prompt": data.user(prompt), "chosen": chosen, "rejected": rejected}, merging)
+    ids = tasks.pair_ids({"prompt": data.user(prompt), "chosen": chosen, "rejected": rejected}, merging)
     assert ids[0] == [merging.user, *merging.encode(prompt), merging.end, merging.assistant]
     assert ids[1] == [*merging.encode(chosen), merging.end] and ids[2] == [*merging.encode(rejected), merging.end]
     assert ids[0].count(merging.end) == ids[1].count(merging.end) == ids[2].count(merging.end) == 1

@@ -20,6 +20,7 @@ import eval as evaluation
 import perplexity as ppl
 import problems
 import stats
+import tasks
 import toy
 from checkpoint import save_checkpoint, weights_hash
 from configurator import UserError
@@ -63,7 +64,7 @@ def test_wilson_gives_the_published_intervals(hits, n, low, high):
 def test_an_interval_of_a_proportion_holds_its_value_and_stays_a_proportion(case):
     """Whatever the counts."""
     hits, n = case
-    row = evaluation.proportion([True] * hits + [False] * (n - hits))
+    row = stats.proportion([True] * hits + [False] * (n - hits))
     assert -1e-12 <= row["low"] <= row["value"] + 1e-12 and row["value"] <= row["high"] + 1e-12 <= 1 + 2e-12
     assert row["value"] == hits / n and row["n"] == n
 
@@ -136,6 +137,34 @@ def test_windows_nll_equals_a_full_log_softmax_whatever_the_batch():
     for batch in (1, 2, 16):
         assert ppl.windows_nll(model, windows, batch) == pytest.approx(wanted, abs=1e-9)
     assert ppl.windows_nll(model, []) == []
+
+
+@pytest.mark.parametrize("gained, lost, p", [(10, 2, 0.0386), (0, 0, 1.0), (5, 5, 1.0), (0, 6, 0.0313), (121, 59, 4.4e-6)])
+def test_mcnemar_gives_the_published_p_values(gained, lost, p):
+    """Twice the tail of the binomial with one half (exact test; R's exact2x2 gives 0.0386 for 10 against 2)."""
+    assert stats.mcnemar(gained, lost) == pytest.approx(p, rel=0.02)
+
+
+def test_a_difference_is_paired():
+    """Two models that err on the same hard items differ by little noise: the paired interval is far narrower than that of two samples."""
+    rng = np.random.default_rng(0)
+    hard = rng.random(400) < 0.5
+    before, after = stats.proportion(~hard), stats.proportion(~hard | (rng.random(400) < 0.08))
+    gain = stats.difference(before["items"], after["items"])
+    assert gain["value"] == pytest.approx(after["value"] - before["value"]) and 0 < gain["low"] < gain["value"] < gain["high"] and gain["p"] < 1e-3
+    assert gain["high"] - gain["low"] < 0.6 * (after["high"] - after["low"])
+    same = stats.difference(before["items"], before["items"])
+    assert (same["value"], same["low"], same["high"], same["p"]) == (0, 0, 0, 1)
+
+
+def test_perplexities_differ_by_perplexities():
+    a, b = stats.ratio([10.0, 20.0, 31.0], [5, 10, 15], "exp"), stats.ratio([11.0, 22.0, 33.0], [5, 10, 15], "exp")
+    assert stats.difference(a["items"], b["items"])["value"] == pytest.approx(math.exp(66 / 30) - math.exp(61 / 30))
+
+
+def test_items_of_other_data_are_not_compared():
+    with pytest.raises(ValueError, match="not the same"):
+        stats.difference(stats.mean([1.0, 2.0])["items"], stats.mean([1.0, 2.0, 3.0])["items"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -370,9 +399,78 @@ def test_pair_log_probs_are_sums_over_the_answers():
     """The order is chosen, rejected; the prompt is not counted."""
     model = tiny().double()
     records = [{"prompt": data.user("hello"), "chosen": "good day", "rejected": "bad"}, {"prompt": data.user("x"), "chosen": "y", "rejected": "zzzz"}]
-    pairs = [evaluation.pair_ids(record, BYTE) for record in records]
+    pairs = [tasks.pair_ids(record, BYTE) for record in records]
     wanted = [[plain_logprobs(model, prompt + answer)[-len(answer):].sum().item() for answer in answers] for prompt, *answers in pairs]
-    assert evaluation.pair_logprobs(model, pairs) == pytest.approx(np.array(wanted), abs=1e-9)
+    assert tasks.pair_logprobs(model, pairs) == pytest.approx(np.array(wanted), abs=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What went wrong
+
+@pytest.mark.parametrize("text, number", [("#### 3", "3"), ("so 1,234.50 dollars.", "1234.50"), ("5 then -7", "-7"), ("it is 12.", "12"), ("$5,000", "5000"), ("none", None)])
+def test_last_number_is_what_flexible_extraction_reads(text, number):
+    assert problems.last_number(text) == number
+
+
+@pytest.mark.parametrize("text, false", [
+    ("3+4=<<3+4=8>>8", "3+4=8"), ("3+4=<<3+4=7>>7", None), ("He has 3 + 4 = 8 pens", "3 + 4=8"), ("2*3=6+1=7", None), ("2*3=6+1=8", "6+1=8"),
+    ("10/3=3.33", None), ("10/3=3", None), ("10/3=4", None), ("10/3=5", "10/3=5"), ("$5 x 3 = $15", None), ("$5 x 3 = $16", "$5 x 3=$16"),
+    ("5 miles * 2 = 7", None), ("x = 5", None), ("3x - 5 = 16", None), ("2+2=2 1/2", None), ("no sum", None)])
+def test_a_false_equation_is_one_that_both_sides_spell_out(text, false):
+    """What cannot be read is not called wrong; thirds may be rounded to cents or to whole numbers."""
+    assert problems.false_equation(text) == false
+
+
+def test_errors_are_sorted_by_what_went_wrong():
+    """One solution of each kind; the classes of error are disjoint and cover all that is wrong."""
+    texts = ["2+2=4\n#### 4", "2+2=4, so 4", "2+2=5\n#### 5", "2+3=5\n#### 5", "2+2=5\n#### 4", "hm"]
+    flags, examples = problems.taxonomy([{"question": "2 + 2?", "answer": "#### 4", "solutions": [
+        {"text": text, "correct": problems.final_answer(text) == "4", "stopped": True}]} for text in texts])
+    found = {name: [text for text, flag in zip(texts, values) if flag] for name, values in flags.items()}
+    assert found["exact_match"] == [texts[0], texts[4]] and found["flexible_match"] == [texts[0], texts[1], texts[4]] and found["no_answer"] == [texts[1], texts[5]]
+    assert found["error_extraction"] == [texts[1]] and found["error_arithmetic"] == [texts[2]] and found["error_reasoning"] == [texts[3], texts[5]]
+    assert found["false_accept"] == [texts[4]] and [e["false_equation"] for e in examples["false_accept"]] == ["2+2=5"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sentences and summaries
+
+def test_label_scores_are_log_probs_of_the_labels():
+    """Each label alone after the prompt, as plain log-softmax gives them; a prompt that does not fit is refused, not cut."""
+    model = tiny(seq_len=128)
+    prompt = [EOS, *BYTE.encode(tasks.SST2_PROMPT.format("fine"))]
+    (scores,) = tasks.label_scores(model, BYTE, "", ["fine "])
+    for score, label in zip(scores, tasks.LABELS):
+        ids = BYTE.encode(label)
+        assert score == pytest.approx(float(plain_logprobs(model, prompt + ids)[-len(ids):].sum()), rel=1e-4)
+    assert tasks.label_scores(model, BYTE, "x" * 100, ["fine"]) is None
+
+
+def test_few_shot_examples_are_balanced_and_their_order_is_drawn():
+    pool = [{"sentence": f"s{i}", "label": i % 2} for i in range(20)]
+    texts = [tasks.four_shots(pool, seed) for seed in range(6)]
+    assert all(text.count(" positive\n") == text.count(" negative\n") == 2 for text in texts) and len(set(texts)) == 6
+    assert len({tuple(re.findall("(positive|negative)\n", text)) for text in texts}) > 1
+
+
+def test_rouge_is_a_mean_over_references():
+    """By hand: against itself 1; two of three words, in order, of one reference (F 0.8), none of the other."""
+    assert tasks.rouge(["the cat sat"], [["the cat sat"]]) == {"rouge1": [1.0], "rouge2": [1.0], "rougeL": [1.0]}
+    half = tasks.rouge(["the cat"], [["the cat sat", "no"]])
+    assert half["rouge1"] == half["rougeL"] == [pytest.approx(0.4)] and half["rouge2"] == [pytest.approx(1 / 3)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Contamination
+
+@pytest.mark.parametrize("chunk", [4, 1 << 22])
+def test_overlap_counts_the_runs_that_stand_in_the_shards(chunk):
+    """20 ids, the first 15 of which a shard holds somewhere: 3 of their 8 runs of 13, whatever the size of the parts it is read in."""
+    ids = np.arange(100, 120)
+    shard = np.concatenate([np.zeros(9, int), ids[:15], np.ones(30, int)]).astype("<u2")
+    assert ppl.overlap(ids, [np.ones(50, "<u2"), shard], chunk=chunk) == pytest.approx(3 / 8)
+    assert ppl.overlap(ids, [ids.astype("<u2")], chunk=chunk) == 1 and ppl.overlap(ids, [ids[::-1].astype("<u2")], chunk=chunk) == 0
+    assert ppl.overlap(ids[:5], [shard], chunk=chunk) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -393,12 +491,18 @@ def make_run(folder: Path) -> list[str]:
     data.write_jsonl(str(world / "sft_val.jsonl"), toy.records(toy.instruction, "val", 4, 0))
     data.write_jsonl(str(folder / "data" / "larger" / "test.jsonl"), PUBLISHED)
     data.write_atomic(str(folder / "data" / "wiki" / "test.txt"), lambda f: f.write(TEXT.encode()))
+    data.write_shard(str(world / "train_000.bin"), np.frombuffer(TEXT.encode()[:len(TEXT) // 2], np.uint8).astype("<u4"), BYTE)
+    for name, count in (("films", 5), ("films-train", 6)):
+        data.write_jsonl(str(folder / "data" / name / "test.jsonl"), [{"sentence": f"no. {i} ", "label": str(int(i % 5 > 1))} for i in range(count)])
+    data.write_jsonl(str(folder / "data" / "talks" / "test.jsonl"), [{"dialogue": f"#A#: hi {i}\n#B#: hello there\n#A#: bye\n#B#: so long, see you soon",
+                                                                      "summary1": "A and B greet", "summary2": f"hi {i}"} for i in range(2)])
     for seed, stage in enumerate(evaluation.STAGES):
         model = tiny(seed, n_layer=1, seq_len=256, score_head=stage == "verifier")
         save_checkpoint(str(folder / "run" / stage / "ckpt_0000009.pt"), {
             "model": model.state_dict(), "model_config": asdict(model.cfg), "train_config": {}, "step": 9, "best": 1.0, "task": stage, "data": "none",
             "rng": torch.get_rng_state(), "optimizers": [], "tokenizer": BYTE.spec(), "template": data.TEMPLATE})
-    return [f"--out_dir={folder / 'run'}", f"--data_dir={folder / 'data'}", "--text=wiki", "--published=larger", "--n_samples=2", "--max_new_tokens=6", "--device=cpu",
+    return [f"--out_dir={folder / 'run'}", f"--data_dir={folder / 'data'}", "--text=wiki", "--published=larger", "--sst2=films", "--dialogues=talks",
+            "--n_samples=2", "--max_new_tokens=6", "--device=cpu",
             "--dtype=float32"]
 
 
@@ -428,10 +532,11 @@ def test_every_result_carries_all_that_is_needed_to_judge_it(finished):
     folder, _ = finished
     rows = evaluation.read_results(str(folder))
     fields = {"task", "model", "stage", "metric", "protocol", "version", "split", "n", "value", "weights_hash", "commit", "command", "torch",
-              "device", "seconds", "date", "settings", "step"}
+              "device", "seconds", "date", "settings", "step", "data_hash", "items"}
     assert all(fields <= set(row) and row["n"] > 0 for row in rows)
     assert {row["task"] for row in rows} == set(evaluation.TASKS)
-    assert {row["model"] for row in rows} >= {"untrained", "pretrain", "sft", "dpo", "unigram entropy", "longer answer wins"}
+    assert {row["model"] for row in rows} >= {
+        "untrained", "pretrain", "sft", "dpo", "unigram entropy", "longer answer wins", "majority class", "first three turns", "longest turn"}
     assert all("low" in row and "high" in row for row in rows if row["model"] != "unigram entropy")
     assert all(not row["low"] > row["value"] + 1e-12 and not row["high"] < row["value"] - 1e-12 for row in rows if "low" in row)
 
@@ -465,6 +570,46 @@ def test_the_baselines_are_the_trivial_answers(finished):
     share = np.bincount(scored) / len(scored)
     (entropy,) = [row for row in rows if row["model"] == "unigram entropy"]
     assert entropy["value"] == pytest.approx(-(share[share > 0] * np.log(share[share > 0])).sum()) and entropy["n"] == len(scored)
+
+
+def test_the_items_of_a_result_make_up_its_value(finished):
+    """Two models can be compared item by item only where the items kept are those that the value was computed from."""
+    folder, _ = finished
+    rows = [row for row in evaluation.read_results(str(folder)) if row["task"] not in ("rerank", "published")]
+    counted = 0
+    for row in rows:
+        items = json.loads((folder / row["items"]).read_text()).get(evaluation.item_key(row))
+        if items:
+            value = stats.TRANSFORMS[items["transform"]](sum(items["num"]) / sum(items["den"]))
+            assert row["value"] == pytest.approx(value, rel=1e-9), row["metric"]
+            counted += 1
+    assert counted > 0.9 * len(rows)
+
+
+def test_other_data_of_the_same_name_give_other_results(run):
+    """Results are skipped where they exist; a file that has changed since is other data, and evaluated again."""
+    folder, argv = run
+    before = len(evaluation.read_results(str(folder)))
+    path = folder.parent / "data" / "toy" / "dpo_test.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert evaluation.main([*argv, "--no_overwrite"]) == 0
+    added = evaluation.read_results(str(folder))[before:]
+    assert {row["task"] for row in added} == {"preference"} and {row["n"] for row in added} == {3}
+
+
+def test_a_folder_of_any_runs_is_evaluated_as_one(tmp_path):
+    """A sweep: every run under its own name, beside one untrained row."""
+    argv = make_run(tmp_path)
+    for old, new in (("pretrain", "lr 1e-3"), ("sft", "lr 3e-3")):
+        (tmp_path / "run" / old).rename(tmp_path / "run" / new)
+    assert evaluation.main([*argv, "--tasks=val_loss"]) == 0
+    assert [row["model"] for row in evaluation.read_results(str(tmp_path / "run"))] == ["untrained", "unigram entropy", "dpo", "lr 1e-3", "lr 3e-3"]
+
+
+def test_the_overlap_with_the_training_shards_stands_beside_each_perplexity(finished):
+    """Half of the text is in the training shard; a detokenised text is another text."""
+    rows = {row["protocol"]: row["overlap"] for row in evaluation.read_results(str(finished[0])) if row["task"] == "text_perplexity" and row["stage"] == "sft"}
+    assert rows["tokens"] == rows["per_line"] == pytest.approx((len(TEXT) // 2 - 12) / (len(TEXT) - 12)) and rows["words"] == rows["bpb"] < rows["tokens"]
 
 
 def test_the_interval_of_an_auc_is_drawn_over_problems():
@@ -521,7 +666,7 @@ def test_form_alone_is_told_from_content():
 
 @pytest.mark.parametrize("ids, share", [([1, 2, 3], 0), ([1, 2, 3, 4, 5], 0), ([7] * 13, 0.9), ([1, 2, 3, 4, 1, 2, 3, 4], 0.2)])
 def test_repetition_is_the_share_of_4_grams_seen_before(ids, share):
-    assert evaluation.repetition(ids) == pytest.approx(share)
+    assert tasks.repetition(ids) == pytest.approx(share)
 
 
 def test_unknown_protocols_are_an_error_in_words():
