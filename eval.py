@@ -4,7 +4,9 @@
     python eval.py --out_dir=out/toy                           # a second time: a new file with a timestamp
     python eval.py --out_dir=out/local --text=wikitext-2,wikitext-2-valid --problems=gsm8k-test --pairs=hh-rlhf
 
-out_dir is the folder of a pipeline (with pretrain/, sft/, dpo/, verifier/ in it) or of a single stage.
+    python eval.py --compare=out/a,out/b                       # two runs side by side: which differences are real
+
+out_dir is the folder of a pipeline (with pretrain/, sft/, dpo/, verifier/ in it), of any runs (a sweep), or of a single stage.
 """
 import fcntl
 import glob
@@ -21,7 +23,7 @@ import torch
 import configurator
 import data
 import tasks
-from checkpoint import checkpoint_files, load_checkpoint, model_from, provenance, weights_hash
+from checkpoint import load_checkpoint, model_from, provenance, weights_hash
 from configurator import UserError
 from model import GPT, ModelConfig
 from perplexity import PROTOCOLS, detokenize, overlap
@@ -33,7 +35,8 @@ STAGES = ("pretrain", "sft", "dpo", "verifier")
 
 @dataclass
 class EvalConfig:
-    out_dir: str = "out/toy"  # folder of a pipeline or of one stage; results.jsonl is written here
+    out_dir: str = "out/toy"  # folder of a pipeline, of any runs, or of one stage; results.jsonl is written here
+    compare: tuple[str, ...] = ()  # evaluate nothing: print the results of these folders side by side, with paired differences
     data: str = "toy"  # shards whose validation split gives val_loss
     problems: str = "toy"  # word problems with a problems_test.jsonl; "" = none
     pairs: str = "toy"  # preference pairs with dpo_test.jsonl (else dpo_val); "" = none
@@ -73,13 +76,18 @@ class EvalConfig:
 # ---------------------------------------------------------------------------------------------------------------------
 # Tasks: each takes the bench and a stage's name, and returns its numbers
 
+def run_folders(folder: str, pattern: str) -> list[str]:
+    """Names of the subfolders that hold such a file: the stages in their order, then other runs by name."""
+    names = sorted({os.path.basename(os.path.dirname(path)) for path in glob.glob(os.path.join(glob.escape(folder), "*", pattern))})
+    return sorted(names, key=lambda name: STAGES.index(name) if name in STAGES else len(STAGES))
+
+
 class Bench:
     """Models, tokenizer and data of one evaluation, loaded when first asked for."""
 
     def __init__(self, cfg: EvalConfig):
         self.cfg, self.models, self.hashes, self.seen = cfg, {}, {}, {}
-        runs = sorted(entry.name for entry in os.scandir(cfg.out_dir) if entry.is_dir() and checkpoint_files(entry.path))
-        runs.sort(key=lambda name: STAGES.index(name) if name in STAGES else len(STAGES))
+        runs = run_folders(cfg.out_dir, "ckpt_*.pt")
         if runs:
             self.checkpoints = {name: load_checkpoint(os.path.join(cfg.out_dir, name)) for name in runs}
         else:
@@ -216,6 +224,10 @@ def append_results(path: str, rows: list[dict], replace=None) -> None:
 
 def main(argv: list[str]) -> int:
     cfg = configurator.load(EvalConfig, argv)
+    if cfg.compare:
+        import report  # which reads this file's results
+        print(report.compare(list(cfg.compare)))
+        return 0
     data.ensure(",".join(filter(None, (cfg.data, cfg.problems, cfg.pairs, cfg.chats))), cfg.data_dir)
     if not os.path.isdir(cfg.out_dir):
         raise UserError(f"out_dir {cfg.out_dir!r} does not exist: give the folder of a run")

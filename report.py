@@ -1,51 +1,53 @@
-"""The report of a run: report.md and its plots, made from result files alone (results*.jsonl, metrics.jsonl, config.json, generations).
+"""The report of a run: report.md and its plots, made from result files alone (results*.jsonl, items, metrics.jsonl, generations).
 
-    python report.py --out_dir=out/toy            # refuses to overwrite a report; --force replaces it, --no_overwrite keeps it
+    python report.py --out_dir=out/toy            # where there is a report, the new one goes into a folder with a timestamp
+    python report.py --out_dir=out/toy --force    # replaces it; --no_overwrite keeps it
+    python eval.py --compare=out/a,out/b          # runs side by side: compare() below
 """
+import json
 import os
 import re
+import time
 from dataclasses import dataclass
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 import configurator
 import data
 from configurator import UserError
-from eval import STAGES, read_results
+from eval import item_key, read_results, run_folders
+from plots import plot_calibration, plot_dpo, plot_loss, plot_rerank, plot_tradeoff
 from problems import RERANKERS
+from stats import difference
 
 
 @dataclass
 class ReportConfig:
-    out_dir: str = "out/toy"  # folder of a pipeline
+    out_dir: str = "out/toy"  # folder of a pipeline, or of any runs
     force: bool = False  # replace an existing report
     no_overwrite: bool = False  # keep an existing report and say so
     n_samples: int = 4  # test problems shown with every stage's answer
 
 
-# Columns of the first table: heading, task, metric, protocol
-COLUMNS = [("val loss (nats/token)", "val_loss", "val_loss", "windows"), ("problems, exact match", "problems", "exact_match", "greedy"),
-           ("stops by itself", "problems", "stop_rate", "greedy"), ("prefers chosen, log-prob", "preference", "accuracy", "logprob"),
-           ("prefers chosen, reward", "preference", "accuracy", "reward"), ("prefers chosen, length", "preference", "accuracy", "length"),
-           ("tales on topic and kind", "tales", "on_topic_and_kind", "sampled"),
-           ("response loss (nats/token)", "chats", "response_loss", "teacher"), ("answers stop", "chats", "stop_rate", "greedy"),
-           ("repeated 4-grams", "chats", "repetition", "greedy")]
+MEASURES = [  # of the first tables: heading, task, metric, protocol
+    ("val loss (nats/token)", "val_loss", "val_loss", "windows"), ("problems, exact match", "problems", "exact_match", "greedy"),
+    ("stops by itself", "problems", "stop_rate", "greedy"), ("prefers chosen, log-prob", "preference", "accuracy", "logprob"),
+    ("prefers chosen, reward", "preference", "accuracy", "reward"), ("prefers chosen, length", "preference", "accuracy", "length"),
+    ("tales on topic and kind", "tales", "on_topic_and_kind", "sampled"), ("response loss (nats/token)", "chats", "response_loss", "teacher"),
+    ("answers stop", "chats", "stop_rate", "greedy"), ("repeated 4-grams", "chats", "repetition", "greedy"),
+    ("2-grams in no other answer", "chats", "distinct_2", "greedy"), ("SST-2, zero-shot", "sst2", "accuracy", "zero-shot"),
+    ("SST-2, majority", "sst2", "accuracy", "majority"), ("DialogSum, ROUGE-L", "dialogsum", "rougeL", "greedy")]
+DETAILS = {"problems": "Word problems, greedily: right answers and kinds of error", "sst2": "SST-2 by prompt", "dialogsum": "DialogSum",
+           "text_perplexity": "Perplexity by protocol", "streaming": "Streaming"}
+DIGITS = {"val_loss": 4, "response_loss": 4, "bits_per_byte": 4, "perplexity": 2, "auc": 3, "brier": 3, "calibration_error": 3, "length": 1}  # the rest are rates
 
 
-DIGITS = {"val_loss": 4, "response_loss": 4, "bits_per_byte": 4, "perplexity": 2, "auc": 3, "brier": 3, "calibration_error": 3}  # the rest are rates
-
-
-def number(row: dict | None) -> str:
+def show(row: dict | None, sign: str = "") -> str:
     """value [low, high] of a result; a rate as percent."""
     if row is None:
         return ""
     digits = DIGITS.get(row["metric"])
-    show = lambda x: f"{100 * x:.1f}" if digits is None else f"{x:.{digits}f}"
-    interval = f" [{show(row['low'])}, {show(row['high'])}]" if "low" in row else ""
-    return show(row["value"]) + (" %" if digits is None else "") + interval
+    number = lambda x: f"{100 * x:{sign}.1f}" if digits is None else f"{x:{sign}.{digits}f}"
+    interval = f" [{number(row['low'])}, {number(row['high'])}]" if "low" in row else ""
+    return number(row["value"]) + (" %" if digits is None else "") + interval
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
@@ -57,172 +59,196 @@ def find(results: list[dict], **wanted) -> dict | None:
     return next((row for row in reversed(results) if all(row.get(k) == v for k, v in wanted.items())), None)
 
 
-def stage_table(results: list[dict]) -> str:
-    models = list(dict.fromkeys(row["model"] for row in results))
-    columns = [column for column in COLUMNS if any((row["task"], row["metric"], row["protocol"]) == column[1:] for row in results)]
-    rows = [[model, *(number(find(results, model=model, task=t, metric=m, protocol=p)) for _, t, m, p in columns)] for model in models]
-    counts = [max((row["n"] for row in results if (row["task"], row["metric"], row["protocol"]) == column[1:]), default=0) for column in columns]
-    return table(["", *(column[0] for column in columns)], [row for row in rows if any(row[1:])] + [["n", *map(str, counts)]])
+def models_of(results: list[dict]) -> list[str]:
+    """Names of the models in the order of evaluation; the trivial answers, which belong to no checkpoint, last."""
+    names = list(dict.fromkeys(row["model"] for row in results))
+    return [n for n in names if any(r["stage"] == n for r in results)] + [n for n in names if not any(r["stage"] == n for r in results)]
 
+
+def by_model(results: list[dict], measures) -> str:
+    """One row per (heading, task, metric, protocol, split or None), one column per model that has any of them."""
+    wanted = [(head, {"task": t, "metric": m, "protocol": p, **({"split": s} if s else {})}) for head, t, m, p, s in measures]
+    models = [model for model in models_of(results) if any(find(results, model=model, **fields) for _, fields in wanted)]
+    rows = []
+    for head, fields in wanted:
+        if find(results, **fields):
+            cells = [show(find(results, model=model, **fields)) for model in models]
+            rows.append([head, str(find(results, **fields)["n"]), *cells])
+    return table(["", "n", *models], rows)
+
+
+def details(results: list[dict], task: str) -> str:
+    """Every number of a task."""
+    keys = dict.fromkeys((r["metric"], r["protocol"], r["split"]) for r in results if r["task"] == task)
+    several = len({split for *_, split in keys}) > 1 or task == "text_perplexity"
+    heads = {key: ", ".join([*(dict.fromkeys((key[0].replace("_", " "), key[1]))), *([key[2]] if several else [])]) for key in keys}
+    text = by_model(results, [(heads[key], task, *key) for key in keys])
+    drawn = [r for r in map(lambda key: find(results, task=task, metric=key[0], protocol=key[1], split=key[2]), keys) if len(r.get("draws", [])) > 1]
+    notes = [f"{r['protocol']} ({r['model']}): {show({**r, 'low': min(r['draws']), 'high': max(r['draws'])})}, here [lowest, highest] of {len(r['draws'])} draws of the examples."
+             for r in drawn]
+    seen = {(r["split"], "as it stands" if r["protocol"] not in ("words", "bpb") else "detokenised"): r["overlap"] for r in results if r.get("overlap") is not None}
+    notes += [f"Of {split}, {form}, {100 * share:.2f} % of all runs of 13 tokens stand in the training shards." for (split, form), share in seen.items()] if task == "text_perplexity" else []
+    return "\n\n".join([text, *notes])
+
+
+def mistakes(results: list[dict]) -> str:
+    """Examples of each kind of error, of the last stage."""
+    rows = [r for r in results if r["task"] == "problems" and r.get("examples")]
+    return "\n".join(f"- {r['metric'].replace('_', ' ')}: `{shorten(e['question'])}` said `{shorten(e['text'])}`, right is {e['answer']}"
+                     + (f"; false: `{e['false_equation']}`" if e["false_equation"] else "") for r in rows if r["stage"] == rows[-1]["stage"] for e in r["examples"][:2])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which differences are real
+
+def items_of(folder: str, row: dict) -> dict | None:
+    try:
+        with open(os.path.join(folder, row["items"])) as f:
+            return json.load(f).get(item_key(row))
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def gain(before: tuple[str, dict], after: tuple[str, dict]) -> str:
+    """The paired difference of two (folder, row), in bold where its interval excludes 0; "" where the two are not of the same items."""
+    items = [items_of(*side) for side in (before, after)]
+    if None in items or before[1].get("data_hash") != after[1].get("data_hash"):
+        return ""
+    try:
+        delta = difference(*items)
+    except ValueError:
+        return ""
+    text = f"{show({'metric': after[1]['metric'], **delta}, '+')}, p {'< 0.001' if delta['p'] < 0.001 else '= %.3f' % delta['p']}"
+    return f"**{text}**" if delta["low"] > 0 or delta["high"] < 0 else text
+
+
+def gains(results: list[dict], folder: str) -> str:
+    """Each stage against the one before it, measure by measure."""
+    stages = [name for name in models_of(results) if any(r["stage"] == name for r in results)]
+    steps, rows = list(zip(stages, stages[1:])), []
+    for head, t, m, p in MEASURES:
+        pairs = [[find(results, model=name, task=t, metric=m, protocol=p) for name in step] for step in steps]
+        cells = [gain((folder, a), (folder, b)) if a and b else "" for a, b in pairs]
+        rows += [[head, *cells]] if any(cells) else []
+    return table(["", *(f"{b} - {a}" for a, b in steps)], rows) if rows else ""
+
+
+def compare(folders: list[str]) -> str:
+    """Every number that the first of some runs shares with another, with their paired difference. Raises UserError where a run has no results."""
+    found = {folder: read_results(folder) for folder in folders}
+    for folder, results in found.items():
+        if not results:
+            raise UserError(f"{folder} holds no results: run eval.py --out_dir={folder} first")
+    first, *others = folders
+    keys = list(dict.fromkeys((r["task"], r["model"], r["metric"], r["protocol"], r["split"]) for r in found[first]))
+    parts = [f"# {first} beside {', '.join(others)}", "Differences are paired, item by item, with 95 % intervals, in bold where these exclude 0; none is given where the data differ."]
+    for task in dict.fromkeys(key[0] for key in keys):
+        rows = []
+        for key in (key for key in keys if key[0] == task):
+            sides = {folder: find(results, **dict(zip(("task", "model", "metric", "protocol", "split"), key))) for folder, results in found.items()}
+            if any(sides[other] for other in others):
+                rows.append([", ".join(dict.fromkeys(key[1:4])), *map(show, sides.values()),
+                             *(gain((first, sides[first]), (other, sides[other])) if sides[other] else "" for other in others)])
+        parts += [f"## {task}", table(["", *folders, *(f"{other} - {first}" for other in others)], rows)] if rows else []
+    return "\n\n".join(parts) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
 
 def rerank_table(results: list[dict]) -> str:
-    ks = sorted({int(row["protocol"].partition("@")[2]) for row in results if row["task"] == "rerank" and "@" in row["protocol"]})
-    rows = [[f"{how}, samples = {k}", number(find(results, task="rerank", protocol=f"{how}@{k}"))] for k in ks[-1:] for how in RERANKERS]
-    stage = find(results, task="rerank")["model"]
-    for how, name in (("likelihood", "the likelihood"), ("best_of", "the verifier"), ("best_of_same_form", "the verifier among solutions that stop and have an answer"),
-                      ("form_alone", "form alone"), ("last_number_alone", "the verifier shown the final answer alone")):
-        auc = find(results, task="rerank", metric="auc", protocol=how)
-        if auc:
-            rows.append([f"AUC of {name}, n = {auc['n']} solutions", number(auc)])
-    for metric, name in (("brier", "Brier score of the verifier"), ("calibration_error", "expected calibration error")):
-        row = find(results, task="rerank", metric=metric)
-        rows += [[name, number(row)]] if row else []
-    greedy = find(results, task="problems", model=stage, metric="exact_match")
-    return table(["way to answer", "exact match"], [[f"greedy ({stage})", number(greedy)], *rows])
+    k = max((int(row["protocol"].partition("@")[2]) for row in results if row["task"] == "rerank" and "@" in row["protocol"]), default=0)
+    greedy = find(results, task="problems", model=find(results, task="rerank")["model"], metric="exact_match")
+    rows = [["greedy, exact match", show(greedy)], *([f"{how}, samples = {k}, exact match", show(find(results, task="rerank", protocol=f"{how}@{k}"))] for how in RERANKERS)]
+    for metric, how, name in (("auc", "likelihood", "AUC of the likelihood"), ("auc", "best_of", "AUC of the verifier"),
+                              ("auc", "best_of_same_form", "AUC of the verifier among solutions that stop and have an answer"), ("auc", "form_alone", "AUC of form alone"),
+                              ("auc", "last_number_alone", "AUC of the verifier shown the final answer alone"),
+                              ("brier", "verifier", "Brier score of the verifier"), ("calibration_error", "verifier", "expected calibration error")):
+        row = find(results, task="rerank", metric=metric, protocol=how)
+        rows += [[f"{name}, n = {row['n']} solutions", show(row)]] if row else []
+    return table(["", ""], [row for row in rows if row[1]])
 
 
-def plot_loss(folder: str, stage: str) -> str | None:
-    rows = data.read_metrics(os.path.join(folder, stage, "metrics.jsonl"))
-    train, val = [r for r in rows if "loss" in r], [r for r in rows if "val_loss" in r]
-    if not train:
-        return None
-    figure, axes = plt.subplots(figsize=(6, 3.5))
-    axes.plot([r["step"] for r in train], [r["loss"] for r in train], lw=1, label="training")
-    axes.plot([r["step"] for r in val], [r["val_loss"] for r in val], "o-", ms=3, label="validation")
-    if max(r["loss"] for r in train) > 10 * min(r["loss"] for r in train) > 0:
-        axes.set_yscale("log")
-    axes.set(xlabel="step", ylabel="loss", title=f"{stage}: loss")
-    return finish(figure, folder, f"loss_{stage}.png")
-
-
-def plot_rerank(folder: str, results: list[dict]) -> str:
-    figure, axes = plt.subplots(figsize=(6, 3.5))
-    for how, color in zip(RERANKERS, ("tab:blue", "tab:red", "tab:green", "tab:orange", "tab:gray")):
-        rows = [find(results, task="rerank", protocol=p) for p in dict.fromkeys(r["protocol"] for r in results) if p.startswith(how + "@")]
-        rows.sort(key=lambda r: int(r["protocol"].partition("@")[2]))
-        k = [int(r["protocol"].partition("@")[2]) for r in rows]
-        axes.plot(k, [100 * r["value"] for r in rows], "o-", ms=4, color=color, label=how.replace("_", " "))
-        axes.fill_between(k, [100 * r["low"] for r in rows], [100 * r["high"] for r in rows], color=color, alpha=0.12, lw=0)
-    greedy = find(results, task="problems", model=rows[0]["model"], metric="exact_match")
-    if greedy:
-        axes.axhline(100 * greedy["value"], color="black", ls="--", lw=1, label="greedy")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(k, map(str, k))
-    axes.set(xlabel="samples per problem", ylabel="exact match, %", title="Choosing among samples (95 % intervals)")
-    return finish(figure, folder, "best_of_n.png")
-
-
-def plot_dpo(folder: str) -> str | None:
-    """The four curves by which a DPO run is judged: log-probs and rewards, of chosen and rejected answers, held out."""
-    rows = [r for r in data.read_metrics(os.path.join(folder, "dpo", "metrics.jsonl")) if "val_logps/chosen" in r]
-    if not rows:
-        return None
-    figure, both = plt.subplots(1, 2, figsize=(9, 3.5))
-    for axes, kind, title in zip(both, ("logps", "rewards"), ("log-prob of the answers", "reward: beta x log-ratio to the reference")):
-        for which, color in (("chosen", "tab:green"), ("rejected", "tab:red")):
-            axes.plot([r["step"] for r in rows], [r[f"val_{kind}/{which}"] for r in rows], "o-", ms=3, color=color, label=which)
-        axes.set(xlabel="step", title=title)
-    return finish(figure, folder, "dpo_curves.png")
-
-
-def plot_calibration(folder: str, results: list[dict]) -> str | None:
-    """Share of right solutions beside the verifier's mean probability, by tenths of it."""
-    newest = {r["protocol"]: r for r in results if r["task"] == "rerank" and r["metric"] == "calibration"}
-    if not newest:
-        return None
-    rows = sorted(newest.values(), key=lambda r: r["predicted"])
-    figure, axes = plt.subplots(figsize=(4.5, 3.8))
-    p, share = [r["predicted"] for r in rows], [r["value"] for r in rows]
-    axes.errorbar(p, share, [[max(0, r["value"] - r["low"]) for r in rows], [max(0, r["high"] - r["value"]) for r in rows]], fmt="o-", ms=4, capsize=2, label="verifier")
-    axes.plot([0, 1], [0, 1], "k--", lw=1, label="calibrated")
-    axes.set(xlabel="probability given by the verifier", ylabel="share of right solutions", title="Calibration (95 % intervals)")
-    return finish(figure, folder, "calibration.png")
-
-
-def finish(figure, folder: str, name: str) -> str:
-    for axes in figure.axes:
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    figure.tight_layout()
-    data.write_atomic(os.path.join(folder, name), lambda f: figure.savefig(f, format="png", dpi=110))
-    plt.close(figure)
-    return name
-
-
-def cost_table(folder: str) -> str:
+def cost_table(logs: dict[str, list[dict]]) -> str:
     rows, seconds = [], 0.0
-    for stage in STAGES:
-        steps = [r for r in data.read_metrics(os.path.join(folder, stage, "metrics.jsonl")) if "tokens" in r]
+    for run, log in logs.items():
+        steps = [r for r in log if "tokens" in r]
         if steps:
             last = steps[-1]
             took = last["step_ms"] * (last["step"] + 1) / 1e3
             seconds += took
-            rows.append([stage, f"{last['step'] + 1}", f"{last['tokens'] / 1e6:.2f}M", f"{last['flops']:.2e}", f"{last['tokens_per_s']:,.0f}", f"{took:.0f}"])
-    return table(["stage", "steps", "tokens", "FLOPs", "tokens/s", "training s"], [*rows, ["all", "", "", "", "", f"{seconds:.0f}"]])
+            rows.append([run, f"{last['step'] + 1}", f"{last['tokens'] / 1e6:.2f}M", f"{last['flops']:.2e}", f"{last['tokens_per_s']:,.0f}", f"{took:.0f}"])
+    return table(["run", "steps", "tokens", "FLOPs", "tokens/s", "training s"], [*rows, ["all", "", "", "", "", f"{seconds:.0f}"]])
 
 
-def samples(folder: str, n: int) -> str:
+def samples(folder: str, order: list[str], n: int) -> str:
     """The same test problems answered greedily by every stage, from the stored generations."""
-    path = os.path.join(folder, "generations")
-    parts, answers = [], {}
+    path, answers = os.path.join(folder, "generations"), {}
     for name in sorted(os.listdir(path)) if os.path.isdir(path) else []:
         rows = data.read_jsonl(os.path.join(path, name))
         if len(rows[0]["solutions"]) == 1:
-            answers[name.split("_")[0]] = rows
-    order = [stage for stage in ("untrained", *STAGES) if stage in answers]
+            answers[name.rsplit("_", 2)[0]] = rows
+    order, parts = [stage for stage in order if stage in answers], []
     for i in range(min(n, len(answers[order[0]])) if order else 0):
         row = answers[order[0]][i]
-        said = [f"- **{stage}**: `{show(answers[stage][i]['solutions'][0]['text'])}`" for stage in order]
-        parts.append("\n".join([f"**{row['question']}** (right: `{show(row['answer'])}`)", *said]))
+        said = [f"- **{stage}**: `{shorten(answers[stage][i]['solutions'][0]['text'])}`" for stage in order]
+        parts.append("\n".join([f"**{row['question']}** (right: `{shorten(row['answer'])}`)", *said]))
     return "\n\n".join(parts)
 
 
-def show(text: str, width: int = 100) -> str:
+def shorten(text: str, width: int = 100) -> str:
     text = re.sub(r"[^ -~]+", " ", text.replace("\n", "; ").replace("`", "'"))
     return text[:width] + " ..." * (len(text) > width)
 
 
-def write_report(folder: str, n_samples: int) -> str:
+def write_report(folder: str, target: str, n_samples: int) -> str:
+    """report.md of the results in folder, and its plots, written into target."""
     results = read_results(folder)
     if not results:
         raise UserError(f"{folder} holds no results: run eval.py --out_dir={folder} first")
-    last = results[-1]
+    logs = {name: data.read_metrics(os.path.join(folder, name, "metrics.jsonl")) for name in run_folders(folder, "metrics.jsonl")}
+    last, found = results[-1], gains(results, folder)
     parts = [f"# Report of {folder}", f"Commit {last['commit']}{' (with uncommitted changes)' if last['dirty'] else ''}, torch {last['torch']}, "
-             f"{last['device']}, {last['date']}. Every number comes from results*.jsonl and metrics.jsonl in this folder; brackets are 95 % intervals.",
-             "## What each stage brought", stage_table(results)]
+             f"{last['device']}, {last['date']}. Every number comes from results*.jsonl, items/ and metrics.jsonl in this folder; brackets are 95 % intervals.",
+             "## What each stage brought", by_model(results, [(*measure, None) for measure in MEASURES])]
+    parts += ["## Which differences are real", found, "Paired, item by item; bold where the interval excludes 0; p by McNemar's exact test where items are right or wrong, "
+              "else by bootstrap. With many rows some will be bold by chance."] if found else []
     if find(results, task="rerank"):
+        rows = [r for r in results if r["task"] == "rerank"]
+        greedy = find(results, task="problems", model=rows[-1]["model"], metric="exact_match")
+        images = [plot_rerank(rows, target, greedy) if any("@" in r["protocol"] for r in rows) else None, plot_calibration(rows, target)]
         parts += ["## The verifier", rerank_table(results), "majority: the most common answer; likelihood: the solution that the model itself "
                   "finds likeliest; weighted: votes weighted by the verifier; best_of: the verifier's first choice; oracle: solved when any "
-                  "sample is right, which no choice among them can beat.", f"![]({plot_rerank(folder, results)})", *(f"![]({name})" for name in [plot_calibration(folder, results)] if name)]
+                  "sample is right, which no choice among them can beat.", *(f"![]({name})" for name in images if name)]
     judged = {(row["metric"], row["protocol"]): row for row in results if row["task"] == "published"}
     if judged:
         parts += ["## Published solutions of GSM8K's test problems, judged", table(["", "", "n"], [
-            [f"{r['metric'].replace('_', ' ')}, {p}", number(r), str(r["n"])]
-            for (_, p), r in judged.items() if r["metric"] in ("auc", "exact_match")])]
-    texts = [row for row in results if row["task"] == "text_perplexity"]
-    if texts:
-        keys = list(dict.fromkeys((r["model"], r["split"]) for r in texts))
-        protocols = list(dict.fromkeys(r["protocol"] for r in texts))
-        parts += ["## Perplexity by protocol", table(["model", "text", *protocols], [[m, s, *(number(find(texts, model=m, split=s, protocol=p)) for p in protocols)] for m, s in keys])]
-    parts += ["## Loss of each stage", *(f"![]({name})" for name in [*(plot_loss(folder, stage) for stage in STAGES), plot_dpo(folder)] if name)]
-    shown = samples(folder, n_samples)
+            [f"{r['metric'].replace('_', ' ')}, {p}", show(r), str(r["n"])] for (_, p), r in judged.items() if r["metric"] in ("auc", "exact_match")])]
+    for task, title in DETAILS.items():
+        parts += [f"## {title}", details(results, task)] if find(results, task=task) else []
+        parts += [mistakes(results)] if task == "problems" and mistakes(results) else []
+    pairs = {model: (find(results, model=model, task="chats", metric="response_loss"), find(results, model=model, task="text_perplexity", metric="perplexity"))
+             for model in models_of(results) if model != "untrained"}
+    images = [plot_tradeoff({model: pair for model, pair in pairs.items() if all(pair)}, target)]
+    images += [plot(log, target, run) for run, log in logs.items() for plot in (plot_loss, plot_dpo)]
+    parts += ["## Curves", *(f"![]({name})" for name in images if name)] if any(images) else []
+    shown = samples(folder, models_of(results), n_samples)
     parts += ["## The same problems at every stage", shown] if shown else []
     hashes = {row["stage"]: row["weights_hash"] for row in results} | {"verifier": row["verifier_hash"] for row in results if "verifier_hash" in row}
-    parts += ["## Cost", cost_table(folder), "## Weights", table(["stage", "sha256 of the weights"], [[k, v] for k, v in hashes.items()])]
-    path = os.path.join(folder, "report.md")
+    parts += ["## Cost", cost_table(logs), "## Weights", table(["stage", "sha256 of the weights"], [[k, v] for k, v in hashes.items()])]
+    path = os.path.join(target, "report.md")
     data.write_atomic(path, lambda f: f.write(("\n\n".join(parts) + "\n").encode()))
     return path
 
 
 def main(argv: list[str]) -> int:
     cfg = configurator.load(ReportConfig, argv)
-    path = os.path.join(cfg.out_dir, "report.md")
-    if os.path.exists(path) and not cfg.force:
-        if cfg.no_overwrite:
-            print(f"report: {path} exists and is kept (--force replaces it)")
-            return 0
-        raise UserError(f"{path} exists: --force replaces it, --no_overwrite keeps it")
-    print(f"report: {write_report(cfg.out_dir, cfg.n_samples)}")
+    exists = os.path.exists(os.path.join(cfg.out_dir, "report.md"))
+    if exists and cfg.no_overwrite:
+        print(f"report: {os.path.join(cfg.out_dir, 'report.md')} exists and is kept (--force replaces it)")
+        return 0
+    target = os.path.join(cfg.out_dir, time.strftime("report_%Y%m%d_%H%M%S")) if exists and not cfg.force else cfg.out_dir
+    print(f"report: {write_report(cfg.out_dir, target, cfg.n_samples)}")
     return 0
 
 

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 
 import data
+import eval as evaluation
 import report
 import speedrun
+import stats
 import toy
 from configurator import UserError
 
@@ -31,7 +33,7 @@ ORIGIN = {"commit": "abc1234", "dirty": False, "torch": "2.x", "device": "cpu", 
 
 
 def row(task, model, metric, protocol, value, width=0.05, n=40, **more) -> dict:
-    stage = model if model in report.STAGES else "untrained"
+    stage = model if model in speedrun.STAGES else "untrained"
     return {"task": task, "model": model, "stage": stage, "metric": metric, "protocol": protocol, "value": value,
             "low": value - width, "high": value + width / 2, "n": n, "split": "test", "weights_hash": f"hash-{model}", **ORIGIN, **more}
 
@@ -77,8 +79,8 @@ def text_of(folder: str) -> str:
 
 @pytest.fixture
 def no_plots(monkeypatch):
-    monkeypatch.setattr(report, "plot_loss", lambda folder, stage: None)
-    monkeypatch.setattr(report, "plot_rerank", lambda folder, results: "best_of_n.png")
+    monkeypatch.setattr(report, "plot_loss", lambda rows, folder, run: None)
+    monkeypatch.setattr(report, "plot_rerank", lambda rows, folder, greedy: "best_of_n.png")
 
 
 def test_the_report_shows_the_values_of_the_files(tmp_path, no_plots):
@@ -142,11 +144,12 @@ def test_every_image_in_the_report_exists_and_shows_something(tmp_path):
 
 
 def test_a_report_is_not_overwritten_unasked(tmp_path, no_plots, capsys):
-    """Somebody may have written notes into it: refused with both ways out, kept with --no_overwrite, replaced with --force."""
+    """Somebody may have written notes into it: a new one gets a folder of its own, kept with --no_overwrite, replaced with --force."""
     folder = write_run(tmp_path)
     (tmp_path / "report.md").write_text("mine")
-    with pytest.raises(UserError, match="--force replaces it, --no_overwrite keeps it"):
-        report.main([f"--out_dir={folder}"])
+    assert report.main([f"--out_dir={folder}"]) == 0
+    (new,) = [name for name in os.listdir(folder) if name.startswith("report_")]
+    assert (tmp_path / new / "report.md").read_text().startswith("# Report of") and (tmp_path / "report.md").read_text() == "mine"
     assert report.main([f"--out_dir={folder}", "--no_overwrite"]) == 0
     assert "kept" in capsys.readouterr().out and (tmp_path / "report.md").read_text() == "mine"
     assert report.main([f"--out_dir={folder}", "--force"]) == 0
@@ -180,6 +183,54 @@ def test_results_of_one_task_alone_make_a_report(tmp_path, task):
     """eval.py --tasks=... is allowed, so its results must be reportable, with what is missing left out."""
     folder = write_run(tmp_path, [r for r in hand_made() if r["task"] == task])
     assert text_of(folder).startswith("# Report of")
+
+
+def with_items(folder: Path, rows: list[dict], items: dict[str, list[float]]) -> list[dict]:
+    """rows whose items files exist, right or wrong as items[model] says."""
+    for r in rows:
+        r |= {"items": f"items/{r['model']}.json", "data_hash": "same", **{k: v for k, v in stats.proportion(items[r["model"]]).items() if k != "items"}}
+        data.write_json(str(folder / r["items"]), {report.item_key(r): stats.proportion(items[r["model"]])["items"]})
+    return rows
+
+
+def test_the_report_says_which_differences_are_real(tmp_path, no_plots):
+    """40 of 100 newly right and none lost is real, and bold; one gained and one lost is not. Rows of other data are not compared."""
+    rows = [row("problems", model, "exact_match", "greedy", 0) for model in ("pretrain", "sft", "dpo")]
+    with_items(tmp_path, rows, {"pretrain": [0] * 100, "sft": [1] * 40 + [0] * 60, "dpo": [0] + [1] * 40 + [0] * 59})
+    text = text_of(write_run(tmp_path, rows))
+    assert re.search(r"\*\*\+40\.0 % \[\+3\d\.0, \+\d\d\.0\], p < 0\.001\*\* \| \+0\.0 % \[-\d\.0, \+\d\.0\], p = 1\.000 \|", text)
+    rows[1]["data_hash"] = "other"
+    (tmp_path / "report.md").unlink()
+    assert "Which differences are real" not in text_of(write_run(tmp_path, rows))
+
+
+def test_runs_are_compared_item_by_item(tmp_path, capsys):
+    """eval.py --compare: both values, the paired difference where the data are the same, and an error in words for a run without results."""
+    for name, hits in (("a", 30), ("b", 60)):
+        rows = with_items(tmp_path / name, [row("problems", "sft", "exact_match", "greedy", 0)], {"sft": [1] * hits + [0] * (100 - hits)})
+        write_run(tmp_path / name, [*rows, row("val_loss", "sft", "val_loss", "windows", hits / 10)])
+    assert evaluation.main([f"--compare={tmp_path / 'a'},{tmp_path / 'b'}"]) == 0
+    text = capsys.readouterr().out
+    assert "30.0 %" in text and "60.0 %" in text and "**+30.0 %" in text and "3.0000" in text and "6.0000" in text
+    with pytest.raises(UserError, match="holds no results"):
+        evaluation.main([f"--compare={tmp_path / 'a'},{tmp_path / 'c'}"])
+
+
+def test_a_sweep_gets_its_trade_off_curve(tmp_path):
+    """Three runs with answers and plain text measured: a point each, and the plot follows the numbers."""
+    rows = [row("chats", model, "response_loss", "teacher", 6 + i / 10, stage=model) for i, model in enumerate(("lr1", "lr2", "lr3"))]
+    rows += [row("text_perplexity", model, "perplexity", "per_line", 2000 + 100 * i, split="wiki", stage=model) for i, model in enumerate(("lr1", "lr2", "lr3"))]
+    assert "![](tradeoff.png)" in text_of(write_run(tmp_path, rows))
+    before = (tmp_path / "tradeoff.png").read_bytes()
+    rows[-1]["value"] *= 2
+    write_run(tmp_path, rows)
+    assert report.main([f"--out_dir={tmp_path}", "--force"]) == 0 and (tmp_path / "tradeoff.png").read_bytes() != before
+
+
+def test_errors_are_shown_with_examples(tmp_path, no_plots):
+    example = {"question": "2 + 2?", "text": "2+2=5", "answer": "4", "false_equation": "2+2=5"}
+    text = text_of(write_run(tmp_path, [row("problems", "sft", "error_arithmetic", "greedy", 0.1, examples=[example])]))
+    assert "error arithmetic: `2 + 2?` said `2+2=5`, right is 4; false: `2+2=5`" in text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
