@@ -47,7 +47,8 @@ def show(row: dict | None, sign: str = "") -> str:
     digits = DIGITS.get(row["metric"])
     number = lambda x: f"{100 * x:{sign}.1f}" if digits is None else f"{x:{sign}.{digits}f}"
     interval = f" [{number(row['low'])}, {number(row['high'])}]" if "low" in row else ""
-    return number(row["value"]) + (" %" if digits is None else "") + interval
+    unit = "" if digits is not None else " points" if sign else " %"
+    return number(row["value"]) + unit + interval
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
@@ -60,21 +61,23 @@ def find(results: list[dict], **wanted) -> dict | None:
 
 
 def models_of(results: list[dict]) -> list[str]:
-    """Names of the models in the order of evaluation; the trivial answers, which belong to no checkpoint, last."""
-    names = list(dict.fromkeys(row["model"] for row in results))
-    return [n for n in names if any(r["stage"] == n for r in results)] + [n for n in names if not any(r["stage"] == n for r in results)]
+    """Names of the models in the order of evaluation."""
+    return list(dict.fromkeys(row["model"] for row in results))
 
 
 def by_model(results: list[dict], measures) -> str:
-    """One row per (heading, task, metric, protocol, split or None), one column per model that has any of them."""
+    """One row per (heading, task, metric, protocol, split or None), one column per model that has any of them; trivial answers share a column."""
+    stages = {row["stage"] for row in results}
     wanted = [(head, {"task": t, "metric": m, "protocol": p, **({"split": s} if s else {})}) for head, t, m, p, s in measures]
+    wanted = [(head, fields) for head, fields in wanted if find(results, **fields)]
     models = [model for model in models_of(results) if any(find(results, model=model, **fields) for _, fields in wanted)]
+    columns = [model for model in models if model in stages]
     rows = []
     for head, fields in wanted:
-        if find(results, **fields):
-            cells = [show(find(results, model=model, **fields)) for model in models]
-            rows.append([head, str(find(results, **fields)["n"]), *cells])
-    return table(["", "n", *models], rows)
+        trivial = [(model, find(results, model=model, **fields)) for model in models if model not in stages]
+        rows.append([head, str(find(results, **fields)["n"]), "; ".join(f"{show(row)} ({model})" for model, row in trivial if row),
+                     *(show(find(results, model=model, **fields)) for model in columns)])
+    return table(["", "n", "trivial answer", *columns], rows)
 
 
 def details(results: list[dict], task: str) -> str:
@@ -124,7 +127,7 @@ def gain(before: tuple[str, dict], after: tuple[str, dict]) -> str:
 
 def gains(results: list[dict], folder: str) -> str:
     """Each stage against the one before it, measure by measure."""
-    stages = [name for name in models_of(results) if any(r["stage"] == name for r in results)]
+    stages = list(dict.fromkeys(row["stage"] for row in results))
     steps, rows = list(zip(stages, stages[1:])), []
     for head, t, m, p in MEASURES:
         pairs = [[find(results, model=name, task=t, metric=m, protocol=p) for name in step] for step in steps]

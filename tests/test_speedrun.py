@@ -198,7 +198,7 @@ def test_the_report_says_which_differences_are_real(tmp_path, no_plots):
     rows = [row("problems", model, "exact_match", "greedy", 0) for model in ("pretrain", "sft", "dpo")]
     with_items(tmp_path, rows, {"pretrain": [0] * 100, "sft": [1] * 40 + [0] * 60, "dpo": [0] + [1] * 40 + [0] * 59})
     text = text_of(write_run(tmp_path, rows))
-    assert re.search(r"\*\*\+40\.0 % \[\+3\d\.0, \+\d\d\.0\], p < 0\.001\*\* \| \+0\.0 % \[-\d\.0, \+\d\.0\], p = 1\.000 \|", text)
+    assert re.search(r"\*\*\+40\.0 points \[\+3\d\.0, \+\d\d\.0\], p < 0\.001\*\* \| \+0\.0 points \[-\d\.0, \+\d\.0\], p = 1\.000 \|", text)
     rows[1]["data_hash"] = "other"
     (tmp_path / "report.md").unlink()
     assert "Which differences are real" not in text_of(write_run(tmp_path, rows))
@@ -211,7 +211,7 @@ def test_runs_are_compared_item_by_item(tmp_path, capsys):
         write_run(tmp_path / name, [*rows, row("val_loss", "sft", "val_loss", "windows", hits / 10)])
     assert evaluation.main([f"--compare={tmp_path / 'a'},{tmp_path / 'b'}"]) == 0
     text = capsys.readouterr().out
-    assert "30.0 %" in text and "60.0 %" in text and "**+30.0 %" in text and "3.0000" in text and "6.0000" in text
+    assert "30.0 %" in text and "60.0 %" in text and "**+30.0 points" in text and "3.0000" in text and "6.0000" in text
     with pytest.raises(UserError, match="holds no results"):
         evaluation.main([f"--compare={tmp_path / 'a'},{tmp_path / 'c'}"])
 
