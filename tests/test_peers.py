@@ -27,7 +27,7 @@ import perplexity as ppl
 import report
 from checkpoint import weights_hash
 
-missing = [name for name in ("transformers", "lm_eval", "accelerate") if not importlib.util.find_spec(name)]
+missing = [name for name in ("transformers", "lm_eval") if not importlib.util.find_spec(name)]
 pytestmark = [pytest.mark.peers, pytest.mark.skipif(bool(missing), reason=f"no {' and '.join(missing)}: pip install -r requirements-peers.txt")]
 
 REAL = Path(os.environ.get("MODERN_LLM_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
@@ -230,6 +230,7 @@ def test_words_and_bpb_of_our_model_are_the_harnesss(which, tmp_path):
 @pytest.mark.parametrize("which", ["marks", "WikiText-2"])
 def test_words_and_bpb_of_gpt2_are_the_harnesss(which, tokens, tmp_path):
     """The harness's model class for transformers, with a tokenizer of that library made of the same ranks, beside our protocols on the same folder."""
+    pytest.importorskip("accelerate", reason="lm_eval's class imports it: pip install -r requirements-peers.txt")
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
