@@ -746,6 +746,7 @@ def test_wikitext_headings_begin_documents(tmp_path):
     articles = BYTE.decode(ids).split("<|endoftext|>")
     assert [re.match(r" = (\w+ \w+) = \n", article)[1] for article in articles[:-1]] == ["Tom Cat", "Mia Dog"]
     assert "".join(articles) == WIKI.removeprefix(" \n")
+    assert list(data.wikitext_articles([" = X = \n", " a \n", " = = Y = = \n", " = Z = \n"])) == [" = X = \n a \n = = Y = = \n", " = Z = \n"]
 
 
 def test_marked_documents_are_separated_under_a_wikitext_name_too(tmp_path):
