@@ -642,7 +642,7 @@ def wikitext_articles(lines):
     article = []
     for text in lines:
         marker = text.strip() == SPECIAL[0]
-        if (marker or re.fullmatch(r" = [^=].*[^=] = \n?", text)) and article:
+        if (marker or re.fullmatch(r" = [^=](.*[^=])? = \n?", text)) and article:
             yield "".join(article)
             article = []
         if not marker:

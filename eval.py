@@ -3,6 +3,7 @@
     python eval.py --out_dir=out/toy --no_overwrite            # skips what results.jsonl holds already
     python eval.py --out_dir=out/toy                           # a second time: a new file with a timestamp
     python eval.py --out_dir=out/local --text=wikitext-2,wikitext-2-valid --problems=gsm8k-test --pairs=hh-rlhf
+    python eval.py --out_dir=out/local --tasks=text_perplexity --text=wikitext-2 --baselines=models/gpt2,models/distilgpt2
 
     python eval.py --compare=out/a,out/b                       # two runs side by side: which differences are real
 
@@ -26,7 +27,7 @@ import tasks
 from checkpoint import load_checkpoint, model_from, provenance, weights_hash
 from configurator import UserError
 from model import GPT, ModelConfig
-from perplexity import PROTOCOLS, detokenize, overlap
+from perplexity import PROTOCOLS, Peer, detokenize, overlap
 from problems import solve
 from tasks import pair_ids
 
@@ -43,6 +44,7 @@ class EvalConfig:
     chats: str = "toy"  # conversations with an sft_val.jsonl: loss, length, repetition and stop rate of the answers; "" = none
     text: str = ""  # texts for the perplexity protocols, e.g. wikitext-2,wikitext-2-valid
     protocols: tuple[str, ...] = ()  # which of the perplexity protocols; none = all
+    baselines: tuple[str, ...] = ()  # folders of transformers' GPT-2, DistilGPT-2, ...: further rows of the perplexity protocols
     published: str = ""  # published solutions of GSM8K's test problems, for the verifier to judge; "" = none
     sst2: str = ""  # SST-2: sentences with labels; "" = none
     shots: str = ""  # SST-2's training sentences, for few-shot prompts; "" = zero-shot alone
@@ -69,6 +71,8 @@ class EvalConfig:
         odd = [protocol for protocol in self.protocols if protocol not in PROTOCOLS]
         if odd:
             raise UserError(f"unknown protocol {', '.join(odd)}; there are {', '.join(PROTOCOLS)}")
+        if self.baselines and not (self.text and "text_perplexity" in (self.tasks or TASKS)):
+            raise UserError(f"baselines {', '.join(self.baselines)} are rows of the task text_perplexity only: give it a --text")
         if self.no_overwrite and self.force:
             raise UserError("no_overwrite and force exclude each other")
 
@@ -86,7 +90,7 @@ class Bench:
     """Models, tokenizer and data of one evaluation, loaded when first asked for."""
 
     def __init__(self, cfg: EvalConfig):
-        self.cfg, self.models, self.hashes, self.seen = cfg, {}, {}, {}
+        self.cfg, self.models, self.tokenizers, self.hashes, self.seen = cfg, {}, {}, {}, {}
         runs = run_folders(cfg.out_dir, "ckpt_*.pt")
         if runs:
             self.checkpoints = {name: load_checkpoint(os.path.join(cfg.out_dir, name)) for name in runs}
@@ -110,6 +114,17 @@ class Bench:
         if stage not in self.models:
             self.models[stage] = model_from(self.checkpoints[stage]).to(self.device, self.dtype).eval()
         return self.models[stage]
+
+    def baselines(self) -> list[str]:
+        """Loads the baselines, for without weights there is no hash; -> the names of their folders."""
+        names = [os.path.basename(os.path.abspath(folder)) for folder in self.cfg.baselines]
+        for name, folder in zip(names, self.cfg.baselines):
+            if name in self.checkpoints:
+                raise UserError(f"baseline {folder}: a row is called {name} already; rename the folder")
+            self.tokenizers[name] = data.load_tokenizer("gpt2", self.cfg.data_dir)  # whatever the run's own is
+            self.models[name] = Peer(folder, self.tokenizers[name]).to(self.device, self.dtype).eval()
+            self.checkpoints[name] = {"weights_hash": weights_hash(self.models[name].state_dict())}
+        return names
 
     def files(self, task: "Task") -> list[str]:
         """The files that a task takes its items from."""
@@ -171,7 +186,7 @@ def judged(bench: Bench) -> list[str]:
 
 TASKS = {
     "val_loss": Task(tasks.val_loss, "data", ("*val*.bin",)),
-    "text_perplexity": Task(tasks.text_perplexity, "text", ("test.txt",)),
+    "text_perplexity": Task(tasks.text_perplexity, "text", ("test.txt",), lambda bench: [*bench.policies, *bench.baselines()]),
     "chats": Task(tasks.chats, "chats", ("sft_val.jsonl",)),
     "problems": Task(tasks.greedy, "problems", ("problems_test.jsonl",)),
     "preference": Task(tasks.preference, "pairs", ("dpo_test.jsonl", "dpo_val.jsonl")),
@@ -183,7 +198,7 @@ TASKS = {
 }
 SETTINGS = ("data", "problems", "pairs", "chats", "text", "protocols", "published", "sst2", "shots", "dialogues", "n_samples", "temperature", "max_new_tokens", "calculator",
             "n_problems", "n_chats", "seed")  # that decide a number, and stand beside it
-VERSION = 3  # of the tasks: raised when a number changes its meaning
+VERSION = 4  # of the tasks: raised when a number changes its meaning
 
 
 # ---------------------------------------------------------------------------------------------------------------------

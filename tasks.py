@@ -42,8 +42,8 @@ def text_perplexity(bench, stage: str) -> list[dict]:
     for name in bench.cfg.text.split(","):
         with data.open_text(os.path.join(bench.cfg.data_dir, name, "test.txt")) as f:
             text = f.read()
-        overlaps = bench.overlaps(text)
-        for row in perplexity(bench.model(stage), bench.tokenizer, text, bench.cfg.protocols or PROTOCOLS):
+        overlaps = bench.overlaps(text) if stage in bench.policies else [None, None]  # what a baseline was trained on is not known here
+        for row in perplexity(bench.model(stage), bench.tokenizers.get(stage, bench.tokenizer), text, bench.cfg.protocols or PROTOCOLS):
             results.append({**row, "split": name, "overlap": overlaps[row["protocol"] in ("words", "bpb")]})
     return results
 

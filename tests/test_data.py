@@ -746,6 +746,7 @@ def test_wikitext_headings_begin_documents(tmp_path):
     articles = BYTE.decode(ids).split("<|endoftext|>")
     assert [re.match(r" = (\w+ \w+) = \n", article)[1] for article in articles[:-1]] == ["Tom Cat", "Mia Dog"]
     assert "".join(articles) == WIKI.removeprefix(" \n")
+    assert list(data.wikitext_articles([" = X = \n", " a \n", " = = Y = = \n", " = Z = \n"])) == [" = X = \n a \n = = Y = = \n", " = Z = \n"]
 
 
 def test_marked_documents_are_separated_under_a_wikitext_name_too(tmp_path):
@@ -1099,7 +1100,7 @@ HUB = {  # name: (stage, id, config, split), as published
     "alpaca": ("sft", "tatsu-lab/alpaca", None, "train"), "hh-rlhf": ("dpo", "Anthropic/hh-rlhf", None, "train"),
     "gsm8k": ("verifier", "openai/gsm8k", "main", "train"), "gsm8k-test": ("eval", "openai/gsm8k", "main", "test"),
     "wikitext-2": ("eval", "Salesforce/wikitext", "wikitext-2-raw-v1", "test"), "wikitext-2-valid": ("eval", "Salesforce/wikitext", "wikitext-2-raw-v1", "validation"),
-    "sst2": ("eval", "stanfordnlp/sst2", None, "validation"), "dialogsum": ("eval", "knkarthick/dialogsum", None, "test"),
+    "sst2": ("eval", "stanfordnlp/sst2", None, "validation"), "sst2-train": ("eval", "stanfordnlp/sst2", None, "train"), "dialogsum": ("eval", "knkarthick/dialogsum", None, "test"),
 }
 COLUMNS = {
     "Salesforce/wikitext": {"text": ["", " = Tom Cat = \n", "", " He sat . \n", " = Mia Dog = \n", " She ran . \n"]},
