@@ -1,5 +1,6 @@
 """The plots of a report: each takes rows of result files and the folder to write to, and returns its file's name, or None with nothing to show."""
 import os
+import re
 
 import matplotlib
 
@@ -15,6 +16,7 @@ def finish(figure, folder: str, name: str) -> str:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.tight_layout()
+    name = re.sub(r"[^\w.-]+", "_", name)  # a link with a space in it is none
     data.write_atomic(os.path.join(folder, name), lambda f: figure.savefig(f, format="png", dpi=110))
     plt.close(figure)
     return name

@@ -218,8 +218,11 @@ def test_runs_are_compared_item_by_item(tmp_path, capsys):
 
 def test_a_sweep_gets_its_trade_off_curve(tmp_path):
     """Three runs with answers and plain text measured: a point each, and the plot follows the numbers."""
-    rows = [row("chats", model, "response_loss", "teacher", 6 + i / 10, stage=model) for i, model in enumerate(("lr1", "lr2", "lr3"))]
-    rows += [row("text_perplexity", model, "perplexity", "per_line", 2000 + 100 * i, split="wiki", stage=model) for i, model in enumerate(("lr1", "lr2", "lr3"))]
+    rows = [row("chats", model, "response_loss", "teacher", 6 + i / 10, stage=model) for i, model in enumerate(("lr1", "lr2", "lr 3, replay"))]
+    rows += [row("text_perplexity", model, "perplexity", "per_line", 2000 + 100 * i, split="wiki", stage=model) for i, model in enumerate(("lr1", "lr2", "lr 3, replay"))]
+    data.write_jsonl(str(tmp_path / "lr 3, replay" / "metrics.jsonl"), metrics_rows())
+    assert "![](loss_lr_3_replay.png)" in text_of(write_run(tmp_path, rows)) and (tmp_path / "loss_lr_3_replay.png").exists()
+    (tmp_path / "report.md").unlink()
     assert "![](tradeoff.png)" in text_of(write_run(tmp_path, rows))
     before = (tmp_path / "tradeoff.png").read_bytes()
     rows[-1]["value"] *= 2
