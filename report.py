@@ -34,7 +34,7 @@ MEASURES = [  # of the first tables: heading, task, metric, protocol
     ("tales on topic and kind", "tales", "on_topic_and_kind", "sampled"), ("response loss (nats/token)", "chats", "response_loss", "teacher"),
     ("answers stop", "chats", "stop_rate", "greedy"), ("repeated 4-grams", "chats", "repetition", "greedy"),
     ("2-grams in no other answer", "chats", "distinct_2", "greedy"), ("SST-2, zero-shot", "sst2", "accuracy", "zero-shot"),
-    ("SST-2, majority", "sst2", "accuracy", "majority"), ("DialogSum, ROUGE-L", "dialogsum", "rougeL", "greedy")]
+    ("DialogSum, ROUGE-L", "dialogsum", "rougeL", "greedy")]
 DETAILS = {"problems": "Word problems, greedily: right answers and kinds of error", "sst2": "SST-2 by prompt", "dialogsum": "DialogSum",
            "text_perplexity": "Perplexity by protocol", "streaming": "Streaming"}
 DIGITS = {"val_loss": 4, "response_loss": 4, "bits_per_byte": 4, "perplexity": 2, "auc": 3, "brier": 3, "calibration_error": 3, "length": 1}  # the rest are rates
@@ -86,9 +86,9 @@ def details(results: list[dict], task: str) -> str:
     several = len({split for *_, split in keys}) > 1 or task == "text_perplexity"
     heads = {key: ", ".join([*(dict.fromkeys((key[0].replace("_", " "), key[1]))), *([key[2]] if several else [])]) for key in keys}
     text = by_model(results, [(heads[key], task, *key) for key in keys])
-    drawn = [r for r in map(lambda key: find(results, task=task, metric=key[0], protocol=key[1], split=key[2]), keys) if len(r.get("draws", [])) > 1]
-    notes = [f"{r['protocol']} ({r['model']}): {show({**r, 'low': min(r['draws']), 'high': max(r['draws'])})}, here [lowest, highest] of {len(r['draws'])} draws of the examples."
-             for r in drawn]
+    drawn = {(r["protocol"], r["model"]): r["draws"] for r in results if r["task"] == task and len(r.get("draws", [])) > 1}
+    notes = [f"{protocol}, lowest and highest of the draws of examples: " + ", ".join(
+        f"{model} {100 * min(draws):.1f}-{100 * max(draws):.1f} %" for (p, model), draws in drawn.items() if p == protocol) for protocol in dict.fromkeys(p for p, _ in drawn)]
     seen = {(r["split"], "as it stands" if r["protocol"] not in ("words", "bpb") else "detokenised"): r["overlap"] for r in results if r.get("overlap") is not None}
     notes += [f"Of {split}, {form}, {100 * share:.2f} % of all runs of 13 tokens stand in the training shards." for (split, form), share in seen.items()] if task == "text_perplexity" else []
     return "\n\n".join([text, *notes])

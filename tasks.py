@@ -209,7 +209,7 @@ def sst2(bench, stage: str) -> list[dict]:
             results.append({"metric": "accuracy", "protocol": protocol, **(proportion(right[0]) if len(right) == 1 else mean(np.mean(right, axis=0))),
                             "draws": [float(r.mean()) for r in right]})
     if stage == "untrained":
-        results.append({"model": "majority class", "metric": "accuracy", "protocol": "majority", **proportion(gold == (gold.mean() >= 0.5))})
+        results.append({"model": "majority class", "metric": "accuracy", "protocol": "zero-shot", **proportion(gold == (gold.mean() >= 0.5))})
     return results
 
 

@@ -2,7 +2,8 @@
 
     python align.py config/dpo_problems.py --init_from=out/toy/sft
 
-Greedy exact match over SFT: +6.8, +0.8, +6.2 points on seeds 1337, 1, 2.
+Greedy exact match over SFT, 2,000 test problems: +5.4, +1.0, +5.0 points on seeds 1337, 1, 2; with --beta=1e-6, which switches the preference term off,
++5.9, +1.1, +5.7: it is the likelihood of the right samples that helps (LOG.md).
 """
 mode = "dpo"
 out_dir = "out/toy/dpo_problems"
