@@ -113,7 +113,7 @@ def detokenize(text: str) -> str:
 
 
 def perplexity(model: GPT | Peer, tokenizer, text: str, protocols: tuple[str, ...] = PROTOCOLS) -> list[dict]:
-    """The same text under each protocol (figures of GPT-2 small in brackets, from the threads named in LOG.md):
+    """The same text under each protocol (figures of GPT-2 small in brackets; README.md says whose):
 
     per_line  first 100 non-empty lines, each alone, at most 512 ids, first id not scored: exp(nats / ids)  [40.64 on valid]
     tokens    whole text, windows of seq_len, first id of each not scored: exp(nats / ids)                  [29.94 on test]

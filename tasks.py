@@ -29,11 +29,14 @@ def val_loss(bench, stage: str) -> list[dict]:
     nll, T = windows_nll(model, [(row, len(row) - 1) for row in ids]), model.cfg.seq_len
     results = [{"metric": "val_loss", "protocol": "windows", "split": "val", **ratio(nll, [T] * len(nll))}]
     if stage == "untrained":
-        counts = Counter(token for row in ids for token in row[1:])
-        total = sum(counts.values())
-        entropy = -sum(c / total * math.log(c / total) for c in counts.values())
-        results.append({"model": "unigram entropy", "metric": "val_loss", "protocol": "windows", "split": "val", "value": entropy, "n": total})
+        entropy, n = unigram_entropy([token for row in ids for token in row[1:]])
+        results.append({"model": "unigram entropy", "metric": "val_loss", "protocol": "windows", "split": "val", "value": entropy, "n": n})
     return results
+
+
+def unigram_entropy(ids: list[int]) -> tuple[float, int]:
+    """nats per id of the best model that knows the frequencies and no context, and the number of ids."""
+    return -sum(c / len(ids) * math.log(c / len(ids)) for c in Counter(ids).values()), len(ids)
 
 
 def text_perplexity(bench, stage: str) -> list[dict]:
@@ -45,6 +48,9 @@ def text_perplexity(bench, stage: str) -> list[dict]:
         overlaps = bench.overlaps(text) if stage in bench.policies else [None, None]  # what a baseline was trained on is not known here
         for row in perplexity(bench.model(stage), bench.tokenizers.get(stage, bench.tokenizer), text, bench.cfg.protocols or PROTOCOLS):
             results.append({**row, "split": name, "overlap": overlaps[row["protocol"] in ("words", "bpb")]})
+        if stage == "untrained" and "tokens" in (bench.cfg.protocols or PROTOCOLS):
+            entropy, n = unigram_entropy(bench.tokenizer.encode(text))
+            results.append({"model": "unigrams of the text", "metric": "perplexity", "protocol": "tokens", "split": name, "value": math.exp(entropy), "n": n})
     return results
 
 

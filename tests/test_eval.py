@@ -546,7 +546,7 @@ def test_every_result_carries_all_that_is_needed_to_judge_it(finished):
     assert {row["task"] for row in rows} == set(evaluation.TASKS)
     assert {row["model"] for row in rows} >= {
         "untrained", "pretrain", "sft", "dpo", "unigram entropy", "longer answer wins", "majority class", "first three turns", "longest turn"}
-    assert all("low" in row and "high" in row for row in rows if row["model"] != "unigram entropy")
+    assert all("low" in row and "high" in row for row in rows if not row["model"].startswith("unigram"))
     assert all(not row["low"] > row["value"] + 1e-12 and not row["high"] < row["value"] - 1e-12 for row in rows if "low" in row)
 
 
@@ -579,6 +579,9 @@ def test_the_baselines_are_the_trivial_answers(finished):
     share = np.bincount(scored) / len(scored)
     (entropy,) = [row for row in rows if row["model"] == "unigram entropy"]
     assert entropy["value"] == pytest.approx(-(share[share > 0] * np.log(share[share > 0])).sum()) and entropy["n"] == len(scored)
+    counts = np.bincount(list(TEXT.encode())) / len(TEXT.encode())
+    (text,) = [row for row in rows if row["model"] == "unigrams of the text"]
+    assert text["value"] == pytest.approx(np.exp(-(counts[counts > 0] * np.log(counts[counts > 0])).sum()))
 
 
 def test_the_items_of_a_result_make_up_its_value(finished):
