@@ -240,8 +240,8 @@ def append_results(path: str, rows: list[dict], replace=None) -> None:
 def main(argv: list[str]) -> int:
     cfg = configurator.load(EvalConfig, argv)
     if cfg.compare:
-        import report  # which reads this file's results
-        print(report.compare(list(cfg.compare)))
+        import tables  # which reads what this file writes
+        print(tables.compare(list(cfg.compare)))
         return 0
     data.ensure(",".join(filter(None, (cfg.data, cfg.problems, cfg.pairs, cfg.chats))), cfg.data_dir)
     if not os.path.isdir(cfg.out_dir):

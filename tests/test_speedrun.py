@@ -189,7 +189,7 @@ def with_items(folder: Path, rows: list[dict], items: dict[str, list[float]]) ->
     """rows whose items files exist, right or wrong as items[model] says."""
     for r in rows:
         r |= {"items": f"items/{r['model']}.json", "data_hash": "same", **{k: v for k, v in stats.proportion(items[r["model"]]).items() if k != "items"}}
-        data.write_json(str(folder / r["items"]), {report.item_key(r): stats.proportion(items[r["model"]])["items"]})
+        data.write_json(str(folder / r["items"]), {evaluation.item_key(r): stats.proportion(items[r["model"]])["items"]})
     return rows
 
 
