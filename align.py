@@ -279,8 +279,8 @@ class DPO:
             self.check_start(model, ranks)
 
     def sampled_pairs(self, split: str, model: GPT, tokenizer, ranks: Ranks) -> list[dict]:
-        """Right against wrong samples of the starting model, on problems that it was not trained on."""
-        rows = sampled_solutions(self.cfg, model, tokenizer, "verifier" if split == "train" else split, ranks)
+        """Right against wrong samples of the starting model, on the problems of SFT and on those that it never saw."""
+        rows = [row for part in (("train", "verifier") if split == "train" else (split,)) for row in sampled_solutions(self.cfg, model, tokenizer, part, ranks)]
         pairs = [pair for row in rows for pair in data.solution_pairs(row)]
         ranks.print(f"dpo {split}: {len(pairs)} pairs of a right and a wrong sample, from {len(rows)} problems x {self.cfg.n_samples} samples")
         if not pairs:

@@ -1,4 +1,4 @@
-"""DPO on the toy world's word problems: the SFT model's own right samples against its wrong ones, on problems that SFT never saw.
+"""DPO on the toy world's word problems: the SFT model's own right samples against its wrong ones, on SFT's problems and 4,000 new ones.
 
     python align.py config/dpo_problems.py --init_from=out/toy/sft
 
@@ -18,9 +18,9 @@ momentum = 0.9
 beta = 0.1
 batch_tokens = 6144
 micro_batch = 48
-max_steps = 60
+max_steps = 80  # one pass over some 4,000 pairs
 warmup_frac = 0.1
 schedule = "cosine"
-eval_interval = 60
+eval_interval = 80
 eval_rows = 64
-save_interval = 60
+save_interval = 80

@@ -71,6 +71,7 @@ def world(folder: Path, chats=CHATS, pairs=PAIRS, problems=PROBLEMS) -> str:
         data.write_jsonl(str(folder / "mini" / f"dpo_{split}.jsonl"), pairs)
     for split in ("verifier", "val"):
         data.write_jsonl(str(folder / "mini" / f"problems_{split}.jsonl"), problems)
+    data.write_jsonl(str(folder / "mini" / "problems_train.jsonl"), [{**row, "question": f"SFT: {row['question']}"} for row in problems])
     return str(folder)
 
 
@@ -580,6 +581,8 @@ def test_dpo_on_its_own_samples(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(problems, "generate", canned(["#### 1", "#### 2", "none"]))
     task = build(config(tmp_path, "dpo", on_policy=True, n_samples=3), tiny())
     assert {BYTE.decode(chosen[:-1]) for _, chosen, _ in task.pairs["train"]} == {"#### 1", "#### 2"} and "pairs of a right and a wrong sample" in capsys.readouterr().out
+    asked = {split: {BYTE.decode(prompt).count("SFT: ") for prompt, *_ in task.pairs[split]} for split in ("train", "val")}
+    assert asked == {"train": {0, 1}, "val": {0}}  # SFT's problems and those that it never saw; held-out ones for validation
     monkeypatch.setattr(problems, "generate", canned(["#### 99"]))
     with pytest.raises(UserError, match="both a right and a wrong sample"):
         build(config(tmp_path, "dpo", on_policy=True, n_samples=3, seed=5), tiny())
