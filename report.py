@@ -35,7 +35,8 @@ COLUMNS = [("val loss (nats/token)", "val_loss", "val_loss", "windows"), ("probl
            ("repeated 4-grams", "chats", "repetition", "greedy")]
 
 
-DIGITS = {"val_loss": 4, "response_loss": 4, "bits_per_byte": 4, "perplexity": 2, "auc": 3, "brier": 3, "calibration_error": 3}  # the rest are rates
+DIGITS = {"val_loss": 4, "response_loss": 4, "bits_per_byte": 4, "perplexity": 2, "auc": 3, "brier": 3, "calibration_error": 3,
+          "loss_within_context": 3, "loss_beyond_context": 3}  # the rest are rates
 
 
 def number(row: dict | None) -> str:
@@ -139,19 +140,94 @@ def plot_calibration(folder: str, results: list[dict]) -> str | None:
     return finish(figure, folder, "calibration.png")
 
 
+def streaming_table(results: list[dict]) -> str:
+    rows = [r for r in results if r["task"] == "streaming" and r["metric"] in ("loss_within_context", "loss_beyond_context")]
+    protocols, keys = (list(dict.fromkeys(values)) for values in ((r["protocol"] for r in rows), ((r["model"], r["metric"]) for r in rows)))
+    return table(["model", "nats/token", *protocols], [[model, metric.replace("_", " "), *(number(find(rows, model=model, metric=metric, protocol=p)) for p in protocols)]
+                                                       for model, metric in keys])
+
+
+def curves(results: list[dict], metric: str) -> dict[tuple[str, str], list[dict]]:
+    """Newest rows of a metric by (model, way to read the stream), in the order of positions."""
+    newest, lines = {(r["model"], r["protocol"]): r for r in results if r["task"] == "streaming" and r["metric"] == metric}, {}
+    for (model, protocol), row in newest.items():
+        lines.setdefault((model, protocol.split()[0]), []).append(row)
+    return {key: sorted(rows, key=lambda r: r["position"]) for key, rows in lines.items()}
+
+
+def plot_streaming(folder: str, results: list[dict]) -> str:
+    """Loss against position by model and way to read, time per token, cache, and what every head gives to the sink and to the first token."""
+    figure, axes = plt.subplot_mosaic([["loss"] * 3, ["ms", "cache", "share"]], figsize=(12, 8))
+    losses = curves(results, "loss_at_position")
+    colors = dict(zip(dict.fromkeys(model for model, _ in losses), ("tab:blue", "tab:red", "tab:green", "tab:orange", "tab:purple")))
+    styles = {"rolling": {"ls": "-"}, "dense": {"ls": ":"}, "recompute": {"ls": "", "marker": "x", "ms": 4}}
+    for panel, metric, scale in (("loss", "loss_at_position", 1), ("ms", "ms_per_token", 1), ("cache", "cache_bytes", 1e-3)):
+        for (model, how), rows in curves(results, metric).items():
+            middle = [(r["position"] / r["seq_len"]) + 0.25 for r in rows]
+            axes[panel].plot(middle, [scale * r["value"] for r in rows], color=colors[model], lw=1.5, label=f"{model}, {how}", **styles[how])
+            if "low" in rows[0] and how != "recompute":
+                axes[panel].fill_between(middle, [r["low"] for r in rows], [r["high"] for r in rows], color=colors[model], alpha=0.1, lw=0)
+        axes[panel].axvline(1, color="black", lw=0.8)
+        axes[panel].set(xlabel="position, in training contexts (line: where training ends)")
+    axes["loss"].set(title="Loss against position (bands: 95 % intervals over streams)", ylabel="nats/token")
+    axes["ms"].set(title="Time per token, one stream", ylabel="ms")
+    axes["cache"].set(title="Keys and values kept, one stream", ylabel="kB", yscale="log")
+    for (model, metric), marker in {(m, k): k for m in colors for k in ("sink_share", "first_token_share")}.items():
+        newest = {r["protocol"]: r for r in results if r["task"] == "streaming" and (r["model"], r["metric"]) == (model, metric)}
+        if newest:
+            axes["share"].plot([f"{r['layer']}.{r['head']}" for r in newest.values()], [100 * r["value"] for r in newest.values()], color=colors[model], ms=5,
+                               ls="", marker="o" if marker == "sink_share" else "^", label=f"{model}, {metric.replace('_share', '').replace('_', ' ')}")
+            uniform = 100 * next(iter(newest.values()))["uniform"]
+    axes["share"].axhline(uniform, color="black", ls="--", lw=1, label="if all looked at alike")
+    axes["share"].set(title="Attention within the training context", xlabel="layer.head", ylabel="share, %", yscale="symlog")
+    return finish(figure, folder, "streaming.png")
+
+
+def plot_attention(folder: str, results: list[dict], stage: str, sentence: int) -> str:
+    """Every layer (down) and head (across) on one sentence: who (rows) looks at whom (columns; the sink last)."""
+    (kept,) = data.read_jsonl(os.path.join(folder, "attention", f"{stage}_{sentence}.jsonl"))
+    tokens = [repr(token)[1:-1].replace(" ", "\N{OPEN BOX}") for token in kept["tokens"]]
+    columns, size = tokens + ["SINK"] * kept["sinks"], 1.2 + 0.085 * len(tokens)
+    figure, grid = plt.subplots(len(kept["maps"]), len(kept["maps"][0]), squeeze=False, layout="constrained",
+                                figsize=(size * len(kept["maps"][0]) + 0.8, 1.1 * size * len(kept["maps"]) + 0.8))
+    for layer, heads in enumerate(kept["maps"], 1):
+        for head, weights in enumerate(heads, 1):
+            axes, of_head = grid[layer - 1, head - 1], dict(task="attention", model=stage, protocol=f"sentence {sentence} layer {layer} head {head}")
+            shares = {name: find(results, metric=f"{name}_share", **of_head) for name in ("sink", "first_token")}
+            image = axes.imshow([row[:len(columns)] for row in weights], cmap="Blues", norm=matplotlib.colors.PowerNorm(0.5, 0, 1), aspect="auto")
+            axes.set_xticks(range(len(columns)), columns, fontsize=5, rotation=90)
+            axes.set_yticks(range(len(tokens)), tokens, fontsize=5)
+            axes.set_title(f"layer {layer} head {head}: entropy {find(results, metric='attention_entropy', **of_head)['value']:.2f}\n"
+                           + ", ".join(f"{name.replace('_', ' ')} {100 * row['value']:.0f} %" for name, row in shares.items() if row), fontsize=7)
+    uniform = find(results, metric="attention_entropy", **of_head)["uniform"]
+    figure.suptitle(f"{stage}: attention weights, {len(tokens)} tokens; entropy in nats, {uniform:.2f} where all tokens are looked at alike", fontsize=10)
+    figure.colorbar(image, ax=grid, shrink=0.5, label="weight")
+    return save(figure, folder, f"attention_{stage}_{sentence}.png")
+
+
 def finish(figure, folder: str, name: str) -> str:
     for axes in figure.axes:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.tight_layout()
+    return save(figure, folder, name)
+
+
+def save(figure, folder: str, name: str) -> str:
     data.write_atomic(os.path.join(folder, name), lambda f: figure.savefig(f, format="png", dpi=110))
     plt.close(figure)
     return name
 
 
+def runs(folder: str) -> list[str]:
+    """Those below a folder, stages first."""
+    names = sorted(name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name, "metrics.jsonl")))
+    return sorted(names, key=lambda name: STAGES.index(name) if name in STAGES else len(STAGES))
+
+
 def cost_table(folder: str) -> str:
     rows, seconds = [], 0.0
-    for stage in STAGES:
+    for stage in runs(folder):
         steps = [r for r in data.read_metrics(os.path.join(folder, stage, "metrics.jsonl")) if "tokens" in r]
         if steps:
             last = steps[-1]
@@ -204,7 +280,14 @@ def write_report(folder: str, n_samples: int) -> str:
         keys = list(dict.fromkeys((r["model"], r["split"]) for r in texts))
         protocols = list(dict.fromkeys(r["protocol"] for r in texts))
         parts += ["## Perplexity by protocol", table(["model", "text", *protocols], [[m, s, *(number(find(texts, model=m, split=s, protocol=p)) for p in protocols)] for m, s in keys])]
-    parts += ["## Loss of each stage", *(f"![]({name})" for name in [*(plot_loss(folder, stage) for stage in STAGES), plot_dpo(folder)] if name)]
+    if find(results, task="streaming"):
+        parts += ["## Streams of 16 training contexts", streaming_table(results), "rolling: a cache of one training context, token by token; dense: every "
+                  "token sees all before it; recompute: the last training context from scratch for every token. Rolling cannot recall what is older than "
+                  "its cache; as good as recompute is all that it can be.", f"![]({plot_streaming(folder, results)})"]
+    looked_at = sorted({(row["model"], int(row["protocol"].split()[1])) for row in results if row["task"] == "attention"})
+    if looked_at:
+        parts += ["## Attention maps", *(f"![]({plot_attention(folder, results, *which)})" for which in looked_at)]
+    parts += ["## Loss of each stage", *(f"![]({name})" for name in [*(plot_loss(folder, stage) for stage in runs(folder)), plot_dpo(folder)] if name)]
     shown = samples(folder, n_samples)
     parts += ["## The same problems at every stage", shown] if shown else []
     hashes = {row["stage"]: row["weights_hash"] for row in results} | {"verifier": row["verifier_hash"] for row in results if "verifier_hash" in row}
