@@ -132,7 +132,7 @@ def test_shares_leave_out_the_first_queries():
 # ---------------------------------------------------------------------------------------------------------------------
 # The tasks
 
-SENTENCES = "Cats run;2*x, y."
+SENTENCES = "Cats run;2*x,y"
 
 
 def make_runs(folder, characters: int = 600, end: int | None = None) -> list[str]:
@@ -142,7 +142,7 @@ def make_runs(folder, characters: int = 600, end: int | None = None) -> list[str
         ids[::end] = BYTE.eos
     data.write_shard(str(folder / "data" / "book" / "val_000.bin"), ids, BYTE)
     for name in ("sinks", "no_sinks"):
-        model = tiny(sinks=name == "sinks").float()
+        model = tiny(sinks=name == "sinks", n_head=2, n_kv_head=1).float()
         save_checkpoint(str(folder / "run" / name / "ckpt_0000009.pt"), {
             "model": model.state_dict(), "model_config": asdict(model.cfg), "train_config": {}, "step": 9, "best": 1.0, "task": "pretrain", "data": "none",
             "rng": torch.get_rng_state(), "optimizers": [], "tokenizer": BYTE.spec()})
@@ -160,15 +160,16 @@ def finished(tmp_path_factory):
 
 
 def test_every_run_has_a_curve_to_sixteen_contexts(finished):
-    """A row per way to read and half context, each with its position; memory is flat for the rolling cache and grows for the other."""
+    """A row per way to read and half context (a whole one where recompute takes fewer positions), with its position; memory is flat for the rolling cache and grows for the other."""
     _, rows = finished
     for model in ("sinks", "no_sinks"):
         for how in ("rolling", "dense", "recompute"):
             line = [r for r in rows if (r["model"], r["metric"]) == (model, "loss_at_position") and r["protocol"].startswith(how)]
-            assert [r["position"] for r in line] == list(range(0, 16 * T, T // 2)) and all(r["low"] <= r["value"] <= r["high"] for r in line)
-            assert line[1]["protocol"] == f"{how} 4-7" and line[0]["n"] == 3 * 4 and {r["split"] for r in line} == {"val"}
+            width = T if how == "recompute" else T // 2
+            assert [r["position"] for r in line] == list(range(0, 16 * T, width)) and all(r["low"] <= r["value"] <= r["high"] for r in line)
+            assert line[1]["protocol"] == f"{how} {width}-{2 * width - 1}" and line[0]["n"] == 3 * width and {r["split"] for r in line} == {"val"}
         size = {how: [r["value"] for r in rows if (r["model"], r["metric"]) == (model, "cache_bytes") and how in r["protocol"]] for how in ("rolling", "dense")}
-        assert set(size["rolling"]) == {2 * 2 * 2 * T * 8 * 4} and size["dense"] == [2 * 2 * 2 * 4 * 8 * 4 * (i + 1) for i in range(32)]
+        assert set(size["rolling"]) == {2 * 2 * T * 16 * 4} and size["dense"] == [2 * 2 * 4 * 16 * 4 * (i + 1) for i in range(32)]
     assert {r["model"] for r in rows if r["task"] == "streaming"} == {"sinks", "no_sinks"}
     assert {r["model"] for r in rows if r["metric"] == "sink_share" and r["task"] == "streaming"} == {"sinks"}
 
@@ -186,7 +187,7 @@ def test_maps_are_kept_for_every_model_and_sentence_and_drawn(finished):
     for model in ("untrained", "sinks", "no_sinks"):
         for sentence, text in enumerate(SENTENCES.split(";"), 1):
             kept = json.loads((folder / "attention" / f"{model}_{sentence}.jsonl").read_text())
-            assert "".join(kept["tokens"]) == text and np.array(kept["maps"]).shape == (2, 4, len(text), len(text) + 1)
+            assert "".join(kept["tokens"]) == text and np.array(kept["maps"]).shape == (2, 2, len(text), len(text) + 1)
             assert (folder / f"attention_{model}_{sentence}.png").stat().st_size > 10_000
             whole = [r for r in rows if (r["model"], r["metric"], r["protocol"]) == (model, "attention_entropy", f"sentence {sentence}")]
             assert len(whole) == 1 and whole[0]["uniform"] == pytest.approx(sum(math.log(i) for i in range(1, len(text) + 1)) / len(text))
@@ -208,6 +209,6 @@ def test_wrong_requests_are_refused_in_words(tmp_path):
     fails(lambda: evaluation.main([*argv, "--tasks=streaming", "--streaming=book"]), "16 x seq_len = 128", "100 tokens")
     fails(lambda: evaluation.main([*argv, "--tasks=streaming"]), "streaming needs --streaming=")
     fails(lambda: evaluation.main([*argv, "--tasks=attention"]), "attention needs --sentences=")
-    fails(lambda: evaluation.main([*argv, "--tasks=attention", "--sentences=far too long a sentence"]), "22 tokens", "seq_len=8", "separated by ;")
+    fails(lambda: evaluation.main([*argv, "--tasks=attention", "--sentences=far too long a sentence"]), "23 tokens", "seq_len=8", "separated by ;")
     fails(lambda: evaluation.main([*argv, "--tasks=attention", "--sentences=x"]), "'x' has 1 tokens")
     fails(lambda: evaluation.main([*argv, "--tasks=streaming", "--streaming=book", "--n_streams=0"]), "n_streams must be at least 1, got 0")
