@@ -171,7 +171,7 @@ def plot_streaming(folder: str, results: list[dict]) -> str:
         axes[panel].axvline(1, color="black", lw=0.8)
         axes[panel].set_xlabel("position / training context")
     gaps = [(model, find(results, model=model, metric="loss_beyond_context", protocol="rolling - recompute")) for model in colors]
-    axes["loss"].set(ylabel="nats/token", title="Loss against position (95 % intervals over streams). Rolling - recompute beyond the training context: "
+    axes["loss"].set(ylabel="nats/token", title="Loss against position (95 % intervals over streams)\nrolling - recompute beyond the training context: "
                      + "; ".join(f"{model} {row['value']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]" for model, row in gaps))
     axes["ms"].set(title="Time per token, ms", ylim=(0, None))
     axes["cache"].set(title="Keys and values kept, kB", ylim=(0, None))
@@ -182,7 +182,7 @@ def plot_streaming(folder: str, results: list[dict]) -> str:
                                ls="", marker=marker, label=f"{model}: {metric.removesuffix('_share').replace('_', ' ')}")
             uniform = 100 * next(iter(newest.values()))["uniform"]
     axes["share"].axhline(uniform, color="black", ls="--", lw=1, label="all looked at alike")
-    axes["share"].set(title="Attention given, %, within the training context", xlabel="layer.head", ylim=(0, None))
+    axes["share"].set(title="Attention given by the second half of the training context, %", xlabel="layer.head", ylim=(0, None))
     axes["share"].tick_params("x", rotation=90)
     for panel in axes.values():
         panel.title.set_fontsize(10)
@@ -204,8 +204,8 @@ def plot_attention(folder: str, results: list[dict], stage: str, sentence: int) 
         entropy = find(results, metric="attention_entropy", **of_head)
         axes.set_title(f"layer {layer + 1} head {head + 1}: entropy {entropy['value']:.2f}\n"
                        + ", ".join(f"{name.replace('_', ' ')} {100 * row['value']:.1f} %" for name, row in shares.items() if row), fontsize=max(8, 2.4 * side))
-    grid[0, 0].set_xticks(range(len(columns)), columns, fontsize=6, rotation=90)
-    grid[0, 0].set_yticks(range(len(tokens)), tokens, fontsize=6)
+        axes.set_xticks(range(len(columns)), columns, fontsize=6, rotation=90)
+        axes.set_yticks(range(len(tokens)), tokens, fontsize=6)
     figure.suptitle(f"{stage}: attention of each token (row) to those before it (columns); {len(tokens)} tokens. Entropy in nats: {entropy['uniform']:.2f} "
                     "where all are looked at alike", fontsize=max(10, 3 * side))
     figure.colorbar(image, ax=grid, shrink=0.5, aspect=40, label="weight")

@@ -142,11 +142,11 @@ def make_runs(folder, characters: int = 600, end: int | None = None) -> list[str
         ids[::end] = BYTE.eos
     data.write_shard(str(folder / "data" / "book" / "val_000.bin"), ids, BYTE)
     for name in ("sinks", "no_sinks"):
-        model = tiny(sinks=name == "sinks", n_head=2, n_kv_head=1).float()
+        model = tiny(sinks=name == "sinks", n_head=1, n_kv_head=1).float()
         save_checkpoint(str(folder / "run" / name / "ckpt_0000009.pt"), {
             "model": model.state_dict(), "model_config": asdict(model.cfg), "train_config": {}, "step": 9, "best": 1.0, "task": "pretrain", "data": "none",
             "rng": torch.get_rng_state(), "optimizers": [], "tokenizer": BYTE.spec()})
-    return [f"--out_dir={folder / 'run'}", f"--data_dir={folder / 'data'}", "--data=", "--problems=", "--pairs=", "--chats=", "--n_streams=3", "--device=cpu"]
+    return [f"--out_dir={folder / 'run'}", f"--data_dir={folder / 'data'}", "--data=", "--problems=", "--pairs=", "--chats=", "--n_streams=2", "--device=cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -167,9 +167,9 @@ def test_every_run_has_a_curve_to_sixteen_contexts(finished):
             line = [r for r in rows if (r["model"], r["metric"]) == (model, "loss_at_position") and r["protocol"].startswith(how)]
             width = T if how == "recompute" else T // 2
             assert [r["position"] for r in line] == list(range(0, 16 * T, width)) and all(r["low"] <= r["value"] <= r["high"] for r in line)
-            assert line[1]["protocol"] == f"{how} {width}-{2 * width - 1}" and line[0]["n"] == 3 * width and {r["split"] for r in line} == {"val"}
+            assert line[1]["protocol"] == f"{how} {width}-{2 * width - 1}" and line[0]["n"] == 2 * width and {r["split"] for r in line} == {"val"}
         size = {how: [r["value"] for r in rows if (r["model"], r["metric"]) == (model, "cache_bytes") and how in r["protocol"]] for how in ("rolling", "dense")}
-        assert set(size["rolling"]) == {2 * 2 * T * 16 * 4} and size["dense"] == [2 * 2 * 4 * 16 * 4 * (i + 1) for i in range(32)]
+        assert set(size["rolling"]) == {2 * 2 * T * 32 * 4} and size["dense"] == [2 * 2 * 4 * 32 * 4 * (i + 1) for i in range(32)]
     assert {r["model"] for r in rows if r["task"] == "streaming"} == {"sinks", "no_sinks"}
     assert {r["model"] for r in rows if r["metric"] == "sink_share" and r["task"] == "streaming"} == {"sinks"}
 
@@ -187,7 +187,7 @@ def test_maps_are_kept_for_every_model_and_sentence_and_drawn(finished):
     for model in ("untrained", "sinks", "no_sinks"):
         for sentence, text in enumerate(SENTENCES.split(";"), 1):
             kept = json.loads((folder / "attention" / f"{model}_{sentence}.jsonl").read_text())
-            assert "".join(kept["tokens"]) == text and np.array(kept["maps"]).shape == (2, 2, len(text), len(text) + 1)
+            assert "".join(kept["tokens"]) == text and np.array(kept["maps"]).shape == (2, 1, len(text), len(text) + 1)
             assert (folder / f"attention_{model}_{sentence}.png").stat().st_size > 10_000
             whole = [r for r in rows if (r["model"], r["metric"], r["protocol"]) == (model, "attention_entropy", f"sentence {sentence}")]
             assert len(whole) == 1 and whole[0]["uniform"] == pytest.approx(sum(math.log(i) for i in range(1, len(text) + 1)) / len(text))
