@@ -143,8 +143,8 @@ def plot_calibration(folder: str, results: list[dict]) -> str | None:
 def streaming_table(results: list[dict]) -> str:
     rows = [r for r in results if r["task"] == "streaming" and r["metric"] in ("loss_within_context", "loss_beyond_context")]
     protocols, keys = (list(dict.fromkeys(values)) for values in ((r["protocol"] for r in rows), ((r["model"], r["metric"]) for r in rows)))
-    return table(["model", "nats/token", *protocols], [[model, metric.replace("_", " "), *(number(find(rows, model=model, metric=metric, protocol=p)) for p in protocols)]
-                                                       for model, metric in keys])
+    return table(["model", "nats/token", *protocols], [
+        [model, metric.replace("_", " "), *(number(find(rows, model=model, metric=metric, protocol=p)) for p in protocols)] for model, metric in keys])
 
 
 def curves(results: list[dict], metric: str) -> dict[tuple[str, str], list[dict]]:
@@ -158,12 +158,14 @@ def curves(results: list[dict], metric: str) -> dict[tuple[str, str], list[dict]
 def plot_streaming(folder: str, results: list[dict]) -> str:
     """Loss against position by model and way to read, time per token, cache, and what every head gives to the sink and to the first token."""
     figure, axes = plt.subplot_mosaic([["loss"] * 4, ["ms", "cache", "share", "share"]], figsize=(12, 8.5))
-    colors = dict(zip(dict.fromkeys(r["model"] for r in results if r["task"] == "streaming"), ("tab:blue", "tab:red", "tab:green", "tab:orange", "tab:purple")))
+    models = dict.fromkeys(r["model"] for r in results if r["task"] == "streaming")
+    colors = {model: f"C{number}" for number, model in enumerate(models)}
     styles = {"rolling": {"ls": "-"}, "dense": {"ls": ":"}, "recompute": {"ls": "", "marker": "x", "ms": 5}}
     for panel, metric, unit in (("loss", "loss_at_position", 1), ("ms", "ms_per_token", 1), ("cache", "cache_bytes", 1e3)):
         for (model, how), rows in curves(results, metric).items():
             middle = [(r["position"] + r["width"] / 2) / r["seq_len"] for r in rows]
-            axes[panel].plot(middle, [r["value"] / unit for r in rows], color=colors[model], lw=1.8, label=f"{model}, {how}" if panel == "loss" else None, **styles[how])
+            axes[panel].plot(middle, [r["value"] / unit for r in rows], color=colors[model], lw=1.8, **styles[how],
+                             label=f"{model}, {how}" if panel == "loss" else None)
             if panel == "loss" and how == "recompute":
                 axes[panel].vlines(middle, [r["low"] for r in rows], [r["high"] for r in rows], color=colors[model], lw=0.8)
             elif panel == "loss":
@@ -178,8 +180,9 @@ def plot_streaming(folder: str, results: list[dict]) -> str:
     for model, metric, marker in ((model, *kind) for model in colors for kind in (("sink_share", "o"), ("first_token_share", "^"))):
         newest = {r["protocol"]: r for r in results if r["task"] == "streaming" and (r["model"], r["metric"]) == (model, metric)}
         if newest:
-            axes["share"].plot([f"{r['layer']}.{r['head']}" for r in newest.values()], [100 * r["value"] for r in newest.values()], color=colors[model], ms=6,
-                               ls="", marker=marker, label=f"{model}: {metric.removesuffix('_share').replace('_', ' ')}")
+            heads, shares = [f"{r['layer']}.{r['head']}" for r in newest.values()], [100 * r["value"] for r in newest.values()]
+            label = f"{model}: {metric.removesuffix('_share').replace('_', ' ')}"
+            axes["share"].plot(heads, shares, color=colors[model], ms=6, ls="", marker=marker, label=label)
             uniform = 100 * next(iter(newest.values()))["uniform"]
     axes["share"].axhline(uniform, color="black", ls="--", lw=1, label="all looked at alike")
     axes["share"].set(title="Attention given by the second half of the training context, %", xlabel="layer.head", ylim=(0, None))
@@ -199,7 +202,8 @@ def plot_attention(folder: str, results: list[dict], stage: str, sentence: int) 
                                 figsize=(side * n_head + 1, (side + 0.4) * n_layer + 0.6))
     for layer, head in ((layer, head) for layer in range(n_layer) for head in range(n_head)):
         axes, of_head = grid[layer, head], dict(task="attention", model=stage, protocol=f"sentence {sentence} layer {layer + 1} head {head + 1}")
-        image = axes.imshow([row[:len(columns)] for row in kept["maps"][layer][head]], cmap="Blues", norm=matplotlib.colors.PowerNorm(0.5, 0, 1), aspect="auto")
+        weights = [row[:len(columns)] for row in kept["maps"][layer][head]]
+        image = axes.imshow(weights, cmap="Blues", norm=matplotlib.colors.PowerNorm(0.5, 0, 1), aspect="auto")
         shares = {name: find(results, metric=f"{name}_share", **of_head) for name in ("sink", "first_token")}
         entropy = find(results, metric="attention_entropy", **of_head)
         axes.set_title(f"layer {layer + 1} head {head + 1}: entropy {entropy['value']:.2f}\n"
@@ -290,8 +294,8 @@ def write_report(folder: str, n_samples: int) -> str:
         parts += ["## Perplexity by protocol", table(["model", "text", *protocols], [[m, s, *(number(find(texts, model=m, split=s, protocol=p)) for p in protocols)] for m, s in keys])]
     if find(results, task="streaming"):
         parts += ["## Streams of 16 training contexts", streaming_table(results), "rolling: a cache of one training context, token by token; dense: every "
-                  "token sees all before it; recompute: the last training context from scratch for every token. Rolling cannot recall what is older than "
-                  "its cache; as good as recompute is all that it can be.", f"![]({plot_streaming(folder, results)})"]
+                  "token sees all before it; recompute: the last training context from scratch for every token. As good as recompute means stable, "
+                  "not a longer memory: no key is older than the cache.", f"![]({plot_streaming(folder, results)})"]
     looked_at = sorted({(row["model"], int(row["protocol"].split()[1])) for row in results if row["task"] == "attention"})
     if looked_at:
         parts += ["## Attention maps", *(f"![]({plot_attention(folder, results, *which)})" for which in looked_at)]

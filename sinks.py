@@ -9,8 +9,8 @@ Three ways to read a stream of 16 times the training context (seq_len), for the 
     dense        every token sees all before it: the cache grows, and RoPE meets distances that training never had
     recompute    the last seq_len tokens from scratch for every token: no key knows of anything older, at the cost of seq_len tokens each
 
-Rolling that is as good as recompute is stable, no more: the model still sees nothing that is older than its cache, so that this says nothing
-about recall, and none of the three can show a longer memory.
+Rolling that is as good as recompute is stable, no more. No key is older than the cache (those of upper layers were formed when older tokens were
+still there, and carry a little of them), so this says nothing about recall, and loss on ordinary text could not show it.
 """
 import os
 import time
@@ -50,6 +50,7 @@ def cached(model: GPT, ids, slots: int):
 
 @torch.no_grad()
 def dense(model: GPT, ids, batch: int = 4):
+    """One forward pass over whole streams, `batch` at a time: the loss that a cache of all tokens would give."""
     return torch.cat([-model.logprobs(model.hidden(rows[:, :-1]), rows[:, 1:]) for rows in ids.split(batch)])
 
 
@@ -118,11 +119,13 @@ def streams(bench, length: int):
     try:
         rows = data.Mixture(bench.cfg.streaming, bench.cfg.data_dir, "val", length, 0, bench.tokenizer, bench.headerless)
     except UserError as error:
-        raise UserError(f"streaming={bench.cfg.streaming} must have validation text of at least {FACTOR} x seq_len = {length} tokens: {error}") from None
+        raise UserError(f"streaming={bench.cfg.streaming} does not give validation text in streams of {FACTOR} x seq_len = {length} tokens: "
+                        f"{error}") from None
     ids = rows.validation(0, min(rows.n_rows, 16 * bench.cfg.n_streams))
     whole = ids[(ids != bench.tokenizer.eos).all(1)]
     if not len(whole):
-        print(f"eval streaming: no document of {bench.cfg.streaming} has {length} tokens; the streams run on from one to the next, and what is old is of no use")
+        print(f"eval streaming: no document of {bench.cfg.streaming} has {length} tokens; the streams run on from one to the next, "
+              "and what is old is of no use")
     return (whole if len(whole) else ids)[:bench.cfg.n_streams].to(bench.device), len(whole) > 0
 
 
@@ -135,8 +138,8 @@ def mean_loss(nll, chosen) -> dict:
 def buckets(metric: str, how: str, at, width: int, row_of) -> list[dict]:
     """A row for every `width` positions: row_of(which of the positions `at` are in it) -> value, n, ..."""
     starts = np.unique(at // width) * width
-    return [{"metric": metric, "protocol": f"{how} {first}-{first + width - 1}", "position": int(first), "width": width, **row_of(at // width == first // width)}
-            for first in starts]
+    return [{"metric": metric, "protocol": f"{how} {first}-{first + width - 1}", "position": int(first), "width": width,
+             **row_of(at // width == first // width)} for first in starts]
 
 
 def against_recompute(losses: dict, T: int, at) -> list[dict]:
@@ -145,7 +148,8 @@ def against_recompute(losses: dict, T: int, at) -> list[dict]:
     for metric, chosen in (("loss_within_context", at < T), ("loss_beyond_context", at >= T)):
         means = {how: mean_loss(nll, chosen) for how, nll in losses.items()}
         rows += [{"metric": metric, "protocol": how, **row} for how, row in means.items()]
-        rows += [{"metric": metric, "protocol": f"{how} - recompute", **difference(means["recompute"]["items"], means[how]["items"])} for how in ("rolling", "dense")]
+        rows += [{"metric": metric, "protocol": f"{how} - recompute", **difference(means["recompute"]["items"], means[how]["items"])}
+                 for how in ("rolling", "dense")]
     return rows
 
 
