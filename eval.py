@@ -23,6 +23,7 @@ import torch
 
 import configurator
 import data
+import sinks
 import tasks
 from checkpoint import load_checkpoint, model_from, provenance, weights_hash
 from configurator import UserError
@@ -49,6 +50,9 @@ class EvalConfig:
     sst2: str = ""  # SST-2: sentences with labels; "" = none
     shots: str = ""  # SST-2's training sentences, for few-shot prompts; "" = zero-shot alone
     dialogues: str = ""  # dialogues with their summaries (DialogSum, SAMSum); "" = none
+    streaming: str = ""  # shards whose validation split is read as streams of 16 x seq_len tokens (sinks.py); "" = none
+    n_streams: int = 64  # of them
+    sentences: str = ""  # sentences whose attention maps are kept, separated by ; (sinks.py); "" = none
     tasks: tuple[str, ...] = ()  # which tasks; none = all that the data and checkpoints allow
     data_dir: str = "data"  # where data.py put them
     tokenizer: str | None = None  # None = the checkpoint's; else a ranks file, which must be the same
@@ -68,6 +72,11 @@ class EvalConfig:
         unknown = [task for task in self.tasks if task not in TASKS]
         if unknown:
             raise UserError(f"unknown task {', '.join(unknown)}; there are {', '.join(TASKS)}")
+        unnamed = [f"{task} needs --{TASKS[task].data}=..." for task in self.tasks if task in TASKS and not getattr(self, TASKS[task].data)]
+        if unnamed:
+            raise UserError(f"a task without data: {', '.join(unnamed)}")
+        if self.n_streams < 1:
+            raise UserError(f"n_streams must be at least 1, got {self.n_streams}")
         odd = [protocol for protocol in self.protocols if protocol not in PROTOCOLS]
         if odd:
             raise UserError(f"unknown protocol {', '.join(odd)}; there are {', '.join(PROTOCOLS)}")
@@ -128,7 +137,7 @@ class Bench:
 
     def files(self, task: "Task") -> list[str]:
         """The files that a task takes its items from."""
-        names = [name for name, _ in data.parse_mixture(getattr(self.cfg, task.data))]
+        names = [name for name, _ in data.parse_mixture(getattr(self.cfg, task.data))] if task.files else []
         return sorted(path for name in names for pattern in task.files for path in glob.glob(os.path.join(glob.escape(self.cfg.data_dir), name, pattern)))
 
     def data_hash(self, task: "Task") -> str:
@@ -171,7 +180,7 @@ class Bench:
 class Task(NamedTuple):
     run: Callable  # (bench, stage) -> rows
     data: str  # the setting that names its data; the task is left out where that is empty
-    files: tuple[str, ...]  # patterns of its files in that data's folder
+    files: tuple[str, ...]  # patterns of its files in that data's folder; none where the setting is the data itself
     stages: Callable = lambda bench: bench.policies  # those it is run for
 
 
@@ -195,9 +204,11 @@ TASKS = {
     "dialogsum": Task(tasks.dialogsum, "dialogues", ("test.jsonl",)),
     "rerank": Task(tasks.rerank, "problems", ("problems_test.jsonl",), judged),
     "published": Task(tasks.published, "published", ("test.jsonl",), judged),
+    "streaming": Task(sinks.streaming, "streaming", ("*val*.bin",), lambda bench: bench.policies[1:]),  # the first is the untrained model
+    "attention": Task(sinks.attention, "sentences", ()),
 }
 SETTINGS = ("data", "problems", "pairs", "chats", "text", "protocols", "published", "sst2", "shots", "dialogues", "n_samples", "temperature", "max_new_tokens", "calculator",
-            "n_problems", "n_chats", "seed")  # that decide a number, and stand beside it
+            "n_problems", "n_chats", "streaming", "n_streams", "sentences", "seed")  # that decide a number, and stand beside it
 VERSION = 4  # of the tasks: raised when a number changes its meaning
 
 
@@ -243,7 +254,7 @@ def main(argv: list[str]) -> int:
         import tables  # which reads what this file writes
         print(tables.compare(list(cfg.compare)))
         return 0
-    data.ensure(",".join(filter(None, (cfg.data, cfg.problems, cfg.pairs, cfg.chats))), cfg.data_dir)
+    data.ensure(",".join(filter(None, (cfg.data, cfg.problems, cfg.pairs, cfg.chats, cfg.streaming))), cfg.data_dir)
     if not os.path.isdir(cfg.out_dir):
         raise UserError(f"out_dir {cfg.out_dir!r} does not exist: give the folder of a run")
     existing = read_results(cfg.out_dir)
@@ -272,7 +283,7 @@ def main(argv: list[str]) -> int:
             rows = [row | {"items": items, "seconds": round(seconds, 2), "date": time.strftime("%Y-%m-%d %H:%M:%S"), **origin} for row in rows]
             append_results(path, rows, same if cfg.force else None)
             new += len(rows)
-            print(f"eval {name} {stage} ({seconds:.0f} s): " + ", ".join(f"{r['metric']} {r['protocol']} {r['value']:.4g}" for r in rows), flush=True)
+            print(f"eval {name} {stage} ({seconds:.0f} s): " + ", ".join(f"{r['metric']} {r['protocol']} {r['value']:.4g}" for r in rows if not {"position", "head"} & r.keys()), flush=True)
     print(f"eval: {new} new results in {path}" if new else f"eval: all results exist in {cfg.out_dir}, nothing to do")
     return 0
 

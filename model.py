@@ -139,19 +139,28 @@ def rotate(x, cos, sin):
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention with sinks: a reference in plain maths, and the same on fused kernels
 
-def attention_reference(q, k, v, sinks=None, mask=None):
-    """Softmax attention; sinks (H,) add one logit per head to the denominator. The definition that fast paths are held to.
+def attention_weights(q, k, sinks=None, mask=None):
+    """What each query gives to each key, (B, H, T, S); with sinks (H,) one more column, (B, H, T, S + 1): what the sink takes. Rows sum to 1.
 
-    q: (B, H, T, D); k, v: (B, K, S, D); mask: (B or 1, 1, T, S), added to the scores; None = causal, the last query at the last key. -> (B, H, T, D)
+    q: (B, H, T, D); k: (B, K, S, D); mask: (B or 1, 1, T, S), added to the scores; None = causal, the last query at the last key.
     """
     B, H, T, D = q.shape
-    k, v = (x.repeat_interleave(H // k.size(1), dim=1) for x in (k, v))
+    k = k.repeat_interleave(H // k.size(1), dim=1)
     if mask is None:
         mask = torch.full((T, k.size(2)), -math.inf, device=q.device, dtype=q.dtype).triu(1 + k.size(2) - T)
     scores = q @ k.transpose(-1, -2) / math.sqrt(D) + mask  # (B, H, T, S)
     if sinks is not None:
         scores = torch.cat((scores, sinks.to(q.dtype).view(1, H, 1, 1).expand(B, H, T, 1)), dim=-1)
-    return F.softmax(scores, dim=-1)[..., :k.size(2)] @ v
+    return F.softmax(scores, dim=-1)
+
+
+def attention_reference(q, k, v, sinks=None, mask=None):
+    """Softmax attention; sinks add one logit per head to the denominator and give no value. The definition that fast paths are held to.
+
+    v: (B, K, S, D); the rest as in attention_weights. -> (B, H, T, D)
+    """
+    v = v.repeat_interleave(q.size(1) // v.size(1), dim=1)
+    return attention_weights(q, k, sinks, mask)[..., :k.size(2)] @ v
 
 
 def is_causal(q, mask) -> bool:
@@ -324,16 +333,20 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(cfg.d_head) if cfg.qk_norm else nn.Identity()
         self.sinks = nn.Parameter(torch.zeros(cfg.n_head)) if cfg.sinks else None
 
-    def forward(self, x, cos, sin, mask=None, cache=None, layer=0):
+    def project(self, x, cos, sin):
+        """Rotated queries and keys, and values, of x (B, T, C): (B, H or K, T, D) each."""
         B, T, _ = x.shape
         H, K, D = self.n_head, self.n_kv_head, self.d_head
         q, k, v = (y.view(B, T, -1, D) for y in split_linear(x, self.qkv.weight, (H * D, K * D, K * D)))  # (B, T, H or K, D)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def forward(self, x, cos, sin, mask=None, cache=None, layer=0):
+        q, k, v = self.project(x, cos, sin)
         if cache is not None:
             k, v = cache.put(layer, k, v)
         y = attention(q, k, v, self.sinks, mask)
-        return self.out(y.transpose(1, 2).reshape(B, T, H * D))
+        return self.out(y.transpose(1, 2).flatten(2))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

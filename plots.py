@@ -9,13 +9,19 @@ import matplotlib.pyplot as plt
 
 import data
 from problems import RERANKERS
+from tables import find
 
 
 def finish(figure, folder: str, name: str) -> str:
     for axes in figure.axes:
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
     figure.tight_layout()
+    return save(figure, folder, name)
+
+
+def save(figure, folder: str, name: str) -> str:
     name = re.sub(r"[^\w.-]+", "_", name)  # a link with a space in it is none
     data.write_atomic(os.path.join(folder, name), lambda f: figure.savefig(f, format="png", dpi=110))
     plt.close(figure)
@@ -94,3 +100,72 @@ def plot_tradeoff(points: dict[str, tuple[dict, dict]], folder: str) -> str | No
              title="What tuning gains and what it forgets (95 % intervals)")
     axes.plot([], [], " ", label="down and left is better")
     return finish(figure, folder, "tradeoff.png")
+
+
+def curves(results: list[dict], metric: str) -> dict[tuple[str, str], list[dict]]:
+    """Newest rows of a metric by (model, way to read the stream), in the order of positions."""
+    newest, lines = {(r["model"], r["protocol"]): r for r in results if r["task"] == "streaming" and r["metric"] == metric}, {}
+    for (model, protocol), row in newest.items():
+        lines.setdefault((model, protocol.split()[0]), []).append(row)
+    return {key: sorted(rows, key=lambda r: r["position"]) for key, rows in lines.items()}
+
+
+def plot_streaming(results: list[dict], folder: str) -> str:
+    """Loss against position by model and way to read, time per token, cache, and what every head gives to the sink and to the first token."""
+    figure, axes = plt.subplot_mosaic([["loss"] * 4, ["ms", "cache", "share", "share"]], figsize=(12, 8.5))
+    models = dict.fromkeys(r["model"] for r in results if r["task"] == "streaming")
+    colors = {model: f"C{number}" for number, model in enumerate(models)}
+    styles = {"rolling": {"ls": "-"}, "dense": {"ls": ":"}, "recompute": {"ls": "", "marker": "x", "ms": 5}}
+    for panel, metric, unit in (("loss", "loss_at_position", 1), ("ms", "ms_per_token", 1), ("cache", "cache_bytes", 1e3)):
+        for (model, how), rows in curves(results, metric).items():
+            middle = [(r["position"] + r["width"] / 2) / r["seq_len"] for r in rows]
+            axes[panel].plot(middle, [r["value"] / unit for r in rows], color=colors[model], lw=1.8, **styles[how],
+                             label=f"{model}, {how}" if panel == "loss" else None)
+            if panel == "loss" and how == "recompute":
+                axes[panel].vlines(middle, [r["low"] for r in rows], [r["high"] for r in rows], color=colors[model], lw=0.8)
+            elif panel == "loss":
+                axes[panel].fill_between(middle, [r["low"] for r in rows], [r["high"] for r in rows], color=colors[model], alpha=0.1, lw=0)
+        axes[panel].axvline(1, color="black", lw=0.8)
+        axes[panel].set_xlabel("position / training context")
+    gaps = [(model, find(results, model=model, metric="loss_beyond_context", protocol="rolling - recompute")) for model in colors]
+    axes["loss"].set(ylabel="nats/token", title="Loss against position (95 % intervals over streams)\nrolling - recompute beyond the training context: "
+                     + "; ".join(f"{model} {row['value']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]" for model, row in gaps))
+    axes["ms"].set(title="Time per token, ms", ylim=(0, None))
+    axes["cache"].set(title="Keys and values kept, kB", ylim=(0, None))
+    for model, metric, marker in ((model, *kind) for model in colors for kind in (("sink_share", "o"), ("first_token_share", "^"))):
+        newest = {r["protocol"]: r for r in results if r["task"] == "streaming" and (r["model"], r["metric"]) == (model, metric)}
+        if newest:
+            heads, shares = [f"{r['layer']}.{r['head']}" for r in newest.values()], [100 * r["value"] for r in newest.values()]
+            label = f"{model}: {metric.removesuffix('_share').replace('_', ' ')}"
+            axes["share"].plot(heads, shares, color=colors[model], ms=6, ls="", marker=marker, label=label)
+            uniform = 100 * next(iter(newest.values()))["uniform"]
+    axes["share"].axhline(uniform, color="black", ls="--", lw=1, label="all looked at alike")
+    axes["share"].set(title="Attention given by the second half of the training context, %", xlabel="layer.head", ylim=(0, None))
+    axes["share"].tick_params("x", rotation=90)
+    for panel in axes.values():
+        panel.title.set_fontsize(10)
+    return finish(figure, folder, "streaming.png")
+
+
+def plot_attention(results: list[dict], source: str, folder: str, stage: str, sentence: int) -> str:
+    """Every layer (down) and head (across) on one sentence: who (rows) looks at whom (columns; the sink last)."""
+    (kept,) = data.read_jsonl(os.path.join(source, "attention", f"{stage}_{sentence}.jsonl"))
+    tokens = [repr(token)[1:-1].replace(" ", "\N{OPEN BOX}") for token in kept["tokens"]]
+    columns, side = tokens + ["SINK"] * kept["sinks"], max(2.2, 0.4 + 0.085 * len(tokens))  # inches of a map
+    n_layer, n_head = len(kept["maps"]), len(kept["maps"][0])
+    figure, grid = plt.subplots(n_layer, n_head, sharex=True, sharey=True, squeeze=False, layout="constrained",
+                                figsize=(side * n_head + 1, (side + 0.4) * n_layer + 0.6))
+    for layer, head in ((layer, head) for layer in range(n_layer) for head in range(n_head)):
+        axes, of_head = grid[layer, head], dict(task="attention", model=stage, protocol=f"sentence {sentence} layer {layer + 1} head {head + 1}")
+        weights = [row[:len(columns)] for row in kept["maps"][layer][head]]
+        image = axes.imshow(weights, cmap="Blues", norm=matplotlib.colors.PowerNorm(0.5, 0, 1), aspect="auto")
+        shares = {name: find(results, metric=f"{name}_share", **of_head) for name in ("sink", "first_token")}
+        entropy = find(results, metric="attention_entropy", **of_head)
+        axes.set_title(f"layer {layer + 1} head {head + 1}: entropy {entropy['value']:.2f}\n"
+                       + ", ".join(f"{name.replace('_', ' ')} {100 * row['value']:.1f} %" for name, row in shares.items() if row), fontsize=max(8, 2.4 * side))
+        axes.set_xticks(range(len(columns)), columns, fontsize=6, rotation=90)
+        axes.set_yticks(range(len(tokens)), tokens, fontsize=6)
+    figure.suptitle(f"{stage}: attention of each token (row) to those before it (columns); {len(tokens)} tokens. Entropy in nats: {entropy['uniform']:.2f} "
+                    "where all are looked at alike", fontsize=max(10, 3 * side))
+    figure.colorbar(image, ax=grid, shrink=0.5, aspect=40, label="weight")
+    return save(figure, folder, f"attention_{stage}_{sentence}.png")

@@ -12,9 +12,9 @@ import configurator
 import data
 from configurator import UserError
 from eval import read_results, run_folders
-from plots import plot_calibration, plot_dpo, plot_loss, plot_rerank, plot_tradeoff
+from plots import plot_attention, plot_calibration, plot_dpo, plot_loss, plot_rerank, plot_streaming, plot_tradeoff
 from problems import RERANKERS
-from tables import MEASURES, by_model, details, find, gains, models_of, show, table
+from tables import MEASURES, by_model, details, find, gains, models_of, show, streaming_table, table
 
 
 @dataclass
@@ -26,7 +26,7 @@ class ReportConfig:
 
 
 DETAILS = {"problems": "Word problems, greedily: right answers and kinds of error", "sst2": "SST-2 by prompt", "dialogsum": "DialogSum",
-           "text_perplexity": "Perplexity by protocol", "streaming": "Streaming"}
+           "text_perplexity": "Perplexity by protocol"}
 
 
 def mistakes(results: list[dict]) -> str:
@@ -81,41 +81,89 @@ def shorten(text: str, width: int = 100) -> str:
     return text[:width] + " ..." * (len(text) > width)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Sections: each is a list of Markdown blocks, empty where the run has nothing to show
+
+def stages_section(run) -> list[str]:
+    found = gains(run.results, run.folder)
+    return ["## What each stage brought", by_model(run.results, [(*measure, None) for measure in MEASURES])] + (
+        ["## Which differences are real", found, "Paired, item by item; bold where the interval excludes 0; p by McNemar's exact test where items are right or wrong, "
+         "else by bootstrap. With many rows some will be bold by chance."] if found else [])
+
+
+def verifier_section(run) -> list[str]:
+    rows = [r for r in run.results if r["task"] == "rerank"]
+    if not rows:
+        return []
+    greedy = find(run.results, task="problems", model=rows[-1]["model"], metric="exact_match")
+    images = [plot_rerank(rows, run.target, greedy) if any("@" in r["protocol"] for r in rows) else None, plot_calibration(rows, run.target)]
+    return ["## The verifier", rerank_table(run.results), "majority: the most common answer; likelihood: the solution that the model itself finds likeliest; weighted: votes "
+            "weighted by the verifier; best_of: the verifier's first choice; oracle: solved when any sample is right, which no choice among them can beat.", *images]
+
+
+def published_section(run) -> list[str]:
+    rows = {(r["metric"], r["protocol"]): r for r in run.results if r["task"] == "published" and r["metric"] in ("auc", "exact_match")}
+    return ["## Published solutions of GSM8K's test problems, judged", table(["", "", "n"], [
+        [f"{r['metric'].replace('_', ' ')}, {p}", show(r), str(r["n"])] for (_, p), r in rows.items()])] if rows else []
+
+
+def details_sections(run) -> list[str]:
+    parts = []
+    for task, title in DETAILS.items():
+        parts += [f"## {title}", details(run.results, task)] if find(run.results, task=task) else []
+        parts += [mistakes(run.results)] if task == "problems" and mistakes(run.results) else []
+    return parts
+
+
+def sinks_sections(run) -> list[str]:
+    parts = []
+    if find(run.results, task="streaming"):
+        parts += ["## Streams of 16 training contexts", streaming_table(run.results), "rolling: a cache of one training context, token by token; dense: every "
+                  "token sees all before it; recompute: the last training context from scratch for every token. As good as recompute means stable, "
+                  "not a longer memory: no key is older than the cache.", plot_streaming(run.results, run.target)]
+    looked_at = sorted({(r["model"], int(r["protocol"].split()[1])) for r in run.results if r["task"] == "attention"})
+    return parts + (["## Attention maps", *(plot_attention(run.results, run.folder, run.target, *which) for which in looked_at)] if looked_at else [])
+
+
+def curves_section(run) -> list[str]:
+    pairs = {model: (find(run.results, model=model, task="chats", metric="response_loss"), find(run.results, model=model, task="text_perplexity", metric="perplexity"))
+             for model in models_of(run.results) if model != "untrained"}
+    images = [plot_tradeoff({model: pair for model, pair in pairs.items() if all(pair)}, run.target)]
+    images += [plot(log, run.target, name) for name, log in run.logs.items() for plot in (plot_loss, plot_dpo)]
+    return ["## Curves", *images] if any(images) else []
+
+
+def samples_section(run) -> list[str]:
+    shown = samples(run.folder, models_of(run.results), run.n_samples)
+    return ["## The same problems at every stage", shown] if shown else []
+
+
+def cost_section(run) -> list[str]:
+    hashes = {r["stage"]: r["weights_hash"] for r in run.results} | {"verifier": r["verifier_hash"] for r in run.results if "verifier_hash" in r}
+    return ["## Cost", cost_table(run.logs), "## Weights", table(["stage", "sha256 of the weights"], [[k, v] for k, v in hashes.items()])]
+
+
+SECTIONS = (stages_section, verifier_section, published_section, details_sections, sinks_sections, curves_section, samples_section, cost_section)
+
+
+@dataclass
+class Run:
+    folder: str  # of the results
+    target: str  # where report.md and its plots go
+    results: list[dict]
+    logs: dict[str, list[dict]]  # metrics.jsonl of every stage
+    n_samples: int
+
+
 def write_report(folder: str, target: str, n_samples: int) -> str:
-    """report.md of the results in folder, and its plots, written into target."""
     results = read_results(folder)
     if not results:
         raise UserError(f"{folder} holds no results: run eval.py --out_dir={folder} first")
     logs = {name: data.read_metrics(os.path.join(folder, name, "metrics.jsonl")) for name in run_folders(folder, "metrics.jsonl")}
-    last, found = results[-1], gains(results, folder)
+    run, last = Run(folder, target, results, logs, n_samples), results[-1]
     parts = [f"# Report of {folder}", f"Commit {last['commit']}{' (with uncommitted changes)' if last['dirty'] else ''}, torch {last['torch']}, "
-             f"{last['device']}, {last['date']}. Every number comes from results*.jsonl, items/ and metrics.jsonl in this folder; brackets are 95 % intervals.",
-             "## What each stage brought", by_model(results, [(*measure, None) for measure in MEASURES])]
-    parts += ["## Which differences are real", found, "Paired, item by item; bold where the interval excludes 0; p by McNemar's exact test where items are right or wrong, "
-              "else by bootstrap. With many rows some will be bold by chance."] if found else []
-    if find(results, task="rerank"):
-        rows = [r for r in results if r["task"] == "rerank"]
-        greedy = find(results, task="problems", model=rows[-1]["model"], metric="exact_match")
-        images = [plot_rerank(rows, target, greedy) if any("@" in r["protocol"] for r in rows) else None, plot_calibration(rows, target)]
-        parts += ["## The verifier", rerank_table(results), "majority: the most common answer; likelihood: the solution that the model itself "
-                  "finds likeliest; weighted: votes weighted by the verifier; best_of: the verifier's first choice; oracle: solved when any "
-                  "sample is right, which no choice among them can beat.", *(f"![]({name})" for name in images if name)]
-    judged = {(row["metric"], row["protocol"]): row for row in results if row["task"] == "published"}
-    if judged:
-        parts += ["## Published solutions of GSM8K's test problems, judged", table(["", "", "n"], [
-            [f"{r['metric'].replace('_', ' ')}, {p}", show(r), str(r["n"])] for (_, p), r in judged.items() if r["metric"] in ("auc", "exact_match")])]
-    for task, title in DETAILS.items():
-        parts += [f"## {title}", details(results, task)] if find(results, task=task) else []
-        parts += [mistakes(results)] if task == "problems" and mistakes(results) else []
-    pairs = {model: (find(results, model=model, task="chats", metric="response_loss"), find(results, model=model, task="text_perplexity", metric="perplexity"))
-             for model in models_of(results) if model != "untrained"}
-    images = [plot_tradeoff({model: pair for model, pair in pairs.items() if all(pair)}, target)]
-    images += [plot(log, target, run) for run, log in logs.items() for plot in (plot_loss, plot_dpo)]
-    parts += ["## Curves", *(f"![]({name})" for name in images if name)] if any(images) else []
-    shown = samples(folder, models_of(results), n_samples)
-    parts += ["## The same problems at every stage", shown] if shown else []
-    hashes = {row["stage"]: row["weights_hash"] for row in results} | {"verifier": row["verifier_hash"] for row in results if "verifier_hash" in row}
-    parts += ["## Cost", cost_table(logs), "## Weights", table(["stage", "sha256 of the weights"], [[k, v] for k, v in hashes.items()])]
+             f"{last['device']}, {last['date']}. Every number comes from results*.jsonl, items/ and metrics.jsonl in this folder; brackets are 95 % intervals."]
+    parts += [f"![]({part})" if part.endswith(".png") else part for section in SECTIONS for part in section(run) if part]
     path = os.path.join(target, "report.md")
     data.write_atomic(path, lambda f: f.write(("\n\n".join(parts) + "\n").encode()))
     return path

@@ -14,7 +14,8 @@ MEASURES = [  # of the first tables: heading, task, metric, protocol
     ("answers stop", "chats", "stop_rate", "greedy"), ("repeated 4-grams", "chats", "repetition", "greedy"),
     ("2-grams in no other answer", "chats", "distinct_2", "greedy"), ("SST-2, zero-shot", "sst2", "accuracy", "zero-shot"),
     ("DialogSum, ROUGE-L", "dialogsum", "rougeL", "greedy")]
-DIGITS = {"val_loss": 4, "response_loss": 4, "bits_per_byte": 4, "perplexity": 2, "auc": 3, "brier": 3, "calibration_error": 3, "length": 1}  # the rest are rates
+DIGITS = {"val_loss": 4, "response_loss": 4, "bits_per_byte": 4, "perplexity": 2, "auc": 3, "brier": 3, "calibration_error": 3, "length": 1, "loss_within_context": 3,
+          "loss_beyond_context": 3}  # the rest are rates
 
 
 def show(row: dict | None, sign: str = "") -> str:
@@ -55,6 +56,13 @@ def by_model(results: list[dict], measures) -> str:
         rows.append([head, str(find(results, **fields)["n"]), "; ".join(f"{show(row)} ({model})" for model, row in trivial if row),
                      *(show(find(results, model=model, **fields)) for model in columns)])
     return table(["", "n", "trivial answer", *columns], rows)
+
+
+def streaming_table(results: list[dict]) -> str:
+    rows = [r for r in results if r["task"] == "streaming" and r["metric"] in ("loss_within_context", "loss_beyond_context")]
+    protocols, keys = (list(dict.fromkeys(values)) for values in ((r["protocol"] for r in rows), ((r["model"], r["metric"]) for r in rows)))
+    return table(["model", "nats/token", *protocols], [
+        [model, metric.replace("_", " "), *(show(find(rows, model=model, metric=metric, protocol=p)) for p in protocols)] for model, metric in keys])
 
 
 def details(results: list[dict], task: str) -> str:

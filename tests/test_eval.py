@@ -543,7 +543,7 @@ def test_every_result_carries_all_that_is_needed_to_judge_it(finished):
     fields = {"task", "model", "stage", "metric", "protocol", "version", "split", "n", "value", "weights_hash", "commit", "command", "torch",
               "device", "seconds", "date", "settings", "step", "data_hash", "items"}
     assert all(fields <= set(row) and row["n"] > 0 for row in rows)
-    assert {row["task"] for row in rows} == set(evaluation.TASKS)
+    assert {row["task"] for row in rows} == set(evaluation.TASKS) - {"streaming", "attention"}  # only on request: test_sinks.py
     assert {row["model"] for row in rows} >= {
         "untrained", "pretrain", "sft", "dpo", "unigram entropy", "longer answer wins", "majority class", "first three turns", "longest turn"}
     assert all("low" in row and "high" in row for row in rows if not row["model"].startswith("unigram"))

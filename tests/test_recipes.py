@@ -18,7 +18,7 @@ RECIPES = sorted(glob.glob(os.path.join(ROOT, "config", "*.py")))
 
 def config_class(path: str):
     name = os.path.basename(path).removesuffix(".py").removeprefix("local_").removeprefix("h100_")
-    return {"pretrain": train.TrainConfig, "smoke": train.TrainConfig, "race_tiny": train.TrainConfig, "race_small": train.TrainConfig,
+    return {"pretrain": train.TrainConfig, "smoke": train.TrainConfig, "race_tiny": train.TrainConfig, "race_small": train.TrainConfig, "streaming": train.TrainConfig,
             "bench": bench.BenchConfig, "data": data.DataConfig, "eval": evaluation.EvalConfig,
             "speedrun": speedrun.SpeedrunConfig}.get(name, align.AlignConfig)
 

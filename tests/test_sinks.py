@@ -1,0 +1,219 @@
+"""Streams far beyond the training context, and what heads look at: each way to read against another, and numbers worked out by hand."""
+import json
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import eval as evaluation
+import report
+import sinks
+from checkpoint import save_checkpoint
+from conftest import fails
+from model import GPT, ModelConfig
+
+BYTE = data.load_tokenizer("byte")
+T = 8  # training context
+
+
+def tiny(seed: int = 0, **changes) -> GPT:
+    """A small model with every parameter random, in float64: as initialised, its blocks would add nothing."""
+    torch.manual_seed(seed)
+    model = GPT(ModelConfig(**{"vocab_size": 262, "seq_len": T, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_model": 32, "d_ff": 64} | changes))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model.double().eval()
+
+
+def text(n: int = 3, length: int = 3 * T):
+    return torch.randint(0, 256, (n, length + 1), generator=torch.Generator().manual_seed(1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Three ways to read
+
+@pytest.mark.parametrize("sink", [True, False])
+def test_within_the_training_context_all_ways_to_read_are_one(sink):
+    """Nothing has been dropped yet; from the first dropped token on, rolling must differ from dense, or the cache did not roll."""
+    model, ids = tiny(sinks=sink), text()
+    dense, rolling, recomputed = sinks.dense(model, ids, batch=2), sinks.cached(model, ids, T)[0], sinks.recomputed(model, ids, range(3 * T))[0]
+    plain = torch.nn.functional.cross_entropy(model(ids[:, :-1]).transpose(1, 2), ids[:, 1:], reduction="none")
+    assert torch.allclose(dense, plain.double(), atol=1e-5)
+    for other in (rolling, recomputed):
+        assert torch.allclose(other[:, :T], dense[:, :T], atol=1e-9) and (other[:, T:] - dense[:, T:]).abs().mean() > 1e-3
+
+
+def test_recompute_sees_the_last_context_alone_and_rolling_what_its_keys_remember():
+    """One layer's keys know their own token only, so rolling is recompute; a second layer's were formed when token 1, now dropped, was there."""
+    ids, last = text(), 2 * T - 1
+    changed = ids.clone()
+    changed[:, 1] = (changed[:, 1] + 1) % 256
+    for n_layer in (1, 2):
+        model = tiny(n_layer=n_layer)
+        recomputed = [sinks.recomputed(model, x, [last])[0] for x in (ids, changed)]
+        rolling = [sinks.cached(model, x, T)[0][:, last:last + 1] for x in (ids, changed)]
+        assert torch.equal(*recomputed)
+        assert torch.allclose(*rolling, atol=1e-9) == torch.allclose(rolling[0], recomputed[0], atol=1e-9) == (n_layer == 1)
+
+
+def test_a_rolling_cache_keeps_its_size():
+    """2 (keys, values) x layers x key/value heads x slots x d_head x 8 bytes, however long the stream."""
+    model, slots = tiny(), 5
+    sizes = {sinks.cached(model, text(1, length), slots)[2] for length in (3, 20, 40)}
+    assert sizes == {2 * 2 * 2 * slots * 8 * 8}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention maps
+
+def test_the_maps_are_what_the_forward_pass_used():
+    """Weights times values through the output matrix is the module's own output; a copy that drifts from the model would show nothing of it."""
+    for fields in ({}, {"sinks": False}, {"sliding_window": 3}):
+        model, ids, seen = tiny(**fields), text(2, T - 1), []
+        hook = model.blocks[1].attn.register_forward_hook(lambda module, args, output: seen.append((args, output)))
+        maps = sinks.attention_maps(model, ids)
+        hook.remove()
+        (args, output), attn = seen[0], model.blocks[1].attn
+        v = attn.project(*args[:3])[2].repeat_interleave(2, dim=1)
+        again = attn.out((maps[1][..., :-1].double() @ v).transpose(1, 2).flatten(2))
+        assert maps.shape == (2, 2, 4, T, T + 1) and torch.allclose(again, output, atol=1e-5)
+        assert torch.allclose(maps.sum(-1), torch.ones(()), atol=1e-6)
+        assert not model.blocks[0].attn._forward_hooks
+
+
+def test_the_sink_share_is_one_minus_the_gate():
+    """All scores 0 and a sink of ln 2: the i-th query divides 1 among i keys of weight 1 and a sink of weight 2, so the sink has 2 / (i + 2).
+    The gate of the fast path, sigmoid(logsumexp - sink), is what is left."""
+    model = tiny()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight.zero_()
+            block.attn.sinks.fill_(math.log(2))
+    share = sinks.attention_maps(model, text(1, 3))[..., -1]
+    want = torch.tensor([2 / 3, 2 / 4, 2 / 5, 2 / 6])
+    gate = torch.sigmoid(torch.tensor([1.0, 2.0, 3.0, 4.0]).log() - math.log(2))
+    assert torch.allclose(share, want.expand_as(share)) and torch.allclose(1 - gate, want)
+
+
+def test_entropy_tells_heads_that_look_somewhere_from_heads_that_do_not():
+    """Attention that is uniform over what it can see has mean ln i, (0 + ln 2 + ln 3 + ln 4) / 4 = 0.7945 for four tokens, with and without
+    a sink: the number beside every entropy. Attention on the first token alone has 0, three quarters on one token 0.5623 of ln 2 = 0.6931."""
+    for sink in (True, False):
+        model = tiny(sinks=sink)
+        with torch.no_grad():
+            for block in model.blocks:
+                block.attn.qkv.weight.zero_()
+        rows = sinks.by_head(sinks.head_numbers(sinks.attention_maps(model, text(1, 3))), sink)
+        flat = [row for row in rows if row["metric"] == "attention_entropy"]
+        assert len(flat) == 8 and all(row["value"] == pytest.approx(0.7945, abs=1e-4) == row["uniform"] for row in flat)
+    maps = torch.zeros(1, 1, 1, 4, 5)
+    maps[..., 0] = 1
+    rows = {row["metric"]: row for row in sinks.by_head(sinks.head_numbers(maps), False)}
+    assert rows["attention_entropy"]["value"] == 0 and rows["first_token_share"]["value"] == 1
+    assert rows["first_token_share"]["uniform"] == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
+    assert sinks.entropy(torch.tensor([[0.375, 0.125, 0.5]]))[0].item() == pytest.approx(0.5623, abs=1e-4)
+    rows = sinks.by_head(sinks.head_numbers(sinks.attention_maps(tiny(), text(1, T - 1))), True)  # random weights, but not small
+    assert all(row["value"] < row["uniform"] - 0.02 for row in rows if row["metric"] == "attention_entropy")
+
+
+def test_shares_leave_out_the_first_queries():
+    """The first query has only itself to look at: `skip` queries do not count, nor in the baseline."""
+    maps = torch.tensor([[1.0, 0.0, 0.0], [0.2, 0.5, 0.3]]).view(1, 1, 1, 2, 3)
+    rows = {row["metric"]: row for row in sinks.by_head(sinks.head_numbers(maps), True, 1)}
+    assert rows["sink_share"]["value"] == pytest.approx(0.3) and rows["sink_share"]["uniform"] == pytest.approx(1 / 3)
+    assert rows["first_token_share"]["value"] == pytest.approx(0.2) and rows["first_token_share"]["uniform"] == 1 / 2
+    assert (rows["sink_share"]["layer"], rows["sink_share"]["head"], rows["sink_share"]["n"]) == (1, 1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tasks
+
+SENTENCES = "Cats run;2*x,y"
+
+
+def make_runs(folder, characters: int = 600, end: int | None = None) -> list[str]:
+    """Two runs with and without sinks, and text to read. -> flags for eval.py"""
+    ids = np.random.default_rng(0).integers(97, 123, characters).astype("<u4")
+    if end:
+        ids[::end] = BYTE.eos
+    data.write_shard(str(folder / "data" / "book" / "val_000.bin"), ids, BYTE)
+    for name in ("sinks", "no_sinks"):
+        model = tiny(sinks=name == "sinks", n_head=1, n_kv_head=1).float()
+        save_checkpoint(str(folder / "run" / name / "ckpt_0000009.pt"), {
+            "model": model.state_dict(), "model_config": asdict(model.cfg), "train_config": {}, "step": 9, "best": 1.0, "task": "pretrain", "data": "none",
+            "rng": torch.get_rng_state(), "optimizers": [], "tokenizer": BYTE.spec()})
+    return [f"--out_dir={folder / 'run'}", f"--data_dir={folder / 'data'}", "--data=", "--problems=", "--pairs=", "--chats=", "--n_streams=2",
+            "--device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Both tasks on both runs, and their report. -> folder, rows"""
+    folder = tmp_path_factory.mktemp("sinks")
+    argv = make_runs(folder)
+    assert evaluation.main([*argv, "--tasks=streaming,attention", "--streaming=book", f"--sentences={SENTENCES}"]) == 0
+    assert report.main([f"--out_dir={folder / 'run'}"]) == 0
+    return folder / "run", evaluation.read_results(str(folder / "run"))
+
+
+def test_every_run_has_a_curve_to_sixteen_contexts(finished):
+    """A row per way to read and half context (a whole one for recompute, which takes fewer positions); memory is flat for the rolling cache and
+    grows for the other."""
+    _, rows = finished
+    for model in ("sinks", "no_sinks"):
+        for how in ("rolling", "dense", "recompute"):
+            line = [r for r in rows if (r["model"], r["metric"]) == (model, "loss_at_position") and r["protocol"].startswith(how)]
+            width = T if how == "recompute" else T // 2
+            assert [r["position"] for r in line] == list(range(0, 16 * T, width))
+            assert all(r["low"] <= r["value"] <= r["high"] for r in line)
+            assert line[1]["protocol"] == f"{how} {width}-{2 * width - 1}" and line[0]["n"] == 2 * width and {r["split"] for r in line} == {"val"}
+        size = {how: [r["value"] for r in rows if (r["model"], r["metric"]) == (model, "cache_bytes") and how in r["protocol"]]
+                for how in ("rolling", "dense")}
+        assert set(size["rolling"]) == {2 * 2 * T * 32 * 4} and size["dense"] == [2 * 2 * 4 * 32 * 4 * (i + 1) for i in range(32)]
+    assert {r["model"] for r in rows if r["task"] == "streaming"} == {"sinks", "no_sinks"}
+    assert {r["model"] for r in rows if r["metric"] == "sink_share" and r["task"] == "streaming"} == {"sinks"}
+
+
+def test_within_the_context_nothing_differs_from_recompute(finished):
+    """The yardstick of the comparison beyond it: there a difference of 0 would mean that nothing was measured."""
+    _, rows = finished
+    gaps = {(r["metric"], r["protocol"], r["model"]): abs(r["value"]) for r in rows if r["protocol"].endswith("- recompute")}
+    assert len(gaps) == 8 and all((gap < 1e-5) == (key[0] == "loss_within_context") for key, gap in gaps.items())
+
+
+def test_maps_are_kept_for_every_model_and_sentence_and_drawn(finished):
+    """The untrained model too: what it shows as well is no finding."""
+    folder, rows = finished
+    for model in ("untrained", "sinks", "no_sinks"):
+        for sentence, text in enumerate(SENTENCES.split(";"), 1):
+            kept = json.loads((folder / "attention" / f"{model}_{sentence}.jsonl").read_text())
+            assert "".join(kept["tokens"]) == text and np.array(kept["maps"]).shape == (2, 1, len(text), len(text) + 1)
+            assert (folder / f"attention_{model}_{sentence}.png").stat().st_size > 10_000
+            whole = [r for r in rows if (r["model"], r["metric"], r["protocol"]) == (model, "attention_entropy", f"sentence {sentence}")]
+            assert len(whole) == 1 and whole[0]["uniform"] == pytest.approx(sum(math.log(i) for i in range(1, len(text) + 1)) / len(text))
+    assert (folder / "streaming.png").stat().st_size > 10_000 and "Streams of 16" in (folder / "report.md").read_text()
+
+
+@pytest.mark.parametrize("end,one_document", [(200, True), (100, False)])
+def test_streams_lie_in_one_document_where_any_is_long_enough(tmp_path, end, one_document):
+    """128 tokens are asked for: what stands before a document's end is of no use after it, and a row says so where it cannot be avoided."""
+    argv = make_runs(tmp_path, 900, end)
+    folders = dict(flag.removeprefix("--").split("=") for flag in argv[:2])
+    bench = evaluation.Bench(evaluation.EvalConfig(**folders, streaming="book", n_streams=4))
+    ids, whole = sinks.streams(bench, 16 * T)
+    assert whole == one_document == bool((ids != BYTE.eos).all()) and ids.size(1) == 16 * T + 1
+
+
+def test_wrong_requests_are_refused_in_words(tmp_path):
+    """Each with the value and what to do, before anything is computed."""
+    argv = make_runs(tmp_path, 100)
+    fails(lambda: evaluation.main([*argv, "--tasks=streaming", "--streaming=book"]), "16 x seq_len = 128", "100 tokens")
+    fails(lambda: evaluation.main([*argv, "--tasks=streaming"]), "streaming needs --streaming=")
+    fails(lambda: evaluation.main([*argv, "--tasks=attention"]), "attention needs --sentences=")
+    fails(lambda: evaluation.main([*argv, "--tasks=attention", "--sentences=far too long a sentence"]), "23 tokens", "seq_len=8", "separated by ;")
+    fails(lambda: evaluation.main([*argv, "--tasks=attention", "--sentences=x"]), "'x' has 1 tokens")
+    fails(lambda: evaluation.main([*argv, "--tasks=streaming", "--streaming=book", "--n_streams=0"]), "n_streams must be at least 1, got 0")
