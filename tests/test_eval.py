@@ -5,7 +5,9 @@ import math
 import multiprocessing
 import os
 import re
+import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -770,6 +772,29 @@ def test_processes_that_append_at_once_lose_and_mix_nothing(tmp_path, replace):
     assert [(row["i"], row["part"]) for row in rows if row["who"] == "b"] == [(i, part) for i in range(15) for part in range(3)]
     assert sorted((row["who"], row["i"], row["part"]) for row in rows) == [(name, i, part) for name in "abc" for i in range(15) for part in range(3)]
     assert all(row["text"] == row["who"] * 3000 for row in rows)
+
+
+@pytest.mark.slow
+def test_two_evaluations_at_once_and_a_killed_one_leave_whole_results(tmp_path):
+    """The same run evaluated by two processes: every number of both is there. A third is killed after its first task: what it has written is
+    whole, its items too, and --no_overwrite goes on from there."""
+    argv = make_run(tmp_path)
+    start = lambda *flags: subprocess.Popen([sys.executable, evaluation.__file__, *argv, *flags], stdout=subprocess.PIPE, text=True)
+    both = [start("--tasks=val_loss,chats", "--no_overwrite"), start("--tasks=preference,sst2", "--no_overwrite")]
+    assert [process.wait() for process in both] == [0, 0]
+    rows = evaluation.read_results(str(tmp_path / "run"))
+    assert Counter(row["task"] for row in rows) == {"val_loss": 5, "chats": 20, "preference": 10, "sst2": 9}
+    killed = start("--tasks=text_perplexity,problems,dialogsum", "--no_overwrite")
+    for line in killed.stdout:
+        if line.startswith("eval text_perplexity"):
+            break
+    killed.kill()
+    killed.wait()
+    assert evaluation.main([*argv, "--no_overwrite"]) == 0
+    rows = evaluation.read_results(str(tmp_path / "run"))
+    keys = [(row["task"], row["model"], row["metric"], row["protocol"], row["split"]) for row in rows]
+    assert len(keys) == len(set(keys)) and {row["task"] for row in rows} == set(evaluation.TASKS) - {"streaming", "attention"}
+    assert all(json.loads((tmp_path / "run" / row["items"]).read_text()) is not None for row in rows)
 
 
 def test_a_torn_last_line_hides_no_other_result(tmp_path):
