@@ -14,7 +14,7 @@ from configurator import UserError
 from eval import read_results, run_folders
 from plots import plot_attention, plot_calibration, plot_dpo, plot_loss, plot_rerank, plot_streaming, plot_tradeoff
 from problems import RERANKERS
-from tables import MEASURES, by_model, details, find, gains, models_of, show, streaming_table, table
+from tables import MEASURES, by_model, details, find, gain, gains, models_of, show, streaming_table, table
 
 
 @dataclass
@@ -36,17 +36,22 @@ def mistakes(results: list[dict]) -> str:
                      + (f"; false: `{e['false_equation']}`" if e["false_equation"] else "") for r in rows if r["stage"] == rows[-1]["stage"] for e in r["examples"][:2])
 
 
-def rerank_table(results: list[dict]) -> str:
-    k = max((int(row["protocol"].partition("@")[2]) for row in results if row["task"] == "rerank" and "@" in row["protocol"]), default=0)
-    greedy = find(results, task="problems", model=find(results, task="rerank")["model"], metric="exact_match")
-    rows = [["greedy, exact match", show(greedy)], *([f"{how}, samples = {k}, exact match", show(find(results, task="rerank", protocol=f"{how}@{k}"))] for how in RERANKERS)]
+def rerank_table(run) -> str:
+    """Ways to choose among the largest number of samples, each also against the greedy answer; then how well the scores separate."""
+    rows, of = [r for r in run.results if r["task"] == "rerank"], lambda metric, protocol: find(run.results, task="rerank", metric=metric, protocol=protocol)
+    k = max((int(r["protocol"].partition("@")[2]) for r in rows if "@" in r["protocol"]), default=0)
+    greedy = find(run.results, task="problems", model=rows[-1]["model"], metric="exact_match")
+    lines = [["greedy, exact match", show(greedy), ""]]
+    for how in RERANKERS:
+        row = of("exact_match", f"{how}@{k}")
+        lines.append([f"{how}, samples = {k}, exact match", show(row), gain((run.folder, greedy), (run.folder, row)) if row and greedy else ""])
     for metric, how, name in (("auc", "likelihood", "AUC of the likelihood"), ("auc", "best_of", "AUC of the verifier"),
                               ("auc", "best_of_same_form", "AUC of the verifier among solutions that stop and have an answer"), ("auc", "form_alone", "AUC of form alone"),
                               ("auc", "last_number_alone", "AUC of the verifier shown the final answer alone"),
                               ("brier", "verifier", "Brier score of the verifier"), ("calibration_error", "verifier", "expected calibration error")):
-        row = find(results, task="rerank", metric=metric, protocol=how)
-        rows += [[f"{name}, n = {row['n']} solutions", show(row)]] if row else []
-    return table(["", ""], [row for row in rows if row[1]])
+        row = of(metric, how)
+        lines += [[f"{name}, n = {row['n']} solutions", show(row), ""]] if row else []
+    return table(["", "", "against greedy, paired"], [line for line in lines if line[1]])
 
 
 def cost_table(logs: dict[str, list[dict]]) -> str:
@@ -97,7 +102,7 @@ def verifier_section(run) -> list[str]:
         return []
     greedy = find(run.results, task="problems", model=rows[-1]["model"], metric="exact_match")
     images = [plot_rerank(rows, run.target, greedy) if any("@" in r["protocol"] for r in rows) else None, plot_calibration(rows, run.target)]
-    return ["## The verifier", rerank_table(run.results), "majority: the most common answer; likelihood: the solution that the model itself finds likeliest; weighted: votes "
+    return ["## The verifier", rerank_table(run), "majority: the most common answer; likelihood: the solution that the model itself finds likeliest; weighted: votes "
             "weighted by the verifier; best_of: the verifier's first choice; oracle: solved when any sample is right, which no choice among them can beat.", *images]
 
 

@@ -230,6 +230,21 @@ def test_a_sweep_gets_its_trade_off_curve(tmp_path):
     assert report.main([f"--out_dir={tmp_path}", "--force"]) == 0 and (tmp_path / "tradeoff.png").read_bytes() != before
 
 
+def test_choosing_is_compared_with_the_greedy_answer(tmp_path, no_plots):
+    """Best-of-N counts for what it adds to one greedy answer, on the same problems."""
+    (greedy,) = with_items(tmp_path, [row("problems", "dpo", "exact_match", "greedy", 0)], {"dpo": [1] * 50 + [0] * 50})
+    (best,) = with_items(tmp_path, [row("rerank", "dpo", "exact_match", "best_of@4", 0)], {"dpo": [1] * 70 + [0] * 30})
+    data.write_json(str(tmp_path / greedy["items"]), {evaluation.item_key(r): stats.proportion([1] * n + [0] * (100 - n))["items"] for r, n in ((greedy, 50), (best, 70))})
+    assert re.search(r"best_of, samples = 4, exact match \| 70\.0 % \[.*?\] \| \*\*\+20\.0 points", text_of(write_run(tmp_path, [greedy, best])))
+
+
+def test_spread_and_overlap_are_said_in_words(tmp_path, no_plots):
+    """How much a few-shot number depends on the draw of its examples, and how much of a text training may have seen."""
+    rows = [row("sst2", "sft", "accuracy", "4-shot", 0.6, draws=[0.551, 0.648]), row("text_perplexity", "sft", "perplexity", "words", 30, split="wiki", overlap=0.1234)]
+    text = text_of(write_run(tmp_path, rows))
+    assert "4-shot, lowest and highest of the draws of examples: sft 55.1-64.8 %" in text and "Of wiki, detokenised, 12.34 % of all runs of 13 tokens" in text
+
+
 def test_errors_are_shown_with_examples(tmp_path, no_plots):
     example = {"question": "2 + 2?", "text": "2+2=5", "answer": "4", "false_equation": "2+2=5"}
     text = text_of(write_run(tmp_path, [row("problems", "sft", "error_arithmetic", "greedy", 0.1, examples=[example])]))
