@@ -254,18 +254,17 @@ def main(argv: list[str]) -> int:
         import tables  # which reads what this file writes
         print(tables.compare(list(cfg.compare)))
         return 0
-    data.ensure(",".join(filter(None, (cfg.data, cfg.problems, cfg.pairs, cfg.chats, cfg.streaming))), cfg.data_dir)
+    chosen = {name: task for name, task in TASKS.items() if getattr(cfg, task.data) and (not cfg.tasks or name in cfg.tasks)}
     if not os.path.isdir(cfg.out_dir):
         raise UserError(f"out_dir {cfg.out_dir!r} does not exist: give the folder of a run")
+    data.ensure(",".join(getattr(cfg, task.data) for task in chosen.values() if task.files), cfg.data_dir)
     existing = read_results(cfg.out_dir)
     fresh = not existing or cfg.no_overwrite or cfg.force
     path = os.path.join(cfg.out_dir, "results.jsonl" if fresh else time.strftime("results_%Y%m%d_%H%M%S.jsonl"))
     bench = Bench(cfg)
     settings = json.loads(json.dumps({key: getattr(cfg, key) for key in SETTINGS}))
     origin, new = provenance(), 0
-    for name, task in TASKS.items():
-        if cfg.tasks and name not in cfg.tasks or not getattr(cfg, task.data):
-            continue
+    for name, task in chosen.items():
         for stage in task.stages(bench):
             key = {"task": name, "stage": stage, "version": VERSION, "weights_hash": bench.checkpoints[stage]["weights_hash"],
                    "data_hash": bench.data_hash(task), "settings": settings}
