@@ -87,7 +87,7 @@ class EvalConfig:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tasks: each takes the bench and a stage's name, and returns its numbers
+# The bench, and the tasks that are run on it
 
 def run_folders(folder: str, pattern: str) -> list[str]:
     """Names of the subfolders that hold such a file: the stages in their order, then other runs by name."""
@@ -154,12 +154,24 @@ class Bench:
     def pairs(self) -> tuple[str, list]:
         split = "test" if os.path.exists(os.path.join(self.cfg.data_dir, self.cfg.pairs, "dpo_test.jsonl")) else "val"
         pairs = [pair_ids(record, self.tokenizer) for record in data.load_records(self.cfg.pairs, self.cfg.data_dir, "dpo", split)]
-        return split, [pair for pair in pairs if len(pair[0]) + max(len(pair[1]), len(pair[2])) <= self.model(self.policies[-1]).cfg.seq_len]
+        return split, self.fitting(pairs, lambda pair: len(pair[0]) + max(len(pair[1]), len(pair[2])), f"pairs of {self.cfg.pairs}")
+
+    def fitting(self, rows: list, length: Callable, what: str) -> list:
+        """Rows that the context holds; the others are counted aloud, once."""
+        space = self.model(self.policies[-1]).cfg.seq_len
+        kept = [row for row in rows if length(row) <= space]
+        if not kept:
+            raise UserError(f"all {len(rows)} {what} are longer than seq_len={space} tokens")
+        if len(kept) < len(rows) and what not in self.seen:
+            print(f"eval: {len(rows) - len(kept)} of {len(rows)} {what} are longer than seq_len={space} tokens and left out")
+            self.seen[what] = True
+        return kept
 
     def overlaps(self, text: str) -> list[float | None]:
-        """Share of the 13-token runs of a text, as it stands and detokenised, that stand in the training shards too; None without shards."""
+        """Share of the 13-token runs of a text, as it stands and detokenised, that stand in the shards of pretraining too; None without shards."""
         if text not in self.seen:
-            names = [name for name, _ in data.parse_mixture(self.cfg.data)] if self.cfg.data else []
+            pretrained = next((saved["train_config"].get("data") for saved in self.checkpoints.values() if saved.get("task") == "pretrain"), None) or self.cfg.data
+            names = [name for name, _ in data.parse_mixture(pretrained)] if pretrained else []
             paths = sorted(path for name in names for path in glob.glob(os.path.join(glob.escape(self.cfg.data_dir), name, "*train*.bin")))
             shards = [data.read_shard(path, self.tokenizer, self.headerless) for path in paths]
             self.seen[text] = [overlap(self.tokenizer.encode_array(form), shards) if shards else None for form in (text, detokenize(text))]
@@ -277,7 +289,7 @@ def main(argv: list[str]) -> int:
             rows = [{"model": stage, "split": "test", **key, "step": bench.checkpoints[stage].get("step", 0), **number} for number in task.run(bench, stage)]
             seconds = time.perf_counter() - began
             kept = {item_key(row): row.pop("items") for row in rows if "items" in row}
-            items = os.path.join("items", f"{name}_{stage}_{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json")
+            items = os.path.join(os.path.basename(path).removesuffix(".jsonl").replace("results", "items"), f"{name}_{stage}_{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json")
             data.write_json(os.path.join(cfg.out_dir, items), kept)
             rows = [row | {"items": items, "seconds": round(seconds, 2), "date": time.strftime("%Y-%m-%d %H:%M:%S"), **origin} for row in rows]
             append_results(path, rows, same if cfg.force else None)

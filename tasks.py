@@ -59,8 +59,8 @@ def chats(bench, stage: str) -> list[dict]:
     model, tokenizer = bench.model(stage), bench.tokenizer
     records = [r["messages"] for r in data.load_records(bench.cfg.chats, bench.cfg.data_dir, "sft", "val")]
     prompts = [data.render_prompt(messages[:-1], tokenizer) for messages in records]
-    windows = [(prompt + answer, len(answer)) for prompt, answer in zip(prompts, (tokenizer.encode(m[-1]["content"]) + [tokenizer.end] for m in records))
-               if len(prompt + answer) <= model.cfg.seq_len][:512]
+    windows = [(prompt + answer, len(answer)) for prompt, answer in zip(prompts, (tokenizer.encode(m[-1]["content"]) + [tokenizer.end] for m in records))]
+    windows = bench.fitting(windows, lambda window: len(window[0]), f"conversations of {bench.cfg.chats}")[:512]
     prompts = [prompt for prompt in prompts if len(prompt) < model.cfg.seq_len][:bench.cfg.n_chats]
     own = habits(model, tokenizer, prompts, bench.cfg.max_new_tokens)
     return [{"metric": metric, "split": "val", **number} for metric, number in (
@@ -126,12 +126,8 @@ def published(bench, stage: str) -> list[dict]:
         rows.append({"question": record["question"], "solutions": [
             {"source": source, "text": text, "ids": tokenizer.encode(text) + [tokenizer.end], "stopped": True, "correct": record[source]["is_correct"]}
             for source, text in texts.items()]})
-    fits = lambda row: all(len(ids) <= verifier.cfg.seq_len for ids, _ in with_prompts([row], tokenizer))
-    kept = list(filter(fits, rows))
-    if len(kept) < len(rows):
-        print(f"eval published: {len(rows) - len(kept)} of {len(rows)} problems have solutions longer than seq_len={verifier.cfg.seq_len} and are left out")
-    if not kept:
-        raise UserError(f"no problem of {bench.cfg.published} fits seq_len={verifier.cfg.seq_len}")
+    longest = lambda row: max(len(ids) for ids, _ in with_prompts([row], tokenizer))
+    kept = bench.fitting(rows, longest, f"problems of {bench.cfg.published}, with their solutions,")
     score_solutions(verifier, tokenizer, kept)
     likelihoods(bench.model(stage), tokenizer, kept)
     of_source = {source["source"]: [{**row, "solutions": [s for s in row["solutions"] if s["source"] == source["source"]]} for row in kept]

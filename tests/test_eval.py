@@ -723,8 +723,8 @@ def test_by_default_a_second_evaluation_goes_into_a_file_of_its_own(run):
     before = snapshot(folder)
     assert evaluation.main(argv) == 0
     after = snapshot(folder)
-    (new,) = set(after) - set(before)
-    assert re.fullmatch(r"results_\d{8}_\d{6}\.jsonl", new)
+    (new,) = {name for name in set(after) - set(before) if not name.startswith("items_")}
+    assert re.fullmatch(r"results_\d{8}_\d{6}\.jsonl", new) and json.loads(after[new].splitlines()[0])["items"] in after
     assert {name: after[name] for name in before} == before
     values = lambda text: [json.loads(line)["value"] for line in text.splitlines()]
     assert values(after[new]) == values(after["results.jsonl"])
