@@ -772,7 +772,8 @@ def prepare(cfg: DataConfig) -> None:
     tokenizer = None
     for source in sources:
         folder = os.path.join(cfg.data_dir, source.name)
-        request = {"stage": source.stage, "cap": source.cap, "tokenizer": cfg.tokenizer, "files": [[os.path.basename(f), sha256(f)[:16] if os.path.isfile(f) else None] for f in source.files],
+        request = {"stage": source.stage, "cap": source.cap, "tokenizer": cfg.tokenizer,
+                   "files": [[os.path.basename(f), sha256(f)[:16] if os.path.isfile(f) else None] for f in source.files],
                    "from": list(PRESETS[source.name][1:]) if source.name in PRESETS and not source.files else None}
         if source.name == "toy":
             request = {"toy": [cfg.seed, cfg.toy_stories, cfg.toy_problems, cfg.toy_test, sha256(toy.__file__)[:16]]}

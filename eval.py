@@ -180,8 +180,9 @@ class Bench:
     def solutions(self, stage: str, n: int, temperature: float) -> list[dict]:
         """Solved test problems; kept beside the results, so that every number can be traced to its text."""
         cfg = self.cfg
-        settings = hashlib.sha256(json.dumps([VERSION, n, temperature, cfg.max_new_tokens, cfg.seed, cfg.problems, cfg.n_problems, cfg.calculator, str(self.dtype)]).encode())
-        path = os.path.join(cfg.out_dir, "generations", f"{stage}_{self.checkpoints[stage]['weights_hash']}_{settings.hexdigest()[:8]}.jsonl")
+        settings = [VERSION, n, temperature, cfg.max_new_tokens, cfg.seed, cfg.problems, cfg.n_problems, cfg.calculator, str(self.dtype)]
+        digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+        path = os.path.join(cfg.out_dir, "generations", f"{stage}_{self.checkpoints[stage]['weights_hash']}_{digest}.jsonl")
         if not os.path.exists(path):
             rows = solve(self.model(stage), self.tokenizer, self.problems(), n, temperature, cfg.max_new_tokens, cfg.seed, cfg.calculator,
                          lambda text: print(f"eval {stage}: {text}", flush=True))
@@ -219,8 +220,8 @@ TASKS = {
     "streaming": Task(sinks.streaming, "streaming", ("*val*.bin",), lambda bench: bench.policies[1:]),  # the first is the untrained model
     "attention": Task(sinks.attention, "sentences", ()),
 }
-SETTINGS = ("data", "problems", "pairs", "chats", "text", "protocols", "published", "sst2", "shots", "dialogues", "n_samples", "temperature", "max_new_tokens", "calculator",
-            "n_problems", "n_chats", "streaming", "n_streams", "sentences", "seed")  # that decide a number, and stand beside it
+SETTINGS = ("data", "problems", "pairs", "chats", "text", "protocols", "published", "sst2", "shots", "dialogues", "n_samples", "temperature",
+            "max_new_tokens", "calculator", "n_problems", "n_chats", "streaming", "n_streams", "sentences", "seed")  # that decide a number, and stand beside it
 VERSION = 4  # of the tasks: raised when a number changes its meaning
 
 
@@ -289,12 +290,14 @@ def main(argv: list[str]) -> int:
             rows = [{"model": stage, "split": "test", **key, "step": bench.checkpoints[stage].get("step", 0), **number} for number in task.run(bench, stage)]
             seconds = time.perf_counter() - began
             kept = {item_key(row): row.pop("items") for row in rows if "items" in row}
-            items = os.path.join(os.path.basename(path).removesuffix(".jsonl").replace("results", "items"), f"{name}_{stage}_{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json")
+            digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+            items = os.path.join(os.path.basename(path).removesuffix(".jsonl").replace("results", "items"), f"{name}_{stage}_{digest}.json")
             data.write_json(os.path.join(cfg.out_dir, items), kept)
             rows = [row | {"items": items, "seconds": round(seconds, 2), "date": time.strftime("%Y-%m-%d %H:%M:%S"), **origin} for row in rows]
             append_results(path, rows, same if cfg.force else None)
             new += len(rows)
-            print(f"eval {name} {stage} ({seconds:.0f} s): " + ", ".join(f"{r['metric']} {r['protocol']} {r['value']:.4g}" for r in rows if not {"position", "head"} & r.keys()), flush=True)
+            shown = [f"{r['metric']} {r['protocol']} {r['value']:.4g}" for r in rows if not {"position", "head"} & r.keys()]  # not every point of a curve
+            print(f"eval {name} {stage} ({seconds:.0f} s): {', '.join(shown)}", flush=True)
     print(f"eval: {new} new results in {path}" if new else f"eval: all results exist in {cfg.out_dir}, nothing to do")
     return 0
 

@@ -72,10 +72,10 @@ def details(results: list[dict], task: str) -> str:
     heads = {key: ", ".join([*(dict.fromkeys((key[0].replace("_", " "), key[1]))), *([key[2]] if several else [])]) for key in keys}
     text = by_model(results, [(heads[key], task, *key) for key in keys])
     drawn = {(r["protocol"], r["model"]): r["draws"] for r in results if r["task"] == task and len(r.get("draws", [])) > 1}
-    notes = [f"{protocol}, lowest and highest of the draws of examples: " + ", ".join(
-        f"{model} {100 * min(draws):.1f}-{100 * max(draws):.1f} %" for (p, model), draws in drawn.items() if p == protocol) for protocol in dict.fromkeys(p for p, _ in drawn)]
-    seen = {(r["split"], "as it stands" if r["protocol"] not in ("words", "bpb") else "detokenised"): r["overlap"] for r in results if r.get("overlap") is not None}
-    notes += [f"Of {split}, {form}, {100 * share:.2f} % of all runs of 13 tokens stand in the training shards." for (split, form), share in seen.items()] if task == "text_perplexity" else []
+    spread = lambda protocol: [f"{model} {100 * min(draws):.1f}-{100 * max(draws):.1f} %" for (p, model), draws in drawn.items() if p == protocol]
+    notes = [f"{protocol}, lowest and highest of the draws of examples: {', '.join(spread(protocol))}" for protocol in dict.fromkeys(p for p, _ in drawn)]
+    seen = {} if task != "text_perplexity" else {(r["split"], "as it stands" if r["protocol"] not in ("words", "bpb") else "detokenised"): r["overlap"] for r in results if r.get("overlap") is not None}
+    notes += [f"Of {split}, {form}, {100 * share:.2f} % of all runs of 13 tokens stand in the training shards." for (split, form), share in seen.items()]
     return "\n\n".join([text, *notes])
 
 
@@ -122,7 +122,8 @@ def compare(folders: list[str]) -> str:
             raise UserError(f"{folder} holds no results: run eval.py --out_dir={folder} first")
     first, *others = folders
     keys = list(dict.fromkeys((r["task"], r["model"], r["metric"], r["protocol"], r["split"]) for r in found[first]))
-    parts = [f"# {first} beside {', '.join(others)}", "Differences are paired, item by item, with 95 % intervals, in bold where these exclude 0; none is given where the data differ."]
+    parts = [f"# {first} beside {', '.join(others)}",
+             "Differences are paired, item by item, with 95 % intervals, in bold where these exclude 0; none is given where the data differ."]
     for task in dict.fromkeys(key[0] for key in keys):
         rows = []
         for key in (key for key in keys if key[0] == task):
