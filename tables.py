@@ -74,8 +74,9 @@ def details(results: list[dict], task: str) -> str:
     drawn = {(r["protocol"], r["model"]): r["draws"] for r in results if r["task"] == task and len(r.get("draws", [])) > 1}
     spread = lambda protocol: [f"{model} {100 * min(draws):.1f}-{100 * max(draws):.1f} %" for (p, model), draws in drawn.items() if p == protocol]
     notes = [f"{protocol}, lowest and highest of the draws of examples: {', '.join(spread(protocol))}" for protocol in dict.fromkeys(p for p, _ in drawn)]
-    seen = {} if task != "text_perplexity" else {(r["split"], "as it stands" if r["protocol"] not in ("words", "bpb") else "detokenised"): r["overlap"] for r in results if r.get("overlap") is not None}
-    notes += [f"Of {split}, {form}, {100 * share:.2f} % of all runs of 13 tokens stand in the training shards." for (split, form), share in seen.items()]
+    form = lambda r: "detokenised" if r["protocol"] in ("words", "bpb") else "as it stands"
+    seen = {(r["split"], form(r)): r["overlap"] for r in results if r["task"] == task and r.get("overlap") is not None}
+    notes += [f"Of {split}, {how}, {100 * share:.2f} % of all runs of 13 tokens stand in the training shards." for (split, how), share in seen.items()]
     return "\n\n".join([text, *notes])
 
 
