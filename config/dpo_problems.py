@@ -2,8 +2,8 @@
 
     python align.py config/dpo_problems.py --init_from=out/toy/sft
 
-Greedy exact match over SFT, 2,000 test problems: +5.4, +1.0, +5.0 points on seeds 1337, 1, 2; with --beta=1e-6, which switches the preference term off,
-+5.9, +1.1, +5.7: it is the likelihood of the right samples that helps (LOG.md).
+Greedy exact match over SFT, 2,000 test problems, seeds 1337, 1, 2: +13.2, +5.4, +8.3 points; with --beta=1e-6, which switches the preference term off,
++13.3, +5.8, +8.6: it is the likelihood of the right samples that helps (LOG.md).
 """
 mode = "dpo"
 out_dir = "out/toy/dpo_problems"
@@ -15,7 +15,7 @@ rpo_alpha = 20.0  # with 1 or 5 exact match falls below that of SFT (LOG.md)
 muon_lr = 0.003
 learning_rate = 3e-4
 momentum = 0.9
-beta = 0.1
+beta = 0.02  # at 0.1 the preference term costs 1 to 2 points
 batch_tokens = 6144
 micro_batch = 48
 max_steps = 80  # one pass over some 4,000 pairs
