@@ -179,12 +179,12 @@ class Bench:
 
     def solutions(self, stage: str, n: int, temperature: float) -> list[dict]:
         """Solved test problems; kept beside the results, so that every number can be traced to its text."""
-        cfg = self.cfg
-        settings = [VERSION, n, temperature, cfg.max_new_tokens, cfg.seed, cfg.problems, cfg.n_problems, cfg.calculator, str(self.dtype)]
+        cfg, seed = self.cfg, self.cfg.seed if temperature else 0
+        settings = [VERSION, n, temperature, cfg.max_new_tokens, seed, cfg.problems, cfg.n_problems, cfg.calculator, str(self.dtype)]
         digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
         path = os.path.join(cfg.out_dir, "generations", f"{stage}_{self.checkpoints[stage]['weights_hash']}_{digest}.jsonl")
         if not os.path.exists(path):
-            rows = solve(self.model(stage), self.tokenizer, self.problems(), n, temperature, cfg.max_new_tokens, cfg.seed, cfg.calculator,
+            rows = solve(self.model(stage), self.tokenizer, self.problems(), n, temperature, cfg.max_new_tokens, seed, cfg.calculator,
                          lambda text: print(f"eval {stage}: {text}", flush=True))
             data.write_jsonl(path, rows)
         return data.read_jsonl(path)
@@ -192,9 +192,13 @@ class Bench:
 
 class Task(NamedTuple):
     run: Callable  # (bench, stage) -> rows
-    data: str  # the setting that names its data; the task is left out where that is empty
+    settings: tuple[str, ...]  # that decide its numbers; the first names its data, and the task is left out where that is empty
     files: tuple[str, ...]  # patterns of its files in that data's folder; none where the setting is the data itself
     stages: Callable = lambda bench: bench.policies  # those it is run for
+
+    @property
+    def data(self) -> str:
+        return self.settings[0]
 
 
 def tuned(bench: Bench) -> list[str]:
@@ -206,23 +210,22 @@ def judged(bench: Bench) -> list[str]:
     return tuned(bench)[-1:] if "verifier" in bench.checkpoints else []
 
 
+ANSWERS = ("n_problems", "max_new_tokens", "calculator")  # what decides a solution, greedy
 TASKS = {
-    "val_loss": Task(tasks.val_loss, "data", ("*val*.bin",)),
-    "text_perplexity": Task(tasks.text_perplexity, "text", ("test.txt",), lambda bench: [*bench.policies, *bench.baselines()]),
-    "chats": Task(tasks.chats, "chats", ("sft_val.jsonl",)),
-    "problems": Task(tasks.greedy, "problems", ("problems_test.jsonl",)),
-    "preference": Task(tasks.preference, "pairs", ("dpo_test.jsonl", "dpo_val.jsonl")),
-    "tales": Task(tasks.tales, "pairs", ("dpo_test.jsonl",), lambda bench: tuned(bench) if bench.cfg.pairs == "toy" else []),
-    "sst2": Task(tasks.sst2, "sst2", ("test.jsonl",)),
-    "dialogsum": Task(tasks.dialogsum, "dialogues", ("test.jsonl",)),
-    "rerank": Task(tasks.rerank, "problems", ("problems_test.jsonl",), judged),
-    "published": Task(tasks.published, "published", ("test.jsonl",), judged),
-    "streaming": Task(sinks.streaming, "streaming", ("*val*.bin",), lambda bench: bench.policies[1:]),  # the first is the untrained model
-    "attention": Task(sinks.attention, "sentences", ()),
+    "val_loss": Task(tasks.val_loss, ("data",), ("*val*.bin",)),
+    "text_perplexity": Task(tasks.text_perplexity, ("text", "protocols"), ("test.txt",), lambda bench: [*bench.policies, *bench.baselines()]),
+    "chats": Task(tasks.chats, ("chats", "n_chats", "max_new_tokens"), ("sft_val.jsonl",)),
+    "problems": Task(tasks.greedy, ("problems", *ANSWERS), ("problems_test.jsonl",)),
+    "preference": Task(tasks.preference, ("pairs",), ("dpo_test.jsonl", "dpo_val.jsonl")),
+    "tales": Task(tasks.tales, ("pairs", "seed"), ("dpo_test.jsonl",), lambda bench: tuned(bench) if bench.cfg.pairs == "toy" else []),
+    "sst2": Task(tasks.sst2, ("sst2", "shots", "n_problems"), ("test.jsonl",)),
+    "dialogsum": Task(tasks.dialogsum, ("dialogues", "n_problems", "max_new_tokens"), ("test.jsonl",)),
+    "rerank": Task(tasks.rerank, ("problems", *ANSWERS, "n_samples", "temperature", "seed"), ("problems_test.jsonl",), judged),
+    "published": Task(tasks.published, ("published", "n_problems"), ("test.jsonl",), judged),
+    "streaming": Task(sinks.streaming, ("streaming", "n_streams"), ("*val*.bin",), lambda bench: bench.policies[1:]),  # the first is the untrained model
+    "attention": Task(sinks.attention, ("sentences",), ()),
 }
-SETTINGS = ("data", "problems", "pairs", "chats", "text", "protocols", "published", "sst2", "shots", "dialogues", "n_samples", "temperature",
-            "max_new_tokens", "calculator", "n_problems", "n_chats", "streaming", "n_streams", "sentences", "seed")  # that decide a number, and stand beside it
-VERSION = 4  # of the tasks: raised when a number changes its meaning
+VERSION = 5  # of the tasks: raised when a number changes its meaning
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,9 +278,9 @@ def main(argv: list[str]) -> int:
     fresh = not existing or cfg.no_overwrite or cfg.force
     path = os.path.join(cfg.out_dir, "results.jsonl" if fresh else time.strftime("results_%Y%m%d_%H%M%S.jsonl"))
     bench = Bench(cfg)
-    settings = json.loads(json.dumps({key: getattr(cfg, key) for key in SETTINGS}))
     origin, new = provenance(), 0
     for name, task in chosen.items():
+        settings = json.loads(json.dumps({key: getattr(cfg, key) for key in task.settings})) | {"dtype": str(bench.dtype)}
         for stage in task.stages(bench):
             key = {"task": name, "stage": stage, "version": VERSION, "weights_hash": bench.checkpoints[stage]["weights_hash"],
                    "data_hash": bench.data_hash(task), "settings": settings}

@@ -715,6 +715,36 @@ def test_no_overwrite_skips_what_exists_says_so_and_touches_nothing(run, capsys)
     assert "nothing to do" in capsys.readouterr().out and snapshot(folder) == before
 
 
+def test_a_task_names_every_setting_that_it_reads(finished):
+    """A number is taken for the same where its settings are: one that is read and not named would hand out the number of another."""
+    _, argv = finished
+    cfg = evaluation.configurator.load(evaluation.EvalConfig, [*argv, "--shots=films-train", "--streaming=toy", "--sentences=Tom", "--n_streams=1"])
+
+    class Recording:
+        read = set()
+
+        def __getattr__(self, name):
+            self.read.add(name)
+            return getattr(cfg, name)
+
+    neutral = {"data_dir", "out_dir", "tokenizer", "device", "dtype", "baselines", "data"}  # data: for the overlap beside a perplexity
+    bench = evaluation.Bench(Recording())
+    for name, task in evaluation.TASKS.items():
+        for stage in (task.stages(bench)[-1:] if name != "streaming" else []):
+            Recording.read.clear()
+            task.run(bench, stage)
+            assert Recording.read - neutral <= set(task.settings), name
+
+
+def test_another_setting_evaluates_again_what_it_decides_and_nothing_else(run):
+    """Naming a text after the first evaluation must not sample every solution anew."""
+    folder, argv = run
+    before = len(evaluation.read_results(str(folder)))
+    argv = [*argv[:-1], "--tasks=val_loss,preference,chats", "--no_overwrite"]
+    assert evaluation.main([*argv, "--n_chats=2"]) == 0
+    assert {row["task"] for row in evaluation.read_results(str(folder))[before:]} == {"chats"}
+
+
 def test_no_overwrite_adds_only_what_is_missing(run):
     """A new checkpoint in the folder is evaluated, the others are not evaluated again."""
     folder, argv = run
