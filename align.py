@@ -118,16 +118,6 @@ def pack(lengths: list[int], space: int) -> list[list[int]]:
     return groups
 
 
-def fitting(rows: list, length, space: int, what: str, say) -> list:
-    """Rows whose length is at most space; the others are counted aloud."""
-    kept = [row for row in rows if length(row) <= space]
-    if len(kept) < len(rows):
-        say(f"{what}: {len(rows) - len(kept)} of {len(rows)} are longer than seq_len={space} tokens and dropped")
-    if not kept:
-        raise UserError(f"{what}: all {len(rows)} are longer than seq_len={space} tokens")
-    return kept
-
-
 class Packed:
     """Documents (ids, and per id one label of each kind or -1), packed into rows; attention stays inside a document.
 
@@ -208,7 +198,7 @@ class SFT(PackedTask):
         for split in ("train", "val"):
             records = data.load_records(cfg.data, cfg.data_dir, "sft", split)
             chats = [data.render(record["messages"], tokenizer) for record in records]
-            chats = fitting(chats, lambda chat: len(chat[0]) - 1, self.tokens_per_row, f"sft {split} chats", ranks.print)
+            chats = data.fitting(chats, lambda chat: len(chat[0]) - 1, self.tokens_per_row, f"sft {split} chats", ranks.print)
             documents[split] = [{"ids": ids, "targets": [i if s else -1 for i, s in zip(ids, supervised)]} for ids, supervised in chats]
         self.prompts = [data.render_prompt(record["messages"][:-1], tokenizer) for record in records]  # of val, the last split
         ids, targets = documents["train"][0]["ids"], documents["train"][0]["targets"]
@@ -267,7 +257,7 @@ class DPO:
         for split in ("train", "val"):
             records = self.sampled_pairs(split, model, tokenizer, ranks) if cfg.on_policy else data.load_records(cfg.data, cfg.data_dir, "dpo", split)
             pairs = [tasks.pair_ids(record, tokenizer) for record in records]
-            self.pairs[split] = fitting(pairs, lambda pair: pair_length(pair), longest, f"dpo {split} pairs", ranks.print)
+            self.pairs[split] = data.fitting(pairs, lambda pair: pair_length(pair), longest, f"dpo {split} pairs", ranks.print)
         self.prompts = [data.render_prompt(record["prompt"], tokenizer) for record in records]  # of val, the last split
         used = max(pair_length(pair) for pairs in self.pairs.values() for pair in pairs)
         self.width = min(longest, -(-used // 64) * 64)
@@ -402,7 +392,7 @@ class Verifier(PackedTask):
             documents[split] = [self.document(row["question"], solution["ids"], -1, int(solution["correct"]), tokenizer, cfg.level)
                                 for row in rows for solution in row["solutions"]]
             documents[split] += [self.document(row["question"], tokenizer.encode(row["answer"]) + [tokenizer.end], 1, -1, tokenizer) for row in rows]
-            documents[split] = fitting(documents[split], lambda d: len(d["ids"]) - 1, self.tokens_per_row, f"verifier {split} solutions", ranks.print)
+            documents[split] = data.fitting(documents[split], lambda d: len(d["ids"]) - 1, self.tokens_per_row, f"verifier {split} solutions", ranks.print)
             labels = [solution["correct"] for row in rows for solution in row["solutions"]]
             oracle = sum(any(s["correct"] for s in row["solutions"]) for row in rows) / len(rows)
             ranks.print(f"verifier {split}: {len(rows)} problems, {len(labels)} solutions, {sum(labels) / len(labels):.1%} right; "

@@ -522,6 +522,16 @@ def load_records(spec: str, data_dir: str, kind: str, split: str) -> list[dict]:
     return rows
 
 
+def fitting(rows: list, length, space: int, what: str, say) -> list:
+    """Rows whose length is at most space; the others are counted aloud."""
+    kept = [row for row in rows if length(row) <= space]
+    if len(kept) < len(rows):
+        say(f"{what}: {len(rows) - len(kept)} of {len(rows)} are longer than seq_len={space} tokens and dropped")
+    if not kept:
+        raise UserError(f"{what}: all {len(rows)} are longer than seq_len={space} tokens")
+    return kept
+
+
 def refuse_evaluation_problems(rows: list[dict], spec: str, data_dir: str) -> None:
     """Raises UserError where a record to train on asks a question of an evaluation set in data_dir, up to case and spaces."""
     plain = lambda text: " ".join(text.lower().split())

@@ -99,7 +99,7 @@ class Bench:
     """Models, tokenizer and data of one evaluation, loaded when first asked for."""
 
     def __init__(self, cfg: EvalConfig):
-        self.cfg, self.models, self.tokenizers, self.hashes, self.seen = cfg, {}, {}, {}, {}
+        self.cfg, self.models, self.tokenizers, self.hashes, self.overlap_of, self.told = cfg, {}, {}, {}, {}, set()
         runs = run_folders(cfg.out_dir, "ckpt_*.pt")
         if runs:
             self.checkpoints = {name: load_checkpoint(os.path.join(cfg.out_dir, name)) for name in runs}
@@ -157,25 +157,20 @@ class Bench:
         return split, self.fitting(pairs, lambda pair: len(pair[0]) + max(len(pair[1]), len(pair[2])), f"pairs of {self.cfg.pairs}")
 
     def fitting(self, rows: list, length: Callable, what: str) -> list:
-        """Rows that the context holds; the others are counted aloud, once."""
-        space = self.model(self.policies[-1]).cfg.seq_len
-        kept = [row for row in rows if length(row) <= space]
-        if not kept:
-            raise UserError(f"all {len(rows)} {what} are longer than seq_len={space} tokens")
-        if len(kept) < len(rows) and what not in self.seen:
-            print(f"eval: {len(rows) - len(kept)} of {len(rows)} {what} are longer than seq_len={space} tokens and left out")
-            self.seen[what] = True
-        return kept
+        """Rows that the context holds; the others are counted aloud, at the first stage."""
+        say = print if what not in self.told else lambda text: None
+        self.told.add(what)
+        return data.fitting(rows, length, self.model(self.policies[-1]).cfg.seq_len, f"eval: {what}", say)
 
     def overlaps(self, text: str) -> list[float | None]:
         """Share of the 13-token runs of a text, as it stands and detokenised, that stand in the shards of pretraining too; None without shards."""
-        if text not in self.seen:
+        if text not in self.overlap_of:
             pretrained = next((saved["train_config"].get("data") for saved in self.checkpoints.values() if saved.get("task") == "pretrain"), None) or self.cfg.data
             names = [name for name, _ in data.parse_mixture(pretrained)] if pretrained else []
             paths = sorted(path for name in names for path in glob.glob(os.path.join(glob.escape(self.cfg.data_dir), name, "*train*.bin")))
             shards = [data.read_shard(path, self.tokenizer, self.headerless) for path in paths]
-            self.seen[text] = [overlap(self.tokenizer.encode_array(form), shards) if shards else None for form in (text, detokenize(text))]
-        return self.seen[text]
+            self.overlap_of[text] = [overlap(self.tokenizer.encode_array(form), shards) if shards else None for form in (text, detokenize(text))]
+        return self.overlap_of[text]
 
     def solutions(self, stage: str, n: int, temperature: float) -> list[dict]:
         """Solved test problems; kept beside the results, so that every number can be traced to its text."""
@@ -281,9 +276,10 @@ def main(argv: list[str]) -> int:
     origin, new = provenance(), 0
     for name, task in chosen.items():
         settings = json.loads(json.dumps({key: getattr(cfg, key) for key in task.settings})) | {"dtype": str(bench.dtype)}
+        data_hash = bench.data_hash(task)
         for stage in task.stages(bench):
             key = {"task": name, "stage": stage, "version": VERSION, "weights_hash": bench.checkpoints[stage]["weights_hash"],
-                   "data_hash": bench.data_hash(task), "settings": settings}
+                   "data_hash": data_hash, "settings": settings}
             if task.stages is judged:
                 key["verifier_hash"] = bench.checkpoints["verifier"]["weights_hash"]
             same = lambda row: all(row.get(k) == v for k, v in key.items())

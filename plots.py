@@ -54,9 +54,9 @@ def plot_dpo(rows: list[dict], folder: str, run: str) -> str | None:
     return finish(figure, folder, f"{run}_curves.png")
 
 
-def spread(rows: list[dict], scale: float = 1.0) -> list[list[float]]:
+def spread(rows: list[dict]) -> list[list[float]]:
     """What matplotlib calls error bars: distances to low and high, never below 0."""
-    return [[max(0, scale * (r["value"] - r["low"])) for r in rows], [max(0, scale * (r["high"] - r["value"])) for r in rows]]
+    return [[max(0, r["value"] - r["low"]) for r in rows], [max(0, r["high"] - r["value"]) for r in rows]]
 
 
 def plot_rerank(rows: list[dict], folder: str, greedy: dict | None) -> str:

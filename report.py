@@ -36,11 +36,10 @@ def mistakes(results: list[dict]) -> str:
                      + (f"; false: `{e['false_equation']}`" if e["false_equation"] else "") for r in rows if r["stage"] == rows[-1]["stage"] for e in r["examples"][:2])
 
 
-def rerank_table(run) -> str:
+def rerank_table(run, rows: list[dict], greedy: dict | None) -> str:
     """Ways to choose among the largest number of samples, each also against the greedy answer; then how well the scores separate."""
-    rows, of = [r for r in run.results if r["task"] == "rerank"], lambda metric, protocol: find(run.results, task="rerank", metric=metric, protocol=protocol)
+    of = lambda metric, protocol: find(rows, metric=metric, protocol=protocol)
     k = max((int(r["protocol"].partition("@")[2]) for r in rows if "@" in r["protocol"]), default=0)
-    greedy = find(run.results, task="problems", model=rows[-1]["model"], metric="exact_match")
     lines = [["greedy, exact match", show(greedy), ""]]
     for how in RERANKERS:
         row = of("exact_match", f"{how}@{k}")
@@ -102,7 +101,7 @@ def verifier_section(run) -> list[str]:
         return []
     greedy = find(run.results, task="problems", model=rows[-1]["model"], metric="exact_match")
     images = [plot_rerank(rows, run.target, greedy) if any("@" in r["protocol"] for r in rows) else None, plot_calibration(rows, run.target)]
-    return ["## The verifier", rerank_table(run), "majority: the most common answer; likelihood: the solution that the model itself finds likeliest; weighted: votes "
+    return ["## The verifier", rerank_table(run, rows, greedy), "majority: the most common answer; likelihood: the solution that the model itself finds likeliest; weighted: votes "
             "weighted by the verifier; best_of: the verifier's first choice; oracle: solved when any sample is right, which no choice among them can beat.", *images]
 
 
@@ -116,7 +115,7 @@ def details_sections(run) -> list[str]:
     parts = []
     for task, title in DETAILS.items():
         parts += [f"## {title}", details(run.results, task)] if find(run.results, task=task) else []
-        parts += [mistakes(run.results)] if task == "problems" and mistakes(run.results) else []
+        parts += [mistakes(run.results)] if task == "problems" else []
     return parts
 
 

@@ -41,14 +41,14 @@ def unigram_entropy(ids: list[int]) -> tuple[float, int]:
 
 def text_perplexity(bench, stage: str) -> list[dict]:
     """Every protocol on every text; beside each number, how much of the text stood in the pretraining shards."""
-    results = []
+    results, protocols = [], bench.cfg.protocols or PROTOCOLS
     for name in bench.cfg.text.split(","):
         with data.open_text(os.path.join(bench.cfg.data_dir, name, "test.txt")) as f:
             text = f.read()
         overlaps = bench.overlaps(text) if stage in bench.policies else [None, None]  # what a baseline was trained on is not known here
-        for row in perplexity(bench.model(stage), bench.tokenizers.get(stage, bench.tokenizer), text, bench.cfg.protocols or PROTOCOLS):
+        for row in perplexity(bench.model(stage), bench.tokenizers.get(stage, bench.tokenizer), text, protocols):
             results.append({**row, "split": name, "overlap": overlaps[row["protocol"] in ("words", "bpb")]})
-        if stage == "untrained" and "tokens" in (bench.cfg.protocols or PROTOCOLS):
+        if stage == "untrained" and "tokens" in protocols:
             entropy, n = unigram_entropy(bench.tokenizer.encode(text))
             results.append({"model": "unigrams of the text", "metric": "perplexity", "protocol": "tokens", "split": name, "value": math.exp(entropy), "n": n})
     return results
