@@ -137,7 +137,8 @@ class Bench:
 
     def files(self, task: "Task") -> list[str]:
         """The files that a task takes its items from."""
-        names = [name for name, _ in data.parse_mixture(getattr(self.cfg, task.data))] if task.files else []
+        specs = [getattr(self.cfg, key) for key in task.settings[:task.n_data]] if task.files else []
+        names = [name for spec in filter(None, specs) for name, _ in data.parse_mixture(spec)]
         return sorted(path for name in names for pattern in task.files for path in glob.glob(os.path.join(glob.escape(self.cfg.data_dir), name, pattern)))
 
     def data_hash(self, task: "Task") -> str:
@@ -190,6 +191,7 @@ class Task(NamedTuple):
     settings: tuple[str, ...]  # that decide its numbers; the first names its data, and the task is left out where that is empty
     files: tuple[str, ...]  # patterns of its files in that data's folder; none where the setting is the data itself
     stages: Callable = lambda bench: bench.policies  # those it is run for
+    n_data: int = 1  # how many of its settings, from the first on, name data
 
     @property
     def data(self) -> str:
@@ -213,7 +215,7 @@ TASKS = {
     "problems": Task(tasks.greedy, ("problems", *ANSWERS), ("problems_test.jsonl",)),
     "preference": Task(tasks.preference, ("pairs",), ("dpo_test.jsonl", "dpo_val.jsonl")),
     "tales": Task(tasks.tales, ("pairs", "seed"), ("dpo_test.jsonl",), lambda bench: tuned(bench) if bench.cfg.pairs == "toy" else []),
-    "sst2": Task(tasks.sst2, ("sst2", "shots", "n_problems"), ("test.jsonl",)),
+    "sst2": Task(tasks.sst2, ("sst2", "shots", "n_problems"), ("test.jsonl",), n_data=2),
     "dialogsum": Task(tasks.dialogsum, ("dialogues", "n_problems", "max_new_tokens"), ("test.jsonl",)),
     "rerank": Task(tasks.rerank, ("problems", *ANSWERS, "n_samples", "temperature", "seed"), ("problems_test.jsonl",), judged),
     "published": Task(tasks.published, ("published", "n_problems"), ("test.jsonl",), judged),

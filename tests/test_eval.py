@@ -620,6 +620,19 @@ def test_other_data_of_the_same_name_give_other_results(run):
     assert {row["task"] for row in added} == {"preference"} and {row["n"] for row in added} == {3}
 
 
+def test_other_examples_are_other_data_too(run):
+    """The sentences of a few-shot prompt decide its number as much as those it is asked about."""
+    folder, argv = run
+    argv = [*argv[:-1], "--tasks=sst2", "--shots=films-train", "--no_overwrite"]
+    path = folder.parent / "data" / "films-train" / "test.jsonl"
+    counts = []
+    for change in (lambda: None, lambda: None, lambda: path.write_text(path.read_text().replace("no.", "nr."))):
+        change()
+        assert evaluation.main(argv) == 0
+        counts.append(sum(row["task"] == "sst2" for row in evaluation.read_results(str(folder))))
+    assert counts[0] == counts[1] > 0 and counts[2] == 2 * counts[0]
+
+
 def test_a_folder_of_any_runs_is_evaluated_as_one(tmp_path):
     """A sweep: every run under its own name, beside one untrained row."""
     argv = make_run(tmp_path)
