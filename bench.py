@@ -10,6 +10,7 @@ tens of percent from minute to minute, and only the ratio of neighbours means so
 (time of the baseline) / (time of the system). Every system has its own optimizer; parameter counts are printed. A system that cannot run
 is left out aloud. One table per task, and JSON lines in --out.
 """
+
 import importlib
 import importlib.util
 import json
@@ -48,7 +49,9 @@ class BenchConfig:
     shapes: tuple[str, ...] = ("char", "gpt2")  # names of SHAPES
     systems: tuple[str, ...] = ()  # which of ours and the peers; none = all that can do the task
     baseline: str | None = None  # the system that ratios refer to; None = the first peer
-    other: str | None = None  # path of another checkout of this project, to compare two states of it
+    other: str | None = (
+        None  # path of another checkout of this project, to compare two states of it
+    )
     nanogpt: str | None = None  # path of a checkout
     nanochat: str | None = None  # path of a checkout
     transformers: bool = False  # Llama and Qwen3 from the installed transformers
@@ -57,7 +60,9 @@ class BenchConfig:
     data_dir: str = "data"  # where gpt2's ranks are
     rounds: int = 9  # measurements of each system; race: seeds
     new_tokens: int = 256  # generate: per row
-    batches: tuple[int, ...] = ()  # rows of a training step, one after the other; none = the shape's own
+    batches: tuple[
+        int, ...
+    ] = ()  # rows of a training step, one after the other; none = the shape's own
     device: str = "cpu"  # cpu or cuda
     dtype: str = "float32"  # float32 or bfloat16 (autocast)
     compile: bool = False  # torch.compile every system's training step
@@ -65,9 +70,13 @@ class BenchConfig:
     out: str = "out/bench.jsonl"  # results are appended here
 
     def __post_init__(self):
-        unknown = [s for s in self.shapes if s not in SHAPES] + [t for t in self.tasks if t not in TASKS]
+        unknown = [s for s in self.shapes if s not in SHAPES] + [
+            t for t in self.tasks if t not in TASKS
+        ]
         if unknown:
-            raise UserError(f"unknown {', '.join(unknown)}; shapes: {', '.join(SHAPES)}; tasks: {', '.join(TASKS)}")
+            raise UserError(
+                f"unknown {', '.join(unknown)}; shapes: {', '.join(SHAPES)}; tasks: {', '.join(TASKS)}"
+            )
         if not self.text and {"tokenize", "start", "race"} & set(self.tasks):
             raise UserError("tokenize, start and race need a text: --text=FILE")
 
@@ -83,23 +92,40 @@ class Shape:
     d_ff: int | None = None  # of a SwiGLU; None = 8/3 d_model, with the parameters of nanoGPT's MLP
 
 
-SHAPES = {"char": Shape(6, 384, 6, 256, 12, 65), "gpt2": Shape(4, 256, 4, 256, 8, 50304), "tiny": Shape(4, 128, 4, 64, 12, 65),
-          "small": Shape(6, 192, 6, 256, 16, 65), "h100": Shape(12, 1024, 16, 1024, 16, 50304), "h100_recipe": Shape(12, 1024, 16, 1024, 32, 50304, 4096)}
+SHAPES = {
+    "char": Shape(6, 384, 6, 256, 12, 65),
+    "gpt2": Shape(4, 256, 4, 256, 8, 50304),
+    "tiny": Shape(4, 128, 4, 64, 12, 65),
+    "small": Shape(6, 192, 6, 256, 16, 65),
+    "h100": Shape(12, 1024, 16, 1024, 16, 50304),
+    "h100_recipe": Shape(12, 1024, 16, 1024, 32, 50304, 4096),
+}
 RACE_STEPS = {"tiny": 2000, "small": 250}  # of nanoGPT; ours: config/race_<shape>.py
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Systems: each has a model, optimizers, loss(idx, targets) and generate(prompts, n)
 
+
 class Ours:
     def __init__(self, cfg: BenchConfig, shape: Shape, optimizer: str = "adamw", **fields):
         Ranks(cfg.device, cfg.dtype)  # its settings of torch are part of the system
-        self.model = GPT(ModelConfig(vocab_size=shape.vocab, seq_len=shape.seq_len, n_layer=shape.n_layer, n_head=shape.n_head,
-                                     d_model=shape.d_model, **{"d_ff": shape.d_ff, **fields})).to(cfg.device)
+        self.model = GPT(
+            ModelConfig(
+                vocab_size=shape.vocab,
+                seq_len=shape.seq_len,
+                n_layer=shape.n_layer,
+                n_head=shape.n_head,
+                d_model=shape.d_model,
+                **{"d_ff": shape.d_ff, **fields},
+            )
+        ).to(cfg.device)
         self.optimizers = make_optimizers(self.model, train.TrainConfig(optimizer=optimizer))
 
     def loss(self, idx, targets):
-        return (self.model(idx, targets) + self.model.balance_loss() * targets.numel()) / targets.numel()
+        return (
+            self.model(idx, targets) + self.model.balance_loss() * targets.numel()
+        ) / targets.numel()
 
     def generate(self, prompts, n):
         generate(self.model.eval(), prompts, n)
@@ -107,12 +133,20 @@ class Ours:
 
 class Other(Ours):
     def __init__(self, cfg: BenchConfig, shape: Shape):
-        for name in [name for name, module in sys.modules.items() if os.path.dirname(getattr(module, "__file__", None) or "") == HERE]:
+        for name in [
+            name
+            for name, module in sys.modules.items()
+            if os.path.dirname(getattr(module, "__file__", None) or "") == HERE
+        ]:
             del sys.modules[name]
         sys.path.insert(0, cfg.other)
         for name in ("GPT", "ModelConfig"):
             globals()[name] = getattr(importlib.import_module("model"), name)
-        for module, name in (("optim", "make_optimizers"), ("sample", "generate"), ("ranks", "Ranks")):
+        for module, name in (
+            ("optim", "make_optimizers"),
+            ("sample", "generate"),
+            ("ranks", "Ranks"),
+        ):
             globals()[name] = getattr(importlib.import_module(module), name)
         super().__init__(cfg, shape)
 
@@ -120,25 +154,50 @@ class Other(Ours):
 class NanoGPT:
     def __init__(self, cfg: BenchConfig, shape: Shape):
         module = import_file("nanogpt_model", os.path.join(cfg.nanogpt, "model.py"))
-        width = shape.d_ff or 0  # its MLP is 4 d_model wide: what a wider SwiGLU has more goes into more layers
-        layers = round(shape.n_layer * (4 * shape.d_model + 3 * width) / (12 * shape.d_model)) if width else shape.n_layer
-        self.model = module.GPT(module.GPTConfig(block_size=shape.seq_len, vocab_size=shape.vocab, n_layer=layers, n_head=shape.n_head,
-                                                 n_embd=shape.d_model, dropout=0.0, bias=False)).to(cfg.device)
+        width = (
+            shape.d_ff or 0
+        )  # its MLP is 4 d_model wide: what a wider SwiGLU has more goes into more layers
+        layers = (
+            round(shape.n_layer * (4 * shape.d_model + 3 * width) / (12 * shape.d_model))
+            if width
+            else shape.n_layer
+        )
+        self.model = module.GPT(
+            module.GPTConfig(
+                block_size=shape.seq_len,
+                vocab_size=shape.vocab,
+                n_layer=layers,
+                n_head=shape.n_head,
+                n_embd=shape.d_model,
+                dropout=0.0,
+                bias=False,
+            )
+        ).to(cfg.device)
         self.optimizers = [self.model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), cfg.device)]
 
     def loss(self, idx, targets):
         return self.model(idx, targets)[1]
 
     def generate(self, prompts, n):
-        self.model.eval().generate(torch.tensor(prompts, device=next(self.model.parameters()).device), n)
+        self.model.eval().generate(
+            torch.tensor(prompts, device=next(self.model.parameters()).device), n
+        )
 
 
 class NanoChat:
     def __init__(self, cfg: BenchConfig, shape: Shape):
         sys.path.append(cfg.nanochat)
         from nanochat.gpt import GPT as Theirs, GPTConfig
-        config = GPTConfig(sequence_len=shape.seq_len, vocab_size=shape.vocab, n_layer=shape.n_layer, n_head=shape.n_head, n_kv_head=shape.n_head,
-                           n_embd=shape.d_model, window_pattern="L")
+
+        config = GPTConfig(
+            sequence_len=shape.seq_len,
+            vocab_size=shape.vocab,
+            n_layer=shape.n_layer,
+            n_head=shape.n_head,
+            n_kv_head=shape.n_head,
+            n_embd=shape.d_model,
+            window_pattern="L",
+        )
         with torch.device("meta"):
             self.model = Theirs(config)
         self.model.to_empty(device=cfg.device)
@@ -149,12 +208,22 @@ class NanoChat:
         return self.model(idx, targets)
 
     def generate(self, prompts, n):
-        sys.modules.setdefault("rustbpe", types.ModuleType("rustbpe"))  # of its tokenizer, which the engine imports and we do not need
+        sys.modules.setdefault(
+            "rustbpe", types.ModuleType("rustbpe")
+        )  # of its tokenizer, which the engine imports and we do not need
         from nanochat.engine import KVCache
+
         cfg, model = self.model.config, self.model.eval()
         with torch.inference_mode():
-            cache = KVCache(len(prompts), cfg.n_kv_head, len(prompts[0]) + n, cfg.n_embd // cfg.n_head, cfg.n_layer, model.get_device(),
-                            next(model.parameters()).dtype)
+            cache = KVCache(
+                len(prompts),
+                cfg.n_kv_head,
+                len(prompts[0]) + n,
+                cfg.n_embd // cfg.n_head,
+                cfg.n_layer,
+                model.get_device(),
+                next(model.parameters()).dtype,
+            )
             ids = torch.tensor(prompts, device=model.get_device())
             for _ in range(n):
                 logits = model(ids, kv_cache=cache)[:, -1]
@@ -164,18 +233,37 @@ class NanoChat:
 class HuggingFace:
     def __init__(self, cfg: BenchConfig, shape: Shape, family: str):
         import transformers
+
         settings = getattr(transformers, f"{family}Config")(
-            vocab_size=shape.vocab, hidden_size=shape.d_model, intermediate_size=shape.d_ff or ModelConfig(d_model=shape.d_model, n_head=shape.n_head).d_ff,
-            num_hidden_layers=shape.n_layer, num_attention_heads=shape.n_head, num_key_value_heads=shape.n_head, head_dim=shape.d_model // shape.n_head,
-            max_position_embeddings=4 * shape.seq_len, tie_word_embeddings=True, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+            vocab_size=shape.vocab,
+            hidden_size=shape.d_model,
+            intermediate_size=shape.d_ff
+            or ModelConfig(d_model=shape.d_model, n_head=shape.n_head).d_ff,
+            num_hidden_layers=shape.n_layer,
+            num_attention_heads=shape.n_head,
+            num_key_value_heads=shape.n_head,
+            head_dim=shape.d_model // shape.n_head,
+            max_position_embeddings=4 * shape.seq_len,
+            tie_word_embeddings=True,
+            pad_token_id=None,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
         self.model = getattr(transformers, f"{family}ForCausalLM")(settings).to(cfg.device)
         self.optimizers = [torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)]
 
     def loss(self, idx, targets):
-        return torch.nn.functional.cross_entropy(self.model(input_ids=idx).logits.flatten(0, 1), targets.flatten())
+        return torch.nn.functional.cross_entropy(
+            self.model(input_ids=idx).logits.flatten(0, 1), targets.flatten()
+        )
 
     def generate(self, prompts, n):
-        self.model.eval().generate(torch.tensor(prompts, device=self.model.device), max_new_tokens=n, min_new_tokens=n, do_sample=True)
+        self.model.eval().generate(
+            torch.tensor(prompts, device=self.model.device),
+            max_new_tokens=n,
+            min_new_tokens=n,
+            do_sample=True,
+        )
 
 
 SYSTEMS = {
@@ -193,7 +281,9 @@ SYSTEMS = {
 
 def import_file(name: str, path: str):
     spec = importlib.util.spec_from_file_location(name, path)
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)  # registered: torch.compile looks it up
+    sys.modules[name] = module = importlib.util.module_from_spec(
+        spec
+    )  # registered: torch.compile looks it up
     spec.loader.exec_module(module)
     return module
 
@@ -206,15 +296,21 @@ def sync(cfg: BenchConfig):
 # ---------------------------------------------------------------------------------------------------------------------
 # Jobs: what a worker process does in each round. round() -> {what was measured: seconds (or a loss)}
 
+
 class Train:
     """One training step: forward, backward, optimizer."""
+
     systems = tuple(SYSTEMS)
 
     def __init__(self, cfg: BenchConfig, name: str, shape: Shape, shape_name: str):
         torch.manual_seed(0)
         self.cfg, self.system = cfg, SYSTEMS[name](cfg, shape)
-        self.loss = torch.compile(self.system.loss, dynamic=False) if cfg.compile else self.system.loss
-        self.idx, self.targets = torch.randint(shape.vocab, (2, shape.batch, shape.seq_len), device=cfg.device)
+        self.loss = (
+            torch.compile(self.system.loss, dynamic=False) if cfg.compile else self.system.loss
+        )
+        self.idx, self.targets = torch.randint(
+            shape.vocab, (2, shape.batch, shape.seq_len), device=cfg.device
+        )
         self.facts = {"parameters": sum(p.numel() for p in self.system.model.parameters())}
         for _ in range(6):  # compilation, and memory touched for the first time
             self.round()
@@ -235,6 +331,7 @@ class Train:
 
 class Generate:
     """new_tokens for one row, and for eight, from prompts of 16."""
+
     systems = tuple(name for name in SYSTEMS if "Muon" not in name)
 
     def __init__(self, cfg: BenchConfig, name: str, shape: Shape, shape_name: str):
@@ -249,7 +346,12 @@ class Generate:
         for batch in (1, 8):
             prompts = torch.randint(self.shape.vocab, (batch, 16)).tolist()
             began = time.perf_counter()
-            with torch.no_grad(), torch.autocast(self.cfg.device, torch.bfloat16, enabled=self.cfg.dtype == "bfloat16"):
+            with (
+                torch.no_grad(),
+                torch.autocast(
+                    self.cfg.device, torch.bfloat16, enabled=self.cfg.dtype == "bfloat16"
+                ),
+            ):
                 self.system.generate(prompts, self.cfg.new_tokens)
             sync(self.cfg)
             seconds[f"batch_{batch}"] = time.perf_counter() - began
@@ -258,13 +360,16 @@ class Generate:
 
 class Tokenize:
     """From documents in a file to token shards on the disk, as each project's preparation does it."""
+
     systems = ("ours", "nanoGPT")
 
     def __init__(self, cfg: BenchConfig, name: str, shape: Shape, shape_name: str):
         self.cfg, self.name = cfg, name
         self.source = data.Source("pretrain", "bench", None, [cfg.text])
         self.tokenizer = data.load_tokenizer(cfg.tokenizer, cfg.data_dir)
-        self.facts = {"megabytes": sum(len(text.encode()) for text in data.text_documents(self.source)) / 1e6}
+        self.facts = {
+            "megabytes": sum(len(text.encode()) for text in data.text_documents(self.source)) / 1e6
+        }
 
     def round(self) -> dict:
         with tempfile.TemporaryDirectory() as folder:
@@ -278,33 +383,50 @@ class Tokenize:
     def like_nanogpt(self, folder: str) -> None:
         """data/openwebtext/prepare.py of nanoGPT: datasets.map with encode_ordinary, one process per core, then a memmap in 1,024 batches."""
         import datasets
+
         datasets.disable_progress_bars()
-        rows = datasets.Dataset.from_generator(lambda: ({"text": text} for text in data.text_documents(self.source)), cache_dir=folder)
+        rows = datasets.Dataset.from_generator(
+            lambda: ({"text": text} for text in data.text_documents(self.source)), cache_dir=folder
+        )
 
         def process(row):
             ids = [*self.tokenizer.bpe.encode_ordinary(row["text"]), self.tokenizer.eos]
             return {"ids": ids, "len": len(ids)}
 
         tokenized = rows.map(process, remove_columns=["text"], num_proc=os.cpu_count())
-        out = np.memmap(os.path.join(folder, "train.bin"), np.uint16, "w+", shape=(sum(tokenized["len"]),))
+        out = np.memmap(
+            os.path.join(folder, "train.bin"), np.uint16, "w+", shape=(sum(tokenized["len"]),)
+        )
         place, n = 0, min(1024, len(tokenized))
         for i in range(n):
-            part = np.concatenate(tokenized.shard(n, i, contiguous=True).with_format("numpy")["ids"])
-            out[place:place + len(part)] = part
+            part = np.concatenate(
+                tokenized.shard(n, i, contiguous=True).with_format("numpy")["ids"]
+            )
+            out[place : place + len(part)] = part
             place += len(part)
         out.flush()
 
 
 class Load:
     """One training batch from token shards of 10M tokens."""
+
     systems = ("ours", "nanoGPT")
 
     def __init__(self, cfg: BenchConfig, name: str, shape: Shape, shape_name: str):
-        self.name, self.shape, self.folder, self.facts, self.rows = name, shape, tempfile.TemporaryDirectory(), {}, 0
+        self.name, self.shape, self.folder, self.facts, self.rows = (
+            name,
+            shape,
+            tempfile.TemporaryDirectory(),
+            {},
+            0,
+        )
         tokenizer = data.load_tokenizer("byte")
         path = os.path.join(self.folder.name, "bench", "train_000.bin")
         data.write_shard(path, np.random.default_rng(0).integers(0, 256, 10_000_000), tokenizer)
-        self.path, self.mixture = path, data.Mixture("bench", self.folder.name, "train", shape.seq_len, 0, tokenizer)
+        self.path, self.mixture = (
+            path,
+            data.Mixture("bench", self.folder.name, "train", shape.seq_len, 0, tokenizer),
+        )
 
     def round(self) -> dict:
         began = time.perf_counter()
@@ -316,7 +438,17 @@ class Load:
             else:  # nanoGPT's get_batch
                 tokens = np.memmap(self.path, dtype=np.uint16, mode="r")
                 starts = torch.randint(len(tokens) - self.shape.seq_len, (self.shape.batch,))
-                idx, targets = (torch.stack([torch.from_numpy(tokens[i + d:i + d + self.shape.seq_len].astype(np.int64)) for i in starts]) for d in (0, 1))
+                idx, targets = (
+                    torch.stack(
+                        [
+                            torch.from_numpy(
+                                tokens[i + d : i + d + self.shape.seq_len].astype(np.int64)
+                            )
+                            for i in starts
+                        ]
+                    )
+                    for d in (0, 1)
+                )
         return {"batch": (time.perf_counter() - began) / 100}
 
 
@@ -324,10 +456,17 @@ class Race:
     """A whole training run from the command line to its last checkpoint, and the loss of that checkpoint over the whole validation split
     (the last tenth of the text, windows that do not overlap). nanoGPT: the CPU recipe of its README.
     """
+
     systems = ("ours", "nanoGPT")
 
     def __init__(self, cfg: BenchConfig, name: str, shape: Shape, shape_name: str):
-        self.cfg, self.name, self.shape, self.shape_name, self.seed = cfg, name, shape, shape_name, 0
+        self.cfg, self.name, self.shape, self.shape_name, self.seed = (
+            cfg,
+            name,
+            shape,
+            shape_name,
+            0,
+        )
         self.folder = tempfile.TemporaryDirectory()
         source = data.Source("pretrain", "bench", None, [cfg.text])
         text = "\n".join(data.text_documents(source)).encode()
@@ -338,8 +477,12 @@ class Race:
         cut = len(tokens) * 9 // 10
         tokenizer = data.load_tokenizer("byte")
         for split, part in (("train", tokens[:cut]), ("val", tokens[cut:])):
-            data.write_shard(os.path.join(self.folder.name, "data", "race", f"{split}_000.bin"), part, tokenizer)
-        self.val = data.Mixture("race", os.path.join(self.folder.name, "data"), "val", shape.seq_len, 0, tokenizer)
+            data.write_shard(
+                os.path.join(self.folder.name, "data", "race", f"{split}_000.bin"), part, tokenizer
+            )
+        self.val = data.Mixture(
+            "race", os.path.join(self.folder.name, "data"), "val", shape.seq_len, 0, tokenizer
+        )
         if name == "nanoGPT":
             self.checkout = shutil.copytree(cfg.nanogpt, os.path.join(self.folder.name, "nanogpt"))
             home = os.path.join(self.checkout, "data", "shakespeare_char")
@@ -358,27 +501,70 @@ class Race:
 
     def ours(self) -> dict:
         out_dir = os.path.join(self.folder.name, f"out{self.seed}")
-        seconds = timed([os.path.join(HERE, "train.py"), os.path.join(HERE, "config", f"race_{self.shape_name}.py"), f"--seed={self.seed}",
-                         "--data=race", f"--data_dir={self.folder.name}/data", "--tokenizer=byte", f"--out_dir={out_dir}"], HERE)
+        seconds = timed(
+            [
+                os.path.join(HERE, "train.py"),
+                os.path.join(HERE, "config", f"race_{self.shape_name}.py"),
+                f"--seed={self.seed}",
+                "--data=race",
+                f"--data_dir={self.folder.name}/data",
+                "--tokenizer=byte",
+                f"--out_dir={out_dir}",
+            ],
+            HERE,
+        )
         checkpoint = load_checkpoint(out_dir)
         model = model_from(checkpoint)
-        return {"seconds": seconds, "val_loss": self.val_loss(lambda idx, targets: model(idx, targets)), "parameters": model.num_params(),
-                "tokens": checkpoint["step"] * checkpoint["train_config"]["batch_tokens"]}
+        return {
+            "seconds": seconds,
+            "val_loss": self.val_loss(lambda idx, targets: model(idx, targets)),
+            "parameters": model.num_params(),
+            "tokens": checkpoint["step"] * checkpoint["train_config"]["batch_tokens"],
+        }
 
     def nanogpt(self) -> dict:
         steps, shape = RACE_STEPS[self.shape_name], self.shape
-        with open(os.path.join(self.cfg.nanogpt, "train.py")) as f, open(os.path.join(self.checkout, "train.py"), "w") as copy:
+        with (
+            open(os.path.join(self.cfg.nanogpt, "train.py")) as f,
+            open(os.path.join(self.checkout, "train.py"), "w") as copy,
+        ):
             copy.write(f.read().replace("manual_seed(1337", f"manual_seed({self.seed}"))
-        seconds = timed(["train.py", "config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=1", f"--eval_interval={steps}",
-                         "--log_interval=100", f"--block_size={shape.seq_len}", f"--batch_size={shape.batch}", f"--n_layer={shape.n_layer}", f"--n_head={shape.n_head}",
-                         f"--n_embd={shape.d_model}", f"--max_iters={steps}", f"--lr_decay_iters={steps}", "--dropout=0.0"], self.checkout)
+        seconds = timed(
+            [
+                "train.py",
+                "config/train_shakespeare_char.py",
+                "--device=cpu",
+                "--compile=False",
+                "--eval_iters=1",
+                f"--eval_interval={steps}",
+                "--log_interval=100",
+                f"--block_size={shape.seq_len}",
+                f"--batch_size={shape.batch}",
+                f"--n_layer={shape.n_layer}",
+                f"--n_head={shape.n_head}",
+                f"--n_embd={shape.d_model}",
+                f"--max_iters={steps}",
+                f"--lr_decay_iters={steps}",
+                "--dropout=0.0",
+            ],
+            self.checkout,
+        )
         module = import_file("nanogpt_model", os.path.join(self.checkout, "model.py"))
-        checkpoint = torch.load(os.path.join(self.checkout, "out-shakespeare-char", "ckpt.pt"), weights_only=True)
+        checkpoint = torch.load(
+            os.path.join(self.checkout, "out-shakespeare-char", "ckpt.pt"), weights_only=True
+        )
         model = module.GPT(module.GPTConfig(**checkpoint["model_args"]))
         model.load_state_dict(checkpoint["model"])
         numbers = torch.from_numpy(self.numbers.astype(np.int64))
-        loss = self.val_loss(lambda idx, targets: model(numbers[idx], numbers[targets])[1] * targets.numel())
-        return {"seconds": seconds, "val_loss": loss, "parameters": sum(p.numel() for p in model.parameters()), "tokens": steps * shape.batch * shape.seq_len}
+        loss = self.val_loss(
+            lambda idx, targets: model(numbers[idx], numbers[targets])[1] * targets.numel()
+        )
+        return {
+            "seconds": seconds,
+            "val_loss": loss,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "tokens": steps * shape.batch * shape.seq_len,
+        }
 
     @torch.no_grad()
     def val_loss(self, summed_loss) -> float:
@@ -393,18 +579,52 @@ class Start(Race):
     """From the command line to the first training step."""
 
     def ours(self) -> dict:
-        return {"first_step": timed([os.path.join(HERE, "train.py"), os.path.join(HERE, "config", "race_tiny.py"), "--data=race", f"--data_dir={self.folder.name}/data",
-                                     "--tokenizer=byte", f"--out_dir={self.folder.name}/start{self.seed}"], HERE, until="step 00000/[0-9]+ . loss")}
+        return {
+            "first_step": timed(
+                [
+                    os.path.join(HERE, "train.py"),
+                    os.path.join(HERE, "config", "race_tiny.py"),
+                    "--data=race",
+                    f"--data_dir={self.folder.name}/data",
+                    "--tokenizer=byte",
+                    f"--out_dir={self.folder.name}/start{self.seed}",
+                ],
+                HERE,
+                until="step 00000/[0-9]+ . loss",
+            )
+        }
 
     def nanogpt(self) -> dict:
-        return {"first_step": timed(["train.py", "config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=1", "--block_size=64",
-                                     "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128"], self.checkout, until="iter 0: loss")}
+        return {
+            "first_step": timed(
+                [
+                    "train.py",
+                    "config/train_shakespeare_char.py",
+                    "--device=cpu",
+                    "--compile=False",
+                    "--eval_iters=1",
+                    "--block_size=64",
+                    "--batch_size=12",
+                    "--n_layer=4",
+                    "--n_head=4",
+                    "--n_embd=128",
+                ],
+                self.checkout,
+                until="iter 0: loss",
+            )
+        }
 
 
 def timed(command: list[str], folder: str, until: str | None = None) -> float:
     """Seconds until a Python program has printed a line that matches `until`, or has ended."""
     began = time.perf_counter()
-    with subprocess.Popen([sys.executable, "-u", *command], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-u", *command],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
         lines = []
         for text in process.stdout:
             lines.append(text)
@@ -417,11 +637,19 @@ def timed(command: list[str], folder: str, until: str | None = None) -> float:
     return time.perf_counter() - began
 
 
-TASKS = {"train": Train, "generate": Generate, "tokenize": Tokenize, "load": Load, "start": Start, "race": Race}
+TASKS = {
+    "train": Train,
+    "generate": Generate,
+    "tokenize": Tokenize,
+    "load": Load,
+    "start": Start,
+    "race": Race,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Taking turns
+
 
 def peak_memory(cfg: BenchConfig) -> float:
     """Megabytes: of the GPU's allocator, or the high-water mark of this process."""
@@ -435,7 +663,9 @@ def work(pipe, cfg: BenchConfig, task: str, system: str, shape_name: str, shape:
     """A worker process: sets up its job, then does a round whenever it is asked to; False ends it."""
     try:
         torch.set_num_threads(cfg.threads or torch.get_num_threads())
-        torch.randn(64, 64).matmul(torch.randn(64, 64))  # thread pools and libraries are no one's memory
+        torch.randn(64, 64).matmul(
+            torch.randn(64, 64)
+        )  # thread pools and libraries are no one's memory
         before = peak_memory(cfg)
         job = TASKS[task](cfg, system, shape, shape_name)
         pipe.send(job.facts)
@@ -443,15 +673,27 @@ def work(pipe, cfg: BenchConfig, task: str, system: str, shape_name: str, shape:
             pipe.send(job.round())
         pipe.send(peak_memory(cfg) - before)
     except Exception as error:
-        pipe.send(error if isinstance(error, UserError) else UserError(f"{system}, {task} at {shape_name}: {type(error).__name__}: {error}"))
+        pipe.send(
+            error
+            if isinstance(error, UserError)
+            else UserError(f"{system}, {task} at {shape_name}: {type(error).__name__}: {error}")
+        )
 
 
 def systems_for(cfg: BenchConfig, task: str) -> list[str]:
-    path = {"other": cfg.other, "nanoGPT": cfg.nanogpt, "nanochat": cfg.nanochat, "Llama": cfg.transformers, "Qwen3": cfg.transformers}
+    path = {
+        "other": cfg.other,
+        "nanoGPT": cfg.nanogpt,
+        "nanochat": cfg.nanochat,
+        "Llama": cfg.transformers,
+        "Qwen3": cfg.transformers,
+    }
     there = [name for name in TASKS[task].systems if path.get(name, True)]
     unknown = [name for name in cfg.systems if name not in there]
     if unknown:
-        raise UserError(f"no system {', '.join(unknown)} for {task} here; there are {', '.join(there)}")
+        raise UserError(
+            f"no system {', '.join(unknown)} for {task} here; there are {', '.join(there)}"
+        )
     return list(cfg.systems) or there
 
 
@@ -464,10 +706,12 @@ def matmul_peak(cfg: BenchConfig) -> float:
     began = time.perf_counter()
     a @ b
     sync(cfg)
-    return 2 * n ** 3 / (time.perf_counter() - began)
+    return 2 * n**3 / (time.perf_counter() - began)
 
 
-def take_turns(cfg: BenchConfig, task: str, shape_name: str, shape: Shape) -> tuple[dict[str, dict], dict[str, list[dict]], list[float]]:
+def take_turns(
+    cfg: BenchConfig, task: str, shape_name: str, shape: Shape
+) -> tuple[dict[str, dict], dict[str, list[dict]], list[float]]:
     """-> facts of each system, its rounds, and the matmul peak beside every round."""
     context, pipes, workers, facts = multiprocessing.get_context("spawn"), {}, [], {}
 
@@ -484,7 +728,13 @@ def take_turns(cfg: BenchConfig, task: str, shape_name: str, shape: Shape) -> tu
     try:
         for system in systems_for(cfg, task):
             pipes[system], theirs = context.Pipe()
-            workers.append(context.Process(target=work, args=(theirs, cfg, task, system, shape_name, shape), daemon=task not in ("tokenize", "race", "start")))
+            workers.append(
+                context.Process(
+                    target=work,
+                    args=(theirs, cfg, task, system, shape_name, shape),
+                    daemon=task not in ("tokenize", "race", "start"),
+                )
+            )
             workers[-1].start()
             try:
                 facts[system] = answer_of(system)
@@ -510,19 +760,45 @@ def take_turns(cfg: BenchConfig, task: str, shape_name: str, shape: Shape) -> tu
     return facts, rounds, peaks
 
 
-def summarize(cfg: BenchConfig, task: str, shape_name: str, shape: Shape, facts, rounds, peaks) -> list[dict]:
+def summarize(
+    cfg: BenchConfig, task: str, shape_name: str, shape: Shape, facts, rounds, peaks
+) -> list[dict]:
     """One row per system: medians, their ratio to the baseline round by round, and what follows from them."""
     rows = []
-    baseline = cfg.baseline or next((name for name in rounds if not name.startswith("ours")), next(iter(rounds)))
+    baseline = cfg.baseline or next(
+        (name for name in rounds if not name.startswith("ours")), next(iter(rounds))
+    )
     with torch.device("meta"):  # operations by the dense model's count; nothing is allocated
-        flops = shape.batch * shape.seq_len * GPT(ModelConfig(vocab_size=shape.vocab, seq_len=shape.seq_len, n_layer=shape.n_layer, n_head=shape.n_head,
-                                                              d_model=shape.d_model, d_ff=shape.d_ff)).flops_per_token()
+        flops = (
+            shape.batch
+            * shape.seq_len
+            * GPT(
+                ModelConfig(
+                    vocab_size=shape.vocab,
+                    seq_len=shape.seq_len,
+                    n_layer=shape.n_layer,
+                    n_head=shape.n_head,
+                    d_model=shape.d_model,
+                    d_ff=shape.d_ff,
+                )
+            ).flops_per_token()
+        )
     for system, measured in rounds.items():
-        row = {"shape": shape_name, "batch_rows": shape.batch, "system": system, **{key: x for key, x in facts[system].items() if key != "peak_mb"}}
+        row = {
+            "shape": shape_name,
+            "batch_rows": shape.batch,
+            "system": system,
+            **{key: x for key, x in facts[system].items() if key != "peak_mb"},
+        }
         for key in measured[0]:
             values = [m[key] for m in measured]
             median = statistics.median(values)
-            amount = {"step": shape.batch * shape.seq_len, "forward_backward": shape.batch * shape.seq_len, "batch_1": cfg.new_tokens, "batch_8": 8 * cfg.new_tokens}
+            amount = {
+                "step": shape.batch * shape.seq_len,
+                "forward_backward": shape.batch * shape.seq_len,
+                "batch_1": cfg.new_tokens,
+                "batch_8": 8 * cfg.new_tokens,
+            }
             if key in amount:
                 row[f"{key}_tok_s"] = amount[key] / median
             elif key == "tokenize":
@@ -531,14 +807,25 @@ def summarize(cfg: BenchConfig, task: str, shape_name: str, shape: Shape, facts,
                 row[key] = median
                 if task == "race" and key in ("seconds", "val_loss"):
                     row[f"{key}_of_each"] = values
-            if key not in ("forward_backward", "val_loss", "parameters", "tokens") and baseline in rounds:
+            if (
+                key not in ("forward_backward", "val_loss", "parameters", "tokens")
+                and baseline in rounds
+            ):
                 ratios = [theirs[key] / own for theirs, own in zip(rounds[baseline], values)]
                 row[f"ratio_{key}" if len(measured[0]) > 1 else "ratio"] = statistics.median(ratios)
-                row[f"range_{key}" if len(measured[0]) > 1 else "range"] = f"{min(ratios):.2f}-{max(ratios):.2f}"
+                row[f"range_{key}" if len(measured[0]) > 1 else "range"] = (
+                    f"{min(ratios):.2f}-{max(ratios):.2f}"
+                )
         if task == "train" and "MoE" not in system:
-            row["of_matmul_peak"] = statistics.median(flops / m["step"] / peak for m, peak in zip(measured, peaks))
+            row["of_matmul_peak"] = statistics.median(
+                flops / m["step"] / peak for m, peak in zip(measured, peaks)
+            )
             if cfg.device == "cuda" and train.device_peak_flops():
-                row["mfu"] = flops / statistics.median(m["step"] for m in measured) / train.device_peak_flops()
+                row["mfu"] = (
+                    flops
+                    / statistics.median(m["step"] for m in measured)
+                    / train.device_peak_flops()
+                )
         rows.append({**row, "peak_mb": facts[system]["peak_mb"]})
     return rows
 
@@ -549,11 +836,19 @@ def table(rows: list[dict]) -> str:
     def show(v):
         if isinstance(v, list):
             return " ".join(map(show, v))
-        return f"{v:,.3g}" if isinstance(v, float) and abs(v) < 10 else f"{v:,.0f}" if isinstance(v, (int, float)) else str(v)
+        return (
+            f"{v:,.3g}"
+            if isinstance(v, float) and abs(v) < 10
+            else f"{v:,.0f}"
+            if isinstance(v, (int, float))
+            else str(v)
+        )
 
     cells = [keys, *([show(row.get(key, "")) for key in keys] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(keys))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -567,9 +862,16 @@ def main(argv: list[str]) -> int:
                 print(f"{task}, {name}: {shape}", flush=True)
                 found = summarize(cfg, task, name, shape, *take_turns(cfg, task, name, shape))
                 with open(cfg.out, "a") as f:
-                    f.writelines(json.dumps({"task": task, **row, "settings": asdict(cfg), **provenance()}) + "\n" for row in found)
+                    f.writelines(
+                        json.dumps({"task": task, **row, "settings": asdict(cfg), **provenance()})
+                        + "\n"
+                        for row in found
+                    )
                 rows += found
-        print(f"\n{task}: {cfg.device}, {cfg.dtype}{', compiled' if cfg.compile else ''}\n{table(rows)}\n", flush=True)
+        print(
+            f"\n{task}: {cfg.device}, {cfg.dtype}{', compiled' if cfg.compile else ''}\n{table(rows)}\n",
+            flush=True,
+        )
     return 0
 
 

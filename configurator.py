@@ -5,6 +5,7 @@
 A config file is plain Python that assigns some of the dataclass's fields; it runs in a namespace of its own. A key that
 is not a field, in a file or on the command line, is an error that names the nearest keys. A bare flag means True.
 """
+
 import dataclasses
 import difflib
 import inspect
@@ -54,7 +55,9 @@ def load(Config, argv: list[str], quiet: bool = True):
         except (ValueError, OverflowError):
             faults.append(f"{where}: {key}={value!r} is not of type {type_name(types_of[key])}")
     if faults:
-        raise UserError("\n  ".join(["the configuration has faults:", *faults, "--help lists every key"]))
+        raise UserError(
+            "\n  ".join(["the configuration has faults:", *faults, "--help lists every key"])
+        )
     try:
         cfg = Config(**values)
     except UserError as error:
@@ -75,9 +78,14 @@ def read_file(path: str) -> list[tuple[str, object, str]]:
         with open(path, encoding="utf-8") as f:
             exec(compile(f.read(), path, "exec"), namespace)
     except Exception as error:  # whatever is wrong in somebody's config file is theirs to mend
-        raise UserError(f"config file {path} does not run: {type(error).__name__}: {error}") from None
-    return [(key, value, path) for key, value in namespace.items()
-            if not key.startswith("_") and not isinstance(value, types.ModuleType)]
+        raise UserError(
+            f"config file {path} does not run: {type(error).__name__}: {error}"
+        ) from None
+    return [
+        (key, value, path)
+        for key, value in namespace.items()
+        if not key.startswith("_") and not isinstance(value, types.ModuleType)
+    ]
 
 
 def read_flag(arg: str) -> tuple[str, object, str]:
@@ -126,7 +134,11 @@ def check(value, kind):
             return float(value)
         if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
             return tuple(check(item, typing.get_args(option)[0]) for item in value)
-        if isinstance(option, type) and isinstance(value, option) and (option is bool or not isinstance(value, bool)):
+        if (
+            isinstance(option, type)
+            and isinstance(value, option)
+            and (option is bool or not isinstance(value, bool))
+        ):
             return value
     raise ValueError(value)
 
@@ -137,8 +149,14 @@ def nearest(key: str, known) -> str:
 
 
 def type_name(kind) -> str:
-    return " | ".join("None" if o is type(None) else getattr(o, "__name__", str(o)) if typing.get_origin(o) is None
-                      else str(o) for o in options(kind))
+    return " | ".join(
+        "None"
+        if o is type(None)
+        else getattr(o, "__name__", str(o))
+        if typing.get_origin(o) is None
+        else str(o)
+        for o in options(kind)
+    )
 
 
 def comments(Config) -> dict[str, str]:
@@ -153,10 +171,20 @@ def comments(Config) -> dict[str, str]:
 def help_text(Config) -> str:
     """One line per key: name, type, default, comment."""
     kinds, notes = field_types(Config), comments(Config)
-    lines = [f"  --{field.name}={field.default!r}".ljust(34) + f" {type_name(kinds[field.name]):<14} {notes.get(field.name, '')}"
-             for field in dataclasses.fields(Config)]
+    lines = [
+        f"  --{field.name}={field.default!r}".ljust(34)
+        + f" {type_name(kinds[field.name]):<14} {notes.get(field.name, '')}"
+        for field in dataclasses.fields(Config)
+    ]
     module = inspect.getmodule(Config).__doc__ or ""
-    return "\n".join([module.strip(), "", "keys (--key=value, or assigned in a config file; a bare --key means True):", *lines])
+    return "\n".join(
+        [
+            module.strip(),
+            "",
+            "keys (--key=value, or assigned in a config file; a bare --key means True):",
+            *lines,
+        ]
+    )
 
 
 def print_differences(cfg, origin: dict[str, str]) -> None:
@@ -164,7 +192,9 @@ def print_differences(cfg, origin: dict[str, str]) -> None:
     print(f"{type(cfg).__name__}: defaults, but")
     for field in dataclasses.fields(cfg):
         if getattr(cfg, field.name) != field.default:
-            print(f"  {field.name} = {getattr(cfg, field.name)!r}  ({origin.get(field.name, 'derived')})")
+            print(
+                f"  {field.name} = {getattr(cfg, field.name)!r}  ({origin.get(field.name, 'derived')})"
+            )
 
 
 def save(cfg, path: str) -> None:

@@ -7,6 +7,7 @@ with a shared expert 2412.19437, sinks as a learned logit per head: gpt-oss; str
 Shapes: B batch, T time, S cache slots, C d_model, H query heads, K key/value heads, D d_head, F d_ff, E experts, N rows,
 V vocabulary padded to a multiple of 128.
 """
+
 import math
 from dataclasses import dataclass
 
@@ -37,7 +38,9 @@ class ModelConfig:
     tied: bool = True  # one matrix for the embedding and the head
     n_expert: int = 0  # routed experts per MoE layer; 0 = dense SwiGLU
     n_expert_active: int = 2  # routed experts a token goes to
-    d_expert: int | None = None  # hidden width of an expert; None = d_ff / n_expert_active, down to a multiple of 8
+    d_expert: int | None = (
+        None  # hidden width of an expert; None = d_ff / n_expert_active, down to a multiple of 8
+    )
     shared_expert: bool = True  # MoE: one more expert that every token goes to
     balance_coef: float = 0.01  # MoE: weight of the load-balancing loss
     score_head: bool = False  # a scalar head per token (verifier)
@@ -51,24 +54,47 @@ class ModelConfig:
         if self.d_ff is None:
             self.d_ff = -(-8 * self.d_model // (3 * 64)) * 64
         if self.d_expert is None:
-            self.d_expert = max(8, self.d_ff // max(1, self.n_expert_active) // 8 * 8)  # the grouped kernels want multiples of 8
-        faults = [f"{key} must be at least 1, got {getattr(self, key)}" for key in
-                  ("vocab_size", "seq_len", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff") if getattr(self, key) < 1]
+            self.d_expert = max(
+                8, self.d_ff // max(1, self.n_expert_active) // 8 * 8
+            )  # the grouped kernels want multiples of 8
+        faults = [
+            f"{key} must be at least 1, got {getattr(self, key)}"
+            for key in (
+                "vocab_size",
+                "seq_len",
+                "n_layer",
+                "n_head",
+                "n_kv_head",
+                "d_model",
+                "d_ff",
+            )
+            if getattr(self, key) < 1
+        ]
         if not faults:
             if undivided:
-                faults.append(f"d_model={self.d_model} must be a multiple of n_head={self.n_head}, or give d_head")
+                faults.append(
+                    f"d_model={self.d_model} must be a multiple of n_head={self.n_head}, or give d_head"
+                )
             if self.n_expert and self.d_expert < 1:
                 faults.append(f"d_expert must be at least 1, got {self.d_expert}")
             if self.rope_base <= 0:
                 faults.append(f"rope_base must be above 0, got {self.rope_base}")
             if self.n_head % self.n_kv_head:
-                faults.append(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
+                faults.append(
+                    f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}"
+                )
             if self.d_head < 2 or self.d_head % 2:
-                faults.append(f"RoPE needs an even d_head, got {self.d_head} (d_model={self.d_model}, n_head={self.n_head})")
+                faults.append(
+                    f"RoPE needs an even d_head, got {self.d_head} (d_model={self.d_model}, n_head={self.n_head})"
+                )
             if self.n_expert and not 1 <= self.n_expert_active <= self.n_expert:
-                faults.append(f"n_expert_active={self.n_expert_active} must be between 1 and n_expert={self.n_expert}")
+                faults.append(
+                    f"n_expert_active={self.n_expert_active} must be between 1 and n_expert={self.n_expert}"
+                )
             if self.sliding_window is not None and self.sliding_window < 1:
-                faults.append(f"sliding_window must be None or at least 1, got {self.sliding_window}")
+                faults.append(
+                    f"sliding_window must be None or at least 1, got {self.sliding_window}"
+                )
         if faults:
             raise UserError("; ".join(faults))
 
@@ -105,7 +131,16 @@ class FusedRMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         x, weight, inverse = ctx.saved_tensors
-        dx, dweight, _ = aten.native_layer_norm_backward(dout, x, [x.size(-1)], torch.zeros_like(inverse), inverse, weight, None, [True, True, False])
+        dx, dweight, _ = aten.native_layer_norm_backward(
+            dout,
+            x,
+            [x.size(-1)],
+            torch.zeros_like(inverse),
+            inverse,
+            weight,
+            None,
+            [True, True, False],
+        )
         return dx.addcmul_((dout @ weight).unsqueeze(-1), inverse, value=1 / x.size(-1)), dweight
 
 
@@ -123,7 +158,9 @@ class RMSNorm(nn.Module):
 
 def rotary_angles(pos, d_head: int, base: float, dtype):
     """cos, sin: (T, D/2) for integer positions (T,). Only differences of positions matter to the scores."""
-    precise = torch.float32 if pos.device.type == "mps" else torch.float64  # a streaming cache counts far
+    precise = (
+        torch.float32 if pos.device.type == "mps" else torch.float64
+    )  # a streaming cache counts far
     inv_freq = base ** (-torch.arange(0, d_head, 2, device=pos.device, dtype=precise) / d_head)
     angle = pos.to(precise)[:, None] * inv_freq
     return angle.cos().to(dtype), angle.sin().to(dtype)
@@ -139,6 +176,7 @@ def rotate(x, cos, sin):
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention with sinks: a reference in plain maths, and the same on fused kernels
 
+
 def attention_weights(q, k, sinks=None, mask=None):
     """What each query gives to each key, (B, H, T, S); with sinks (H,) one more column, (B, H, T, S + 1): what the sink takes. Rows sum to 1.
 
@@ -147,7 +185,9 @@ def attention_weights(q, k, sinks=None, mask=None):
     B, H, T, D = q.shape
     k = k.repeat_interleave(H // k.size(1), dim=1)
     if mask is None:
-        mask = torch.full((T, k.size(2)), -math.inf, device=q.device, dtype=q.dtype).triu(1 + k.size(2) - T)
+        mask = torch.full((T, k.size(2)), -math.inf, device=q.device, dtype=q.dtype).triu(
+            1 + k.size(2) - T
+        )
     scores = q @ k.transpose(-1, -2) / math.sqrt(D) + mask  # (B, H, T, S)
     if sinks is not None:
         scores = torch.cat((scores, sinks.to(q.dtype).view(1, H, 1, 1).expand(B, H, T, 1)), dim=-1)
@@ -160,7 +200,7 @@ def attention_reference(q, k, v, sinks=None, mask=None):
     v: (B, K, S, D); the rest as in attention_weights. -> (B, H, T, D)
     """
     v = v.repeat_interleave(q.size(1) // v.size(1), dim=1)
-    return attention_weights(q, k, sinks, mask)[..., :k.size(2)] @ v
+    return attention_weights(q, k, sinks, mask)[..., : k.size(2)] @ v
 
 
 def is_causal(q, mask) -> bool:
@@ -173,7 +213,9 @@ def flash(q, k, v, sinks, mask):
         o, lse, *state = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
         state = state[:6]  # cum_seq_q, cum_seq_k, max_q, max_k, rng state, unused
     else:
-        o, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal(q, mask), attn_mask=mask)
+        o, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, is_causal(q, mask), attn_mask=mask
+        )
         state = []
     gate = torch.sigmoid(lse - sinks.view(1, -1, 1).to(lse.dtype)).unsqueeze(-1)
     return o.mul_(gate.to(o.dtype)), lse, gate, state
@@ -198,10 +240,12 @@ class FlashSinks(torch.autograd.Function):
         dgate = (dout * gate.to(dout.dtype)).contiguous()
         if q.is_cuda:
             dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
-                dgate, q, k, v, out, lse, *ctx.kernel_state[:4], 0.0, True, *ctx.kernel_state[4:])
+                dgate, q, k, v, out, lse, *ctx.kernel_state[:4], 0.0, True, *ctx.kernel_state[4:]
+            )
         else:
             dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                dgate, q, k, v, out, lse, 0.0, is_causal(q, mask), attn_mask=mask)
+                dgate, q, k, v, out, lse, 0.0, is_causal(q, mask), attn_mask=mask
+            )
         d = (dout * out).sum(-1, keepdim=True).to(gate.dtype)  # (B, H, T, 1)
         dsinks = -((1 - gate) * d).sum(dim=(0, 2, 3)).to(ctx.sink_dtype)
         return dq, dk, dv, dsinks, None
@@ -210,8 +254,15 @@ class FlashSinks(torch.autograd.Function):
 def attention_flex(q, k, v, sinks, mask):
     """Documents and windows on CUDA: FlexAttention skips the masked blocks and returns a differentiable lse."""
     from torch.nn.attention.flex_attention import flex_attention
-    o, lse = torch.compile(flex_attention)(q, k, v, block_mask=mask, return_lse=True, enable_gqa=q.size(1) != k.size(1))
-    return o if sinks is None else o * torch.sigmoid(lse - sinks.view(1, -1, 1)).unsqueeze(-1).to(o.dtype)
+
+    o, lse = torch.compile(flex_attention)(
+        q, k, v, block_mask=mask, return_lse=True, enable_gqa=q.size(1) != k.size(1)
+    )
+    return (
+        o
+        if sinks is None
+        else o * torch.sigmoid(lse - sinks.view(1, -1, 1)).unsqueeze(-1).to(o.dtype)
+    )
 
 
 def attention(q, k, v, sinks=None, mask=None):
@@ -222,12 +273,18 @@ def attention(q, k, v, sinks=None, mask=None):
     k, v = k.to(q.dtype), v.to(q.dtype)  # under autocast the cache keeps the dtype of the weights
     if sinks is None:
         mask = mask if mask is None else mask.to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal(q, mask), enable_gqa=q.size(1) != k.size(1))
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=is_causal(q, mask), enable_gqa=q.size(1) != k.size(1)
+        )
     causal = mask is None and q.size(2) == k.size(2)
-    if q.device.type != "cpu" and not (q.is_cuda and causal and q.dtype in (torch.bfloat16, torch.float16)):
+    if q.device.type != "cpu" and not (
+        q.is_cuda and causal and q.dtype in (torch.bfloat16, torch.float16)
+    ):
         return attention_reference(q, k, v, sinks, mask)
     mask = mask if mask is None else mask.to(q.dtype)
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():  # an autograd function costs more than a token's attention
+    if (
+        not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    ):  # an autograd function costs more than a token's attention
         return flash(q, k, v, sinks, mask)[0]
     return FlashSinks.apply(q, k, v, sinks, mask)
 
@@ -246,6 +303,7 @@ def training_mask(docs, window, T: int, device):
     B = 1 if docs is None else docs.size(0)
     if device.type == "cuda":
         from torch.nn.attention.flex_attention import create_block_mask
+
         return create_block_mask(allowed, B, None, T, T, device=device)
     b, t = torch.arange(B, device=device), torch.arange(T, device=device)
     ok = allowed(b.view(B, 1, 1, 1), 0, t.view(1, 1, T, 1), t.view(1, 1, 1, T))
@@ -261,10 +319,20 @@ class KVCache:
 
     def __init__(self, cfg: ModelConfig, batch: int, slots: int, device, dtype):
         shape = (cfg.n_layer, batch, cfg.n_kv_head, slots, cfg.d_head)
-        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
-        self.real = torch.ones(batch, slots, device=device, dtype=torch.bool)  # slot holds a token, not a pad
+        self.k, self.v = (
+            torch.zeros(shape, device=device, dtype=dtype),
+            torch.zeros(shape, device=device, dtype=dtype),
+        )
+        self.real = torch.ones(
+            batch, slots, device=device, dtype=torch.bool
+        )  # slot holds a token, not a pad
         self.pos = torch.full((slots,), -1, device=device)  # position of the token in each slot
-        self.length, self.slots, self.window, self.padded = 0, slots, cfg.sliding_window or slots, False
+        self.length, self.slots, self.window, self.padded = (
+            0,
+            slots,
+            cfg.sliding_window or slots,
+            False,
+        )
 
     def reserve(self, T: int, pads=None):
         """Take slots for T further tokens. -> positions (T,), mask (B, 1, T, used slots) or None where plain causal."""
@@ -276,11 +344,17 @@ class KVCache:
         self.length += T
         self.used = min(self.length, self.slots)
         self.padded |= pads is not None
-        if not self.padded and (self.length == T <= self.window or T == 1 and self.used <= self.window):
+        if not self.padded and (
+            self.length == T <= self.window or T == 1 and self.used <= self.window
+        ):
             return pos, None
-        age = pos[:, None] - self.pos[:self.used]  # (T, used)
-        ok = (age >= 0) & (age < self.window) & self.real[:, None, :self.used] | (age == 0)  # a pad sees itself: no 0/0
-        return pos, torch.zeros(ok.shape, device=ok.device, dtype=self.k.dtype).masked_fill_(~ok, -math.inf).unsqueeze(1)
+        age = pos[:, None] - self.pos[: self.used]  # (T, used)
+        ok = (age >= 0) & (age < self.window) & self.real[:, None, : self.used] | (
+            age == 0
+        )  # a pad sees itself: no 0/0
+        return pos, torch.zeros(ok.shape, device=ok.device, dtype=self.k.dtype).masked_fill_(
+            ~ok, -math.inf
+        ).unsqueeze(1)
 
     def put(self, layer: int, k, v):
         """Store k, v: (B, K, T, D). -> everything stored so far, (B, K, used, D)."""
@@ -290,7 +364,7 @@ class KVCache:
         else:
             self.k[layer].index_copy_(2, self.taken, k.to(self.k.dtype))
             self.v[layer].index_copy_(2, self.taken, v.to(self.v.dtype))
-        return self.k[layer, :, :, :self.used], self.v[layer, :, :, :self.used]
+        return self.k[layer, :, :, : self.used], self.v[layer, :, :, : self.used]
 
     def keep(self, rows):
         """Drop all batch rows but these."""
@@ -300,12 +374,21 @@ class KVCache:
 def linear(x, weight):
     """F.linear; for the one token of each row that generation on the CPU is at, in the forms that read the weights fastest (LOG.md)."""
     n_rows = x.numel() // x.size(-1)
-    if not 1 <= n_rows <= 8 or x.device.type != "cpu" or torch.is_grad_enabled() or x.dtype != weight.dtype:
+    if (
+        not 1 <= n_rows <= 8
+        or x.device.type != "cpu"
+        or torch.is_grad_enabled()
+        or x.dtype != weight.dtype
+    ):
         return F.linear(x, weight)
     rows = x.reshape(n_rows, -1)
     if n_rows == 1 and weight.size(0) % 8 == 0:
-        return torch.bmm(weight.unflatten(0, (8, -1)), rows.T.expand(8, -1, 1)).view(*x.shape[:-1], -1)
-    return (weight @ rows.T).T.contiguous().view(*x.shape[:-1], -1)  # the attention kernel takes it for granted that rows lie whole
+        return torch.bmm(weight.unflatten(0, (8, -1)), rows.T.expand(8, -1, 1)).view(
+            *x.shape[:-1], -1
+        )
+    return (
+        (weight @ rows.T).T.contiguous().view(*x.shape[:-1], -1)
+    )  # the attention kernel takes it for granted that rows lie whole
 
 
 class Linear(nn.Linear):
@@ -337,7 +420,9 @@ class Attention(nn.Module):
         """Rotated queries and keys, and values, of x (B, T, C): (B, H or K, T, D) each."""
         B, T, _ = x.shape
         H, K, D = self.n_head, self.n_kv_head, self.d_head
-        q, k, v = (y.view(B, T, -1, D) for y in split_linear(x, self.qkv.weight, (H * D, K * D, K * D)))  # (B, T, H or K, D)
+        q, k, v = (
+            y.view(B, T, -1, D) for y in split_linear(x, self.qkv.weight, (H * D, K * D, K * D))
+        )  # (B, T, H or K, D)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
@@ -351,6 +436,7 @@ class Attention(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # MLP: dense or a mixture of experts
+
 
 class SiluMul(torch.autograd.Function):
     """silu(gate) * up in eager mode on the CPU, with one tensor less to write in each direction."""
@@ -423,9 +509,18 @@ class MoE(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
-        aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])  # grouped_mm wants rows of whole 16 bytes
-        compiled = x.dtype == torch.float32 and torch.compiler.is_compiling()  # its meta kernel knows bfloat16 only
-        if hasattr(F, "grouped_mm") and x.dtype in (torch.bfloat16, torch.float32) and aligned and not compiled:
+        aligned = all(
+            n * x.element_size() % 16 == 0 for n in weight.shape[1:]
+        )  # grouped_mm wants rows of whole 16 bytes
+        compiled = (
+            x.dtype == torch.float32 and torch.compiler.is_compiling()
+        )  # its meta kernel knows bfloat16 only
+        if (
+            hasattr(F, "grouped_mm")
+            and x.dtype in (torch.bfloat16, torch.float32)
+            and aligned
+            and not compiled
+        ):
             return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
         return torch.cat([F.linear(part, w) for part, w in zip(x.split(counts.tolist()), weight)])
 
@@ -434,7 +529,10 @@ class Block(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.attn_norm, self.attn = RMSNorm(cfg.d_model), Attention(cfg)
-        self.mlp_norm, self.mlp = RMSNorm(cfg.d_model), MoE(cfg) if cfg.n_expert else SwiGLU(cfg.d_model, cfg.d_ff)
+        self.mlp_norm, self.mlp = (
+            RMSNorm(cfg.d_model),
+            MoE(cfg) if cfg.n_expert else SwiGLU(cfg.d_model, cfg.d_ff),
+        )
 
     def forward(self, x, *args):
         x = x + self.attn(self.attn_norm(x), *args)
@@ -443,6 +541,7 @@ class Block(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Head and loss, without a (B, T, V) tensor
+
 
 def row_chunks(n_rows: int, n_columns: int) -> int:
     """Rows per chunk, so that a chunk of float32 logits stays near 32 MB."""
@@ -472,7 +571,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             loss += ((total.log() + top - chosen).squeeze(1) * supervised).sum()
             if need:
                 share = supervised.unsqueeze(1).to(total.dtype)
-                dlogits = logits.mul_(share / total).scatter_add_(1, target, -share).to(x.dtype)  # softmax, minus one at the target
+                dlogits = (
+                    logits.mul_(share / total).scatter_add_(1, target, -share).to(x.dtype)
+                )  # softmax, minus one at the target
                 dx[rows] = dlogits @ w
                 if dw.dtype == x.dtype:
                     dw.addmm_(dlogits.T, x[rows])
@@ -497,6 +598,7 @@ def chunk_logprobs(x, weight, targets, n_vocab):
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
 
+
 class GPT(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -509,7 +611,9 @@ class GPT(nn.Module):
             self.head.weight = self.embed.weight
         self.score = Linear(cfg.d_model, 1) if cfg.score_head else None
         self.score_loglik = nn.Parameter(torch.empty(1)) if cfg.score_head else None
-        self.recompute = False  # in the backward pass, instead of keeping what happens inside the blocks
+        self.recompute = (
+            False  # in the backward pass, instead of keeping what happens inside the blocks
+        )
         self.init_weights()
 
     @torch.no_grad()
@@ -530,7 +634,7 @@ class GPT(nn.Module):
                 case "head" | "router":
                     nn.init.normal_(p, std=0.02)
                 case "qkv" | "gate_up":
-                    nn.init.normal_(p, std=self.cfg.d_model ** -0.5)
+                    nn.init.normal_(p, std=self.cfg.d_model**-0.5)
                 case "out" | "down" | "sinks" | "score":
                     nn.init.zeros_(p)
                 case "attn_norm" | "mlp_norm" | "norm" | "q_norm" | "k_norm" | "score_loglik":
@@ -547,7 +651,9 @@ class GPT(nn.Module):
             mask = training_mask(docs, self.cfg.sliding_window, idx.size(1), idx.device)
         x = self.embed(idx)
         if torch.is_autocast_enabled(idx.device.type):
-            x = x.to(torch.get_autocast_dtype(idx.device.type))  # the residual stream too is in the compute dtype
+            x = x.to(
+                torch.get_autocast_dtype(idx.device.type)
+            )  # the residual stream too is in the compute dtype
         cos, sin = rotary_angles(pos, self.cfg.d_head, self.cfg.rope_base, x.dtype)
         for layer, block in enumerate(self.blocks):
             if self.recompute and torch.is_grad_enabled():
@@ -558,12 +664,14 @@ class GPT(nn.Module):
 
     def logits(self, x):
         """(..., C) -> (..., vocab_size): ids of the padding have no logit and so are never sampled."""
-        return self.head(x)[..., :self.cfg.vocab_size].float()
+        return self.head(x)[..., : self.cfg.vocab_size].float()
 
     def nll(self, x, targets):
         """Sum of -log p(target) over targets >= 0, for hidden states x (B, T, C) and targets (B, T)."""
         x, targets = x.flatten(0, -2), targets.flatten()
-        if not torch.compiler.is_compiling():  # unsupervised rows need no logits; a compiled graph wants fixed shapes
+        if (
+            not torch.compiler.is_compiling()
+        ):  # unsupervised rows need no logits; a compiled graph wants fixed shapes
             supervised = targets >= 0
             x, targets = x[supervised], targets[supervised]
         return LinearCrossEntropy.apply(x, self.head.weight, targets, self.cfg.vocab_size)
@@ -574,9 +682,15 @@ class GPT(nn.Module):
         supervised = target >= 0
         chosen = supervised if not torch.compiler.is_compiling() else slice(None)  # as in nll
         flat, target = flat[chosen], target[chosen].clamp(min=0)
-        rows = row_chunks(len(flat), 3 * self.cfg.padded_vocab)  # its backward pass holds logits, their softmax and a gradient at once
-        parts = [checkpoint(chunk_logprobs, h, self.head.weight, t, self.cfg.vocab_size, use_reentrant=False)
-                 for h, t in zip(flat.split(rows), target.split(rows))]
+        rows = row_chunks(
+            len(flat), 3 * self.cfg.padded_vocab
+        )  # its backward pass holds logits, their softmax and a gradient at once
+        parts = [
+            checkpoint(
+                chunk_logprobs, h, self.head.weight, t, self.cfg.vocab_size, use_reentrant=False
+            )
+            for h, t in zip(flat.split(rows), target.split(rows))
+        ]
         logp = torch.cat(parts)
         if torch.compiler.is_compiling():
             return (logp * supervised).view(targets.shape)
@@ -592,8 +706,12 @@ class GPT(nn.Module):
         logp = self.logprobs(x[:, :-1], torch.where(solution[:, 1:], idx[:, 1:], -1))
         total = F.pad(logp, (1, 0)).cumsum(1)  # (B, T)
         place = torch.arange(idx.size(1), device=idx.device)
-        before = torch.where(solution, 0, place).cummax(1).values  # the last place before each solution
-        return self.score(x).squeeze(-1).float() + self.score_loglik * (total - total.gather(1, before))
+        before = (
+            torch.where(solution, 0, place).cummax(1).values
+        )  # the last place before each solution
+        return self.score(x).squeeze(-1).float() + self.score_loglik * (
+            total - total.gather(1, before)
+        )
 
     def balance_loss(self):
         """Mean load-balancing loss of the MoE layers in the last forward pass, times balance_coef; 0 for a dense model."""
@@ -611,7 +729,9 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             hidden = name.startswith("blocks.") and p.ndim >= 2 and "router" not in name
             groups["muon" if hidden else "adamw"].append(p)
-        assert sum(map(len, groups.values())) == len(list(self.parameters())), "a parameter is in no or two groups"
+        assert sum(map(len, groups.values())) == len(list(self.parameters())), (
+            "a parameter is in no or two groups"
+        )
         return groups
 
     def num_params(self) -> int:
@@ -622,7 +742,13 @@ class GPT(nn.Module):
         (arXiv 2204.02311, appendix B) counts it; the causal half is not subtracted, the embedding is a lookup.
         """
         cfg = self.cfg
-        weights = sum(p.numel() for p in self.param_groups()["muon"]) + cfg.padded_vocab * cfg.d_model
+        weights = (
+            sum(p.numel() for p in self.param_groups()["muon"]) + cfg.padded_vocab * cfg.d_model
+        )
         if cfg.n_expert:
-            weights -= cfg.n_layer * (cfg.n_expert - cfg.n_expert_active) * 3 * cfg.d_expert * cfg.d_model
-        return 6.0 * weights + 12.0 * cfg.n_layer * cfg.n_head * cfg.d_head * min(cfg.seq_len, cfg.sliding_window or cfg.seq_len)
+            weights -= (
+                cfg.n_layer * (cfg.n_expert - cfg.n_expert_active) * 3 * cfg.d_expert * cfg.d_model
+            )
+        return 6.0 * weights + 12.0 * cfg.n_layer * cfg.n_head * cfg.d_head * min(
+            cfg.seq_len, cfg.sliding_window or cfg.seq_len
+        )

@@ -2,6 +2,7 @@
 
 Sources: Muon kellerjordan.github.io/posts/muon and arXiv 2502.16982, WSD schedule 2404.06395.
 """
+
 import math
 
 import torch
@@ -15,7 +16,9 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, ns_steps=5, dtype=None):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps))
+        super().__init__(
+            params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps)
+        )
         self.dtype = dtype
 
     @torch.no_grad()
@@ -28,7 +31,9 @@ class Muon(torch.optim.Optimizer):
                 buf = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 buf.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(buf, group["momentum"])  # Nesterov
-                alone = id(p) if isinstance(p, DTensor) else None  # a model shared out by FSDP may not fit whole: one matrix at a time
+                alone = (
+                    id(p) if isinstance(p, DTensor) else None
+                )  # a model shared out by FSDP may not fit whole: one matrix at a time
                 by_shape.setdefault((*p.shape[-2:], alone), []).append((p, update))
             for (rows, columns, _), members in by_shape.items():
                 updates = [whole(update).view(-1, rows, columns) for _, update in members]
@@ -58,7 +63,11 @@ def whole(x):
 
 def share_of(x, like):
     """x as FSDP shares `like` out, or x itself. Every rank has the whole of x: nothing is sent."""
-    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else x
+    return (
+        distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
+        if isinstance(like, DTensor)
+        else x
+    )
 
 
 def make_optimizers(model, cfg) -> list[torch.optim.Optimizer]:
@@ -67,11 +76,17 @@ def make_optimizers(model, cfg) -> list[torch.optim.Optimizer]:
     adamw = [{"params": groups["adamw"], "weight_decay": 0.0}]
     optimizers = []
     if cfg.optimizer == "muon":
-        optimizers.append(Muon(groups["muon"], cfg.muon_lr, cfg.momentum, cfg.weight_decay, cfg.ns_steps))
+        optimizers.append(
+            Muon(groups["muon"], cfg.muon_lr, cfg.momentum, cfg.weight_decay, cfg.ns_steps)
+        )
     else:
         adamw.append({"params": groups["muon"], "weight_decay": cfg.weight_decay})
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    optimizers.append(torch.optim.AdamW(adamw, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-10, fused=fused))
+    optimizers.append(
+        torch.optim.AdamW(
+            adamw, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-10, fused=fused
+        )
+    )
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

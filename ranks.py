@@ -1,4 +1,5 @@
 """Processes, devices and signals: what a program of several ranks, on a cluster that may stop it, needs to know."""
+
 import ctypes
 import os
 import signal
@@ -20,18 +21,30 @@ class Ranks:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+            device = (
+                "cuda"
+                if torch.cuda.is_available()
+                else "mps"
+                if torch.backends.mps.is_available()
+                else "cpu"
+            )
         local, found = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if device == "cuda" and local >= found:
-            raise UserError(f"device=cuda: process {local} of this node has no GPU, {found} found. "
-                            f"Use --device=cpu, or --nproc_per_node={max(1, found)}")
+            raise UserError(
+                f"device=cuda: process {local} of this node has no GPU, {found} found. "
+                f"Use --device=cpu, or --nproc_per_node={max(1, found)}"
+            )
         self.device = torch.device(device, local) if device == "cuda" else torch.device(device)
         if device == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
         elif device == "cpu":
             keep_freed_memory()
-        bf16 = device == "cuda" and torch.cuda.is_bf16_supported() if dtype == "auto" else dtype == "bfloat16"
+        bf16 = (
+            device == "cuda" and torch.cuda.is_bf16_supported()
+            if dtype == "auto"
+            else dtype == "bfloat16"
+        )
         self.dtype = torch.bfloat16 if bf16 else torch.float32
 
     def __enter__(self):

@@ -7,6 +7,7 @@
 A checkpoint tuned on chats answers in the template it was tuned with; --chat=False continues plain text instead. Text may grow past
 the training context: the cache rolls, and the model sees the last seq_len tokens.
 """
+
 import codecs
 import math
 import re
@@ -28,7 +29,9 @@ from model import GPT, KVCache
 class SampleConfig:
     checkpoint: str = "out/toy/dpo"  # run folder, checkpoint file or run name
     prompt: str | None = None  # None = chat on a terminal, else what comes on stdin
-    chat: bool | None = None  # render the prompt as a user's turn; None = where the checkpoint was tuned on chats
+    chat: bool | None = (
+        None  # render the prompt as a user's turn; None = where the checkpoint was tuned on chats
+    )
     n_samples: int = 1  # answers to the prompt, all sampled at once
     max_new_tokens: int = 256  # of each answer
     temperature: float = 0.8  # 0 = greedy
@@ -41,10 +44,21 @@ class SampleConfig:
     device: str = "auto"  # auto, cpu, cuda, mps
 
     def __post_init__(self):
-        faults = [f"{key} must be at least {low}, got {getattr(self, key)}" for key, low in
-                  (("n_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 1)) if getattr(self, key) is not None and getattr(self, key) < low]
-        faults += [f"{key} must be between 0 and 1, got {getattr(self, key)}" for key in ("top_p", "min_p")
-                   if getattr(self, key) is not None and not 0 <= getattr(self, key) <= 1]
+        faults = [
+            f"{key} must be at least {low}, got {getattr(self, key)}"
+            for key, low in (
+                ("n_samples", 1),
+                ("max_new_tokens", 1),
+                ("temperature", 0),
+                ("top_k", 1),
+            )
+            if getattr(self, key) is not None and getattr(self, key) < low
+        ]
+        faults += [
+            f"{key} must be between 0 and 1, got {getattr(self, key)}"
+            for key in ("top_p", "min_p")
+            if getattr(self, key) is not None and not 0 <= getattr(self, key) <= 1
+        ]
         if faults:
             raise UserError("; ".join(faults))
 
@@ -52,7 +66,15 @@ class SampleConfig:
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling
 
-def sample(logits, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None, draws=None):
+
+def sample(
+    logits,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    draws=None,
+):
     """Next ids (B,) from logits (B, vocab). temperature 0 is greedy; top_p keeps the smallest set of that probability, min_p what
     has at least that share of the most likely id's probability (arXiv 2407.01082). draws (B,): the uniform number in [0, 1) that
     decides each row, by inversion of its distribution; None = new ones."""
@@ -60,7 +82,9 @@ def sample(logits, temperature: float = 1.0, top_k: int | None = None, top_p: fl
         return logits.argmax(-1)
     logits = logits / temperature
     if min_p:
-        logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), -math.inf)
+        logits = logits.masked_fill(
+            logits < logits.amax(-1, keepdim=True) + math.log(min_p), -math.inf
+        )
     if top_k and top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p is not None and top_p < 1:
@@ -72,13 +96,24 @@ def sample(logits, temperature: float = 1.0, top_k: int | None = None, top_p: fl
         logits = torch.full_like(logits, -math.inf).scatter(1, order, ordered)
     draws = torch.rand(len(logits), device=logits.device) if draws is None else draws
     below = logits.softmax(-1).cumsum(-1)  # (B, vocab)
-    draws = draws.to(below).clamp(max=1 - 2**-23)  # rounding must not carry it to the very end, where ids of probability 0 are
+    draws = draws.to(below).clamp(
+        max=1 - 2**-23
+    )  # rounding must not carry it to the very end, where ids of probability 0 are
     return torch.searchsorted(below, (draws * below[:, -1]).unsqueeze(1), right=True).squeeze(1)
 
 
 @torch.no_grad()
-def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, stop: tuple[int, ...] = (), seeds=None,
-             slots: int | None = None, on_token=None, calculator=None, **sampling) -> list[list[int]]:
+def generate(
+    model: GPT,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    stop: tuple[int, ...] = (),
+    seeds=None,
+    slots: int | None = None,
+    on_token=None,
+    calculator=None,
+    **sampling,
+) -> list[list[int]]:
     """New ids for every prompt, all rows at once with a KV cache; a row ends with its first stop id, which is kept.
 
     seeds: what decides each row's draws, a number or a tuple of numbers; None = 0, 1, 2, ... A row depends on its prompt and its
@@ -94,11 +129,20 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, stop: tu
     width = max(map(len, prompts))
     pads = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
     idx = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-    streams = [np.random.default_rng(seed) for seed in (seeds if seeds is not None else range(len(prompts)))]
+    streams = [
+        np.random.default_rng(seed)
+        for seed in (seeds if seeds is not None else range(len(prompts)))
+    ]
     cache = KVCache(model.cfg, len(prompts), slots, device, model.embed.weight.dtype)
     x = model.hidden(idx, cache=cache, pads=pads if pads.any() else None)[:, -1]
-    out, rows = [[] for _ in prompts], list(range(len(prompts)))  # rows: which output each batch row belongs to
-    done, owed = [False] * len(prompts), [[] for _ in prompts]  # owed: the calculator's ids that a row has yet to write
+    out, rows = (
+        [[] for _ in prompts],
+        list(range(len(prompts))),
+    )  # rows: which output each batch row belongs to
+    done, owed = (
+        [False] * len(prompts),
+        [[] for _ in prompts],
+    )  # owed: the calculator's ids that a row has yet to write
     for step in range(max_new_tokens):
         draws = torch.tensor([streams[row].random(dtype=np.float32) for row in rows], device=device)
         ids = sample(model.logits(x), draws=draws, **sampling)
@@ -116,7 +160,9 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, stop: tu
         running = [i for i, row in enumerate(rows) if not done[row]]
         if not running or step + 1 == max_new_tokens:
             break
-        if len(running) <= 0.8 * len(rows):  # drop finished rows now and then: each time costs a copy of the cache
+        if len(running) <= 0.8 * len(
+            rows
+        ):  # drop finished rows now and then: each time costs a copy of the cache
             keep = torch.tensor(running, device=device)
             cache.keep(keep)
             ids, rows = ids[keep], [rows[i] for i in running]
@@ -126,6 +172,7 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, stop: tu
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The calculator (Cobbe et al. 2021): the model writes <<48/2= and is handed 24>>
+
 
 def arithmetic(text: str) -> float | None:
     """Value of an expression of + - * / // ( ) and decimal numbers; None for anything else, for more than 64 characters, for a
@@ -145,7 +192,9 @@ def arithmetic(text: str) -> float | None:
         value = operand()
         while tokens and tokens[-1] in ("*", "/", "//"):
             sign, right = tokens.pop(), operand()
-            value = value * right if sign == "*" else value / right if sign == "/" else value // right
+            value = (
+                value * right if sign == "*" else value / right if sign == "/" else value // right
+            )
         return value
 
     def total() -> float:
@@ -174,11 +223,18 @@ class Calculator:
             return []
         asked = re.search(r"<<([^<>=]*)=$", self.tokenizer.decode(ids[-70:]))
         value = arithmetic(asked[1]) if asked else None
-        return [] if value is None else self.tokenizer.encode(f"{round(value, 6) + 0.0:.6f}".rstrip("0").rstrip(".") + ">>")
+        return (
+            []
+            if value is None
+            else self.tokenizer.encode(
+                f"{round(value, 6) + 0.0:.6f}".rstrip("0").rstrip(".") + ">>"
+            )
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The program
+
 
 class Printer:
     """Writes tokens to the screen as they come; a character whose bytes are spread over several tokens waits for the last."""
@@ -191,7 +247,11 @@ class Printer:
     def __call__(self, row: int, token: int):
         self.n_tokens += 1
         if token not in self.stop:
-            print(self.decoder.decode(self.tokenizer.bpe.decode_single_token_bytes(token)), end="", flush=True)
+            print(
+                self.decoder.decode(self.tokenizer.bpe.decode_single_token_bytes(token)),
+                end="",
+                flush=True,
+            )
 
 
 class Sampler:
@@ -199,12 +259,23 @@ class Sampler:
 
     def __init__(self, cfg: SampleConfig):
         saved = load_checkpoint(cfg.checkpoint)
-        device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        self.cfg, self.model = cfg, model_from(saved, **({"score_head": True} if saved["task"] == "verifier" else {})).to(device).eval()
-        self.tokenizer = data.load_tokenizer(saved["tokenizer"]["name"], cfg.data_dir, saved["tokenizer"])
+        device = (
+            cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        )
+        self.cfg, self.model = (
+            cfg,
+            model_from(saved, **({"score_head": True} if saved["task"] == "verifier" else {}))
+            .to(device)
+            .eval(),
+        )
+        self.tokenizer = data.load_tokenizer(
+            saved["tokenizer"]["name"], cfg.data_dir, saved["tokenizer"]
+        )
         self.chat = cfg.chat if cfg.chat is not None else "template" in saved
         if self.chat and saved.get("template", data.TEMPLATE) != data.TEMPLATE:
-            raise UserError(f"{cfg.checkpoint} was tuned with chat template {saved['template']}, this code has {data.TEMPLATE}")
+            raise UserError(
+                f"{cfg.checkpoint} was tuned with chat template {saved['template']}, this code has {data.TEMPLATE}"
+            )
         self.n_answers = 0
 
     def answer(self, ids: list[int]) -> str:
@@ -212,21 +283,39 @@ class Sampler:
         cfg, stop = self.cfg, (self.tokenizer.end, self.tokenizer.eos)
         began, printer = time.perf_counter(), Printer(self.tokenizer, stop)
         seeds = [(cfg.seed, self.n_answers, number) for number in range(cfg.n_samples)]
-        rows = generate(self.model, [ids] * cfg.n_samples, cfg.max_new_tokens, stop, seeds, on_token=printer if cfg.n_samples == 1 else None,
-                        calculator=Calculator(self.tokenizer) if cfg.calculator else None,
-                        temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, min_p=cfg.min_p)
+        rows = generate(
+            self.model,
+            [ids] * cfg.n_samples,
+            cfg.max_new_tokens,
+            stop,
+            seeds,
+            on_token=printer if cfg.n_samples == 1 else None,
+            calculator=Calculator(self.tokenizer) if cfg.calculator else None,
+            temperature=cfg.temperature,
+            top_k=cfg.top_k,
+            top_p=cfg.top_p,
+            min_p=cfg.min_p,
+        )
         self.n_answers += 1
         texts = [self.tokenizer.decode(row[:-1] if row[-1] in stop else row) for row in rows]
         if cfg.n_samples > 1:
-            print(*(f"--- {number}\n{text}" for number, text in enumerate(texts, 1)), sep="\n", end="")
+            print(
+                *(f"--- {number}\n{text}" for number, text in enumerate(texts, 1)), sep="\n", end=""
+            )
         n_tokens, seconds = sum(map(len, rows)), time.perf_counter() - began
-        print(f"\n[{n_tokens} tokens, {n_tokens / seconds:,.0f} tok/s{'' if rows[0][-1] in stop else ', cut at max_new_tokens'}]", file=sys.stderr)
+        print(
+            f"\n[{n_tokens} tokens, {n_tokens / seconds:,.0f} tok/s{'' if rows[0][-1] in stop else ', cut at max_new_tokens'}]",
+            file=sys.stderr,
+        )
         return texts[0]
 
     def prompt(self, text: str) -> list[int]:
         if self.chat:
             return data.render_prompt(data.user(text), self.tokenizer)
-        return [self.tokenizer.eos, *self.tokenizer.encode(text)]  # a document begins after the end of another
+        return [
+            self.tokenizer.eos,
+            *self.tokenizer.encode(text),
+        ]  # a document begins after the end of another
 
 
 def converse(sampler: Sampler) -> None:
@@ -240,7 +329,12 @@ def converse(sampler: Sampler) -> None:
         if not text:
             return
         messages += data.user(text)
-        messages.append({"role": "assistant", "content": sampler.answer(data.render_prompt(messages, sampler.tokenizer))})
+        messages.append(
+            {
+                "role": "assistant",
+                "content": sampler.answer(data.render_prompt(messages, sampler.tokenizer)),
+            }
+        )
 
 
 def main(argv: list[str]) -> int:
@@ -248,7 +342,9 @@ def main(argv: list[str]) -> int:
     sampler = Sampler(cfg)
     if cfg.prompt is None and sys.stdin.isatty():
         if not sampler.chat:
-            raise UserError("this checkpoint continues text: give it some with --prompt=... or on stdin (--chat treats it as a chat model)")
+            raise UserError(
+                "this checkpoint continues text: give it some with --prompt=... or on stdin (--chat treats it as a chat model)"
+            )
         converse(sampler)
         return 0
     text = sys.stdin.read().rstrip("\n") if cfg.prompt is None else cfg.prompt

@@ -6,6 +6,7 @@
 
 Finished stages are skipped, so the same command goes on after a kill and does nothing after the end.
 """
+
 import os
 import signal
 import subprocess
@@ -29,7 +30,9 @@ STAGES = ("pretrain", "sft", "dpo", "verifier", "eval")
 @dataclass
 class SpeedrunConfig:
     out_dir: str = "out/toy"  # one folder per stage goes into it, and results.jsonl, report.md
-    stage: str = "all"  # all, or one of pretrain, sft, dpo, verifier, eval (eval writes the report too)
+    stage: str = (
+        "all"  # all, or one of pretrain, sft, dpo, verifier, eval (eval writes the report too)
+    )
     checkpoint: str | None = None  # start the stage from this one instead of the stage before
     pretrain: str = "config/pretrain.py"  # recipe of each stage
     sft: str = "config/sft.py"
@@ -47,7 +50,9 @@ class SpeedrunConfig:
         if self.stage not in ("all", *STAGES):
             raise UserError(f"stage must be all or one of {', '.join(STAGES)}, got {self.stage!r}")
         if self.checkpoint and self.stage not in STAGES[1:-1]:
-            raise UserError(f"checkpoint is for --stage=sft, dpo or verifier; stage {self.stage!r} does not start from one")
+            raise UserError(
+                f"checkpoint is for --stage=sft, dpo or verifier; stage {self.stage!r} does not start from one"
+            )
         if self.force and self.no_overwrite:
             raise UserError("force and no_overwrite exclude each other")
 
@@ -55,17 +60,32 @@ class SpeedrunConfig:
 def run_stage(cfg: SpeedrunConfig, stage: str, checkpoint: str | None) -> int:
     """One training stage, in this process or under torchrun. -> exit code"""
     module = train if stage == "pretrain" else align
-    args = [getattr(cfg, stage), f"--out_dir={os.path.join(cfg.out_dir, stage)}", f"--data_dir={cfg.data_dir}", f"--seed={cfg.seed}"]
+    args = [
+        getattr(cfg, stage),
+        f"--out_dir={os.path.join(cfg.out_dir, stage)}",
+        f"--data_dir={cfg.data_dir}",
+        f"--seed={cfg.seed}",
+    ]
     args += [f"--init_from={checkpoint}"] if stage != "pretrain" else []
     args += [f"--max_steps={cfg.max_steps}"] if cfg.max_steps else []
     args += ["--force"] if cfg.force else []
     if cfg.nproc == 1:
         return module.main(args)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cfg.nproc}", module.__file__, *args]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={cfg.nproc}",
+        module.__file__,
+        *args,
+    ]
     process = subprocess.Popen(command)
     asked = []
 
-    def ask(number, frame):  # once, and as TERM: torchrun dies of USR1, and a second TERM ends its wait for the save
+    def ask(
+        number, frame
+    ):  # once, and as TERM: torchrun dies of USR1, and a second TERM ends its wait for the save
         if not asked:
             asked.append(process.send_signal(signal.SIGTERM))
 
@@ -81,14 +101,25 @@ def run_stages(cfg: SpeedrunConfig) -> int:
     for stage in STAGES[:-1]:
         if cfg.stage in ("all", stage):
             print(f"\n=== {stage} ===", flush=True)
-            code = run_stage(cfg, stage, checkpoint or os.path.join(cfg.out_dir, STAGES[max(0, STAGES.index(stage) - 1)]))
+            code = run_stage(
+                cfg,
+                stage,
+                checkpoint or os.path.join(cfg.out_dir, STAGES[max(0, STAGES.index(stage) - 1)]),
+            )
             if code:
                 return code
             checkpoint = None
     if cfg.stage in ("all", "eval"):
         print("\n=== eval ===", flush=True)
         keep = "--force" if cfg.force else "--no_overwrite"
-        code = evaluation.main([*filter(None, [cfg.eval]), f"--out_dir={cfg.out_dir}", f"--data_dir={cfg.data_dir}", keep])
+        code = evaluation.main(
+            [
+                *filter(None, [cfg.eval]),
+                f"--out_dir={cfg.out_dir}",
+                f"--data_dir={cfg.data_dir}",
+                keep,
+            ]
+        )
         return code or report.main([f"--out_dir={cfg.out_dir}", keep])
     return 0
 
@@ -113,8 +144,13 @@ def main(argv: list[str]) -> int:
             raise
         finally:
             data.write_json(os.path.join(cfg.out_dir, "state.json"), {"state": state})
-    advice = "run the same command again to go on" if state != "done" else \
-        f"read {os.path.join(cfg.out_dir, 'report.md')}" if cfg.stage in ("all", "eval") else f"stage {cfg.stage} is in {cfg.out_dir}"
+    advice = (
+        "run the same command again to go on"
+        if state != "done"
+        else f"read {os.path.join(cfg.out_dir, 'report.md')}"
+        if cfg.stage in ("all", "eval")
+        else f"stage {cfg.stage} is in {cfg.out_dir}"
+    )
     print(f"\nspeedrun: {state} after {(time.perf_counter() - began) / 60:.1f} min; {advice}")
     return code
 

@@ -1,9 +1,14 @@
 """Numbers with their uncertainty. Every estimate keeps the items it was made of, so that two models can be compared item by item."""
+
 import math
 
 import numpy as np
 
-TRANSFORMS = {"": lambda x: x, "exp": np.exp, "bits": lambda x: x / math.log(2)}  # of a mean, by the name under which items are kept
+TRANSFORMS = {
+    "": lambda x: x,
+    "exp": np.exp,
+    "bits": lambda x: x / math.log(2),
+}  # of a mean, by the name under which items are kept
 
 
 def wilson(hits: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -17,7 +22,13 @@ def proportion(flags) -> dict:
     """Share of flags that hold (a half counts half: a tie), with Wilson's interval."""
     hits = [float(flag) for flag in flags]
     low, high = wilson(sum(hits), len(hits))
-    return {"value": sum(hits) / len(hits), "low": low, "high": high, "n": len(hits), "items": {"num": hits, "den": [1] * len(hits), "transform": ""}}
+    return {
+        "value": sum(hits) / len(hits),
+        "low": low,
+        "high": high,
+        "n": len(hits),
+        "items": {"num": hits, "den": [1] * len(hits), "transform": ""},
+    }
 
 
 def bootstrap(n: int, draws: int = 1000) -> np.ndarray:
@@ -30,8 +41,13 @@ def ratio(numerators, denominators, transform: str = "") -> dict:
     a, b, f = np.array(numerators, float), np.array(denominators, float), TRANSFORMS[transform]
     draws = bootstrap(len(a))
     low, high = np.quantile(a[draws].sum(1) / b[draws].sum(1), [0.025, 0.975])
-    return {"value": float(f(a.sum() / b.sum())), "low": float(f(low)), "high": float(f(high)), "n": int(b.sum()),
-            "items": {"num": a.tolist(), "den": b.tolist(), "transform": transform}}
+    return {
+        "value": float(f(a.sum() / b.sum())),
+        "low": float(f(low)),
+        "high": float(f(high)),
+        "n": int(b.sum()),
+        "items": {"num": a.tolist(), "den": b.tolist(), "transform": transform},
+    }
 
 
 def mean(values) -> dict:
@@ -51,7 +67,13 @@ def difference(before: dict, after: dict) -> dict:
     else:
         p = min(1.0, 2 * (1 + min((deltas <= 0).sum(), (deltas >= 0).sum())) / (1 + len(deltas)))
     low, high = np.quantile(deltas, [0.025, 0.975])
-    return {"value": float(f(b.sum() / m.sum()) - f(a.sum() / n.sum())), "low": float(low), "high": float(high), "p": float(p), "n": len(a)}
+    return {
+        "value": float(f(b.sum() / m.sum()) - f(a.sum() / n.sum())),
+        "low": float(low),
+        "high": float(high),
+        "p": float(p),
+        "n": len(a),
+    }
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -66,6 +88,10 @@ def auc(scores, labels) -> float:
     if labels.all() or not labels.any():
         return math.nan
     order = np.sort(scores)
-    rank = (np.searchsorted(order, scores, "left") + np.searchsorted(order, scores, "right") + 1) / 2
+    rank = (
+        np.searchsorted(order, scores, "left") + np.searchsorted(order, scores, "right") + 1
+    ) / 2
     positive = labels.sum()
-    return float((rank[labels].sum() - positive * (positive + 1) / 2) / (positive * (~labels).sum()))
+    return float(
+        (rank[labels].sum() - positive * (positive + 1) / 2) / (positive * (~labels).sum())
+    )

@@ -1,4 +1,5 @@
 """DPO on the toy world, with RPO's term on the chosen answers: without it these became less likely too, and the tales worse (LOG.md)."""
+
 mode = "dpo"
 out_dir = "out/toy/dpo"
 init_from = "out/toy/sft"

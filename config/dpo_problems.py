@@ -5,6 +5,7 @@
 Greedy exact match over SFT, 2,000 test problems, seeds 1337, 1, 2: +13.2, +5.4, +8.3 points; with --beta=1e-6, which switches the preference term off,
 +13.3, +5.8, +8.6: it is the likelihood of the right samples that helps (LOG.md).
 """
+
 mode = "dpo"
 out_dir = "out/toy/dpo_problems"
 init_from = "out/toy/sft"

@@ -5,6 +5,7 @@
 h100 has nanoGPT's parameters layer by layer (203M); h100_recipe is the model of config/h100_pretrain.py (253M), beside 16 layers of nanoGPT.
 Expected result: not yet run.
 """
+
 tasks = ("train",)
 shapes = ("h100", "h100_recipe")
 systems = ("ours", "ours without sinks", "ours with Muon", "ours MoE 8 top 2", "nanoGPT")

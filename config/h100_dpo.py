@@ -4,6 +4,7 @@
 
 128 pairs a step, 1,250 steps = 160k pairs, one epoch. Expected: not yet run.
 """
+
 mode = "dpo"
 out_dir = "out/h100/dpo"
 init_from = "out/h100/sft"

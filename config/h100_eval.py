@@ -1,7 +1,8 @@
 """Evaluation of the 253M model: perplexity protocols on WikiText-2, GSM8K, SST-2, DialogSum, held-out HH-RLHF pairs. About 10 minutes, not yet run.
 
-    python eval.py config/h100_eval.py
+python eval.py config/h100_eval.py
 """
+
 out_dir = "out/h100"
 data = "wikitext-103"
 text = "wikitext-2-valid,wikitext-2"

@@ -8,6 +8,7 @@ Parameters: embedding 50,304 x 1,024 = 51.5M (tied), 12 x (4 x 1,024^2 + 3 x 1,0
 FLOPs per token: 6 x 252.8M + 12 x 12 x 1,024 x 1,024 = 1.67 G. Tokens: 2,400 x 262,144 = 629M; 1.05e18 FLOPs in all.
 Time: at 50 % of 989 TFLOP/s on one H100 about 35 min. Expected result: not yet run.
 """
+
 out_dir = "out/h100/pretrain"
 data = "wikitext-103*0.7,tinystories*0.3"  # the original's text, and a capped second source
 tokenizer = "gpt2"

@@ -4,6 +4,7 @@
 
 About 52k + 5k chats, 6M tokens an epoch; 100 steps x 131,072 tokens = 2 epochs = 13M tokens, minutes. Expected: not yet run.
 """
+
 mode = "sft"
 out_dir = "out/h100/sft"
 init_from = "out/h100/pretrain"

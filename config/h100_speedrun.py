@@ -1,8 +1,9 @@
 """The whole loop at 253M parameters on one node of H100s. Not yet run; the arithmetic of each stage is in its own recipe.
 
-    python data.py --stage=all                                       # on the login node, needs the network
-    sbatch slurm/speedrun.sh config/h100_speedrun.py                 # or: python speedrun.py config/h100_speedrun.py --nproc=4
+python data.py --stage=all                                       # on the login node, needs the network
+sbatch slurm/speedrun.sh config/h100_speedrun.py                 # or: python speedrun.py config/h100_speedrun.py --nproc=4
 """
+
 out_dir = "out/h100"
 pretrain = "config/h100_pretrain.py"
 sft = "config/h100_sft.py"

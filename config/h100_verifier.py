@@ -4,6 +4,7 @@
 
 Samples 8 solutions for each of the 1,900 problems of train that SFT left out. Where none is right it says so. Expected: not yet run.
 """
+
 mode = "verifier"
 out_dir = "out/h100/verifier"
 init_from = "out/h100/dpo"

@@ -4,6 +4,7 @@
 
 FOLDER holds the files named below; each has the schema of the hub data set that it stands for. About a minute on 2 CPU cores.
 """
+
 sources = (
     "pretrain/english=pretrain/wikipedia_articles.txt.gz;pretrain/wikipedia_leads.txt.gz;pretrain/openstax_books_ccby.txt.gz;"
     "pretrain/openstax_books_ccbyncsa.txt.gz;pretrain/novels_1of3.txt.gz;pretrain/novels_2of3.txt.gz;pretrain/novels_3of3.txt.gz;"

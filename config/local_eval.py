@@ -1,7 +1,8 @@
 """Evaluation of the small local model on WikiText-2 (test), GSM8K, SST-2, DialogSum and held-out HH-RLHF pairs.
 
-    python eval.py config/local_eval.py
+python eval.py config/local_eval.py
 """
+
 out_dir = "out/local"
 data = "english"
 text = "wikitext-2"  # the test split; about five minutes a model on 2 cores: five protocols over 290,000 tokens

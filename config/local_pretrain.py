@@ -5,6 +5,7 @@
 
 10M parameters, 8.0M of them in the tied embedding; 1.6M of 25M tokens. Measured runs: LOG.md.
 """
+
 out_dir = "out/local/pretrain"
 data = "english"
 tokenizer = "gpt2"

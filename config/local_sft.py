@@ -1,7 +1,8 @@
 """SFT of the small local model on Alpaca, HH-RLHF's chosen dialogues and GSM8K's solutions, minutes on 2 CPU cores.
 
-    python align.py config/local_sft.py --init_from=out/local/pretrain
+python align.py config/local_sft.py --init_from=out/local/pretrain
 """
+
 mode = "sft"
 out_dir = "out/local/sft"
 init_from = "out/local/pretrain"

@@ -1,7 +1,8 @@
 """The whole loop on real data, small, on 2 CPU cores. First: python data.py config/local_data.py --local_dir=FOLDER --tokenizer=FOLDER/gpt2.tiktoken
 
-    python speedrun.py config/local_speedrun.py
+python speedrun.py config/local_speedrun.py
 """
+
 out_dir = "out/local"
 pretrain = "config/local_pretrain.py"
 sft = "config/local_sft.py"

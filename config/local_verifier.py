@@ -3,6 +3,7 @@ that there is nothing to rerank; what this recipe shows is that the stage runs o
 
     python align.py config/local_verifier.py --init_from=out/local/dpo
 """
+
 mode = "verifier"
 out_dir = "out/local/verifier"
 init_from = "out/local/dpo"

@@ -1,4 +1,5 @@
 """Pretraining on the toy world, the first stage of the default speedrun: 0.9M parameters, 130 x 4,096 = 0.53M tokens."""
+
 out_dir = "out/toy/pretrain"
 seq_len = 128
 n_layer = 4

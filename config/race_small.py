@@ -1,6 +1,7 @@
 """Characters of one small text, 2.7M parameters (6 layers, 6 heads, 192 wide, context 256, batch 16), for bench.py --tasks=race beside
 nanoGPT's 250 steps; ablations in LOG.md.
 """
+
 seq_len = 256
 n_layer = 6
 n_head = 6

@@ -1,6 +1,7 @@
 """Characters of one small text, 0.80M parameters: the model of nanoGPT's CPU recipe (4 layers, 4 heads, 128 wide, context 64, batch 12)
 and our optimizer. bench.py --tasks=race runs it beside nanoGPT's 2,000 steps; ablations in LOG.md.
 """
+
 seq_len = 64
 n_layer = 4
 n_head = 4

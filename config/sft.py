@@ -1,4 +1,5 @@
 """SFT on the toy world: 2,000 tales and 2,000 word problems, about 2 epochs."""
+
 mode = "sft"
 out_dir = "out/toy/sft"
 init_from = "out/toy/pretrain"

@@ -1,8 +1,9 @@
 """Smoke test of the training loop: a 0.2M-parameter model, 30 steps on the toy world, seconds on a laptop.
 
-    python train.py config/smoke.py
-    torchrun --nproc_per_node=2 train.py config/smoke.py --out_dir=out/smoke2
+python train.py config/smoke.py
+torchrun --nproc_per_node=2 train.py config/smoke.py --out_dir=out/smoke2
 """
+
 out_dir = "out/smoke"
 seq_len = 128
 n_layer = 2

@@ -10,6 +10,7 @@ Each: 400 steps x 4,096 = 1.64M of 7.7M bytes, 1.0e13 FLOPs, 6 minutes of one th
 Trained at 379fb9a, evaluated at 5f6822b, one seed (LOG.md): validation loss 1.505 nats/byte with sinks, 1.506 without. From 1 to 16 times the training context
 a rolling cache loses nothing to recomputation in either (-0.000 nats) and dense attention loses 0.77 and 0.63: at this size sinks are not needed.
 """
+
 out_dir = "out/streaming/sinks"
 data = "novels"
 tokenizer = "byte"

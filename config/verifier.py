@@ -1,4 +1,5 @@
 """The verifier on the toy world: 4 samples of each of 2,000 problems that SFT never saw."""
+
 mode = "verifier"
 out_dir = "out/toy/verifier"
 init_from = "out/toy/dpo"

@@ -1,4 +1,5 @@
 """Tests run from any folder, on one thread."""
+
 import os
 import sys
 from pathlib import Path

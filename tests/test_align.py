@@ -1,4 +1,5 @@
 """SFT, DPO and verifier: which tokens count, what each loss is, and that a killed run goes on as if nothing had been."""
+
 import copy
 import json
 import math
@@ -39,10 +40,19 @@ LN2 = math.log(2)
 # ---------------------------------------------------------------------------------------------------------------------
 # Small things that the tests share
 
+
 def tiny(seed: int = 0, **changes) -> GPT:
     """A small model with every parameter random: as initialised, its blocks would add nothing."""
     torch.manual_seed(seed)
-    sizes = {"vocab_size": 262, "seq_len": 64, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_model": 32, "d_ff": 64}
+    sizes = {
+        "vocab_size": 262,
+        "seq_len": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_kv_head": 2,
+        "d_model": 32,
+        "d_ff": 64,
+    }
     model = GPT(ModelConfig(**{**sizes, **changes}))
     with torch.no_grad():
         for p in model.parameters():
@@ -52,15 +62,35 @@ def tiny(seed: int = 0, **changes) -> GPT:
 
 def save_start(folder: Path, model: GPT, **changes) -> str:
     """A checkpoint as the loop writes it. -> its folder"""
-    entries = {"model": model.state_dict(), "model_config": asdict(model.cfg), "train_config": {}, "step": 7, "best": 1.0, "task": "pretrain",
-               "data": "none", "rng": torch.get_rng_state(), "optimizers": [], "tokenizer": BYTE.spec(), **changes}
+    entries = {
+        "model": model.state_dict(),
+        "model_config": asdict(model.cfg),
+        "train_config": {},
+        "step": 7,
+        "best": 1.0,
+        "task": "pretrain",
+        "data": "none",
+        "rng": torch.get_rng_state(),
+        "optimizers": [],
+        "tokenizer": BYTE.spec(),
+        **changes,
+    }
     save_checkpoint(str(folder / "ckpt_0000007.pt"), entries)
     return str(folder)
 
 
-CHATS = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bc"}]},
-         {"messages": [{"role": "user", "content": "d"}, {"role": "assistant", "content": "e"}]}]
-PAIRS = [{"prompt": data.user(f"question {i}"), "chosen": "good " * (1 + i % 3), "rejected": "bad" * (1 + i % 4)} for i in range(9)]
+CHATS = [
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bc"}]},
+    {"messages": [{"role": "user", "content": "d"}, {"role": "assistant", "content": "e"}]},
+]
+PAIRS = [
+    {
+        "prompt": data.user(f"question {i}"),
+        "chosen": "good " * (1 + i % 3),
+        "rejected": "bad" * (1 + i % 4),
+    }
+    for i in range(9)
+]
 PROBLEMS = [{"question": f"1+{i}?", "answer": f"1+{i}={1 + i}\n#### {1 + i}"} for i in range(6)]
 
 
@@ -71,15 +101,29 @@ def world(folder: Path, chats=CHATS, pairs=PAIRS, problems=PROBLEMS) -> str:
         data.write_jsonl(str(folder / "mini" / f"dpo_{split}.jsonl"), pairs)
     for split in ("verifier", "val"):
         data.write_jsonl(str(folder / "mini" / f"problems_{split}.jsonl"), problems)
-    data.write_jsonl(str(folder / "mini" / "problems_train.jsonl"), [{**row, "question": f"SFT: {row['question']}"} for row in problems])
+    data.write_jsonl(
+        str(folder / "mini" / "problems_train.jsonl"),
+        [{**row, "question": f"SFT: {row['question']}"} for row in problems],
+    )
     return str(folder)
 
 
 def config(tmp_path: Path, mode: str, data_dir: str = "", **changes) -> align.AlignConfig:
     out = tmp_path / mode
     out.mkdir(exist_ok=True)
-    return align.AlignConfig(**{"mode": mode, "init_from": "start", "data": "mini", "data_dir": data_dir or world(tmp_path / "data"), "out_dir": str(out),
-                                "device": "cpu", "dtype": "float32", "micro_batch": 4, **changes})
+    return align.AlignConfig(
+        **{
+            "mode": mode,
+            "init_from": "start",
+            "data": "mini",
+            "data_dir": data_dir or world(tmp_path / "data"),
+            "out_dir": str(out),
+            "device": "cpu",
+            "dtype": "float32",
+            "micro_batch": 4,
+            **changes,
+        }
+    )
 
 
 def build(cfg: align.AlignConfig, model: GPT):
@@ -96,39 +140,53 @@ def double():
 def plain_logprobs(model: GPT, ids: list[int]) -> torch.Tensor:
     """log p of every id but the first, by a full log_softmax, without packing, padding or chunks: (n - 1,)"""
     x = model.hidden(torch.tensor([ids[:-1]]))[0]
-    logp = F.log_softmax((x @ model.head.weight.T)[:, :model.cfg.vocab_size], dim=-1)
+    logp = F.log_softmax((x @ model.head.weight.T)[:, : model.cfg.vocab_size], dim=-1)
     return logp[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
 
 
 def gradients(loss: torch.Tensor, model: GPT) -> dict[str, torch.Tensor]:
     grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(model.named_parameters(), grads)}
+    return {
+        name: torch.zeros_like(p) if g is None else g
+        for (name, p), g in zip(model.named_parameters(), grads)
+    }
 
 
 def assert_same_gradients(a: dict, b: dict, atol: float):
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol, msg=lambda text: f"{name}: {text}")
-    assert any(x.abs().max() > 1e-3 for x in a.values()), "gradients are all zero: the comparison shows nothing"
+        torch.testing.assert_close(
+            a[name], b[name], rtol=0, atol=atol, msg=lambda text: f"{name}: {text}"
+        )
+    assert any(x.abs().max() > 1e-3 for x in a.values()), (
+        "gradients are all zero: the comparison shows nothing"
+    )
 
 
 def supervised(batch: dict, key: str) -> list[tuple[tuple[int, ...], int]]:
     """(ids of the document read so far, label) wherever a packed batch has a label of this kind."""
     found = []
-    for idx, docs, labels in zip(batch["idx"].tolist(), batch["docs"].tolist(), batch[key].tolist()):
+    for idx, docs, labels in zip(
+        batch["idx"].tolist(), batch["docs"].tolist(), batch[key].tolist()
+    ):
         for t, label in enumerate(labels):
             if label >= 0:
-                found.append((tuple(i for i, d in zip(idx[:t + 1], docs[:t + 1]) if d == docs[t]), label))
+                found.append(
+                    (tuple(i for i, d in zip(idx[: t + 1], docs[: t + 1]) if d == docs[t]), label)
+                )
     return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Masks, as literal arrays
 
+
 def test_two_chats_in_one_row_as_literal_arrays(tmp_path):
     """Only the assistant's words and the <|end|> after them are targets, each at the place before it; padding has no document."""
     task = build(config(tmp_path, "sft", seq_len=12), tiny())
     batch = task.batch("val", 0, 1)
-    assert batch["idx"].tolist() == [[USER, 97, END, ASSISTANT, 98, 99, USER, 100, END, ASSISTANT, 101, PAD]]
+    assert batch["idx"].tolist() == [
+        [USER, 97, END, ASSISTANT, 98, 99, USER, 100, END, ASSISTANT, 101, PAD]
+    ]
     assert batch["targets"].tolist() == [[-1, -1, -1, 98, 99, END, -1, -1, -1, 101, END, -1]]
     assert batch["docs"].tolist() == [[0] * 6 + [1] * 5 + [-1]]
     assert task.units(batch) == 5
@@ -138,9 +196,15 @@ def test_every_assistant_turn_of_a_long_chat_is_supervised_and_nothing_else(tmp_
     """In a chat of several turns the model learns all of its turns, no word of the system or the user."""
     turns = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     chats = [{"messages": [{"role": role, "content": text} for role, text in turns]}]
-    batch = build(config(tmp_path, "sft", world(tmp_path / "data", chats=chats), seq_len=14), tiny()).batch("train", 0, 1)
-    assert batch["idx"].tolist() == [[SYSTEM, 115, END, USER, 97, END, ASSISTANT, 98, END, USER, 99, END, ASSISTANT, 100]]
-    assert batch["targets"].tolist() == [[-1, -1, -1, -1, -1, -1, 98, END, -1, -1, -1, -1, 100, END]]
+    batch = build(
+        config(tmp_path, "sft", world(tmp_path / "data", chats=chats), seq_len=14), tiny()
+    ).batch("train", 0, 1)
+    assert batch["idx"].tolist() == [
+        [SYSTEM, 115, END, USER, 97, END, ASSISTANT, 98, END, USER, 99, END, ASSISTANT, 100]
+    ]
+    assert batch["targets"].tolist() == [
+        [-1, -1, -1, -1, -1, -1, 98, END, -1, -1, -1, -1, 100, END]
+    ]
 
 
 def test_a_pair_as_literal_arrays(tmp_path):
@@ -148,7 +212,10 @@ def test_a_pair_as_literal_arrays(tmp_path):
     pairs = [{"prompt": data.user("p"), "chosen": "ab", "rejected": "c"}]
     task = build(config(tmp_path, "dpo", world(tmp_path / "data", pairs=pairs), seq_len=6), tiny())
     batch = task.batch("val", 0, 1)
-    assert batch["idx"].tolist() == [[USER, 112, END, ASSISTANT, 97, 98], [USER, 112, END, ASSISTANT, 99, PAD]]
+    assert batch["idx"].tolist() == [
+        [USER, 112, END, ASSISTANT, 97, 98],
+        [USER, 112, END, ASSISTANT, 99, PAD],
+    ]
     assert batch["targets"].tolist() == [[-1, -1, -1, 97, 98, END], [-1, -1, -1, 99, END, -1]]
     assert batch["reference"].shape == (2, 1) and task.units(batch) == 1
 
@@ -159,10 +226,23 @@ QUESTION = (USER, 113, END, ASSISTANT)  # "q"
 @pytest.fixture
 def judged(tmp_path, monkeypatch):
     """A verifier task of one problem, "q" with the answer "r", and the sampled solutions "x" (right) and "yz" (wrong)."""
-    rows = [{"question": "q", "answer": "r", "solutions": [{"ids": [120, END], "text": "x", "correct": True},
-                                                           {"ids": [121, 122, END], "text": "yz", "correct": False}]}]
+    rows = [
+        {
+            "question": "q",
+            "answer": "r",
+            "solutions": [
+                {"ids": [120, END], "text": "x", "correct": True},
+                {"ids": [121, 122, END], "text": "yz", "correct": False},
+            ],
+        }
+    ]
     monkeypatch.setattr(problems, "solve", lambda *args: copy.deepcopy(rows))
-    cfg = config(tmp_path, "verifier", world(tmp_path / "data", problems=[{"question": "q", "answer": "r"}]), seq_len=32)
+    cfg = config(
+        tmp_path,
+        "verifier",
+        world(tmp_path / "data", problems=[{"question": "q", "answer": "r"}]),
+        seq_len=32,
+    )
     return build(cfg, tiny(score_head=True))
 
 
@@ -170,13 +250,23 @@ def test_verifier_labels_stand_on_every_token_of_the_solution_the_last_included(
     """The score after a token of the solution judges what has been read; evaluation reads the one after the last token, so that one
     must be trained, and the one after the bare question need not be."""
     labels = supervised(judged.batch("val", 0, judged.n_val_rows), "labels")
-    assert sorted(labels) == sorted([((*QUESTION, 120), 1), ((*QUESTION, 120, END), 1), ((*QUESTION, 121), 0), ((*QUESTION, 121, 122), 0),
-                                     ((*QUESTION, 121, 122, END), 0)])
+    assert sorted(labels) == sorted(
+        [
+            ((*QUESTION, 120), 1),
+            ((*QUESTION, 120, END), 1),
+            ((*QUESTION, 121), 0),
+            ((*QUESTION, 121, 122), 0),
+            ((*QUESTION, 121, 122, END), 0),
+        ]
+    )
 
 
 def test_verifier_language_model_targets_stand_on_reference_solutions_only(judged):
     """Wrong samples are no texts to imitate: the language-model loss sees the reference solution and nothing sampled."""
-    assert supervised(judged.batch("val", 0, judged.n_val_rows), "targets") == [(QUESTION, 114), ((*QUESTION, 114), END)]
+    assert supervised(judged.batch("val", 0, judged.n_val_rows), "targets") == [
+        (QUESTION, 114),
+        ((*QUESTION, 114), END),
+    ]
 
 
 def test_the_last_supervised_label_of_every_document_is_end(tmp_path, judged):
@@ -184,39 +274,56 @@ def test_the_last_supervised_label_of_every_document_is_end(tmp_path, judged):
     sft = build(config(tmp_path, "sft", seq_len=12), tiny())
     dpo = build(config(tmp_path, "dpo"), tiny())
     for packed in (sft.train, judged.train):
-        last = [[t for t in document["targets"] if t >= 0][-1] for document in packed.documents if max(document["targets"]) >= 0]
+        last = [
+            [t for t in document["targets"] if t >= 0][-1]
+            for document in packed.documents
+            if max(document["targets"]) >= 0
+        ]
         assert last and set(last) == {END}
     rows = dpo.tensors("train", range(len(PAIRS)))["targets"].tolist()
     assert {[t for t in row if t >= 0][-1] for row in rows} == {END} and len(rows) == 2 * len(PAIRS)
     labels = supervised(judged.batch("train", 0, len(judged.train.rows)), "labels")
-    assert {context[len(QUESTION):] for context, _ in labels} >= {(120,), (121, 122)}
+    assert {context[len(QUESTION) :] for context, _ in labels} >= {(120,), (121, 122)}
 
 
 def test_prompts_are_never_supervised(tmp_path, judged):
     """The loss on the question would teach the model to ask; every target is preceded by <|assistant|> and its answer so far."""
     sft = build(config(tmp_path, "sft", seq_len=12), tiny())
     dpo = build(config(tmp_path, "dpo"), tiny())
-    for batch, key in ((sft.batch("train", 0, 1), "targets"), (judged.batch("train", 0, judged.n_val_rows), "targets")):
+    for batch, key in (
+        (sft.batch("train", 0, 1), "targets"),
+        (judged.batch("train", 0, judged.n_val_rows), "targets"),
+    ):
         contexts = [context for context, _ in supervised(batch, key)]
-        assert contexts and all(ASSISTANT in context and END not in context[context.index(ASSISTANT):] for context in contexts)
+        assert contexts and all(
+            ASSISTANT in context and END not in context[context.index(ASSISTANT) :]
+            for context in contexts
+        )
     batch = dpo.tensors("train", range(len(PAIRS)))
     for idx, targets, pair in zip(batch["idx"], batch["targets"], dpo.pairs["train"]):
         n = len(pair[0])
-        assert targets[:n - 1].max() == -1 and targets[n - 1] >= 0 and idx[n - 1] == ASSISTANT
+        assert targets[: n - 1].max() == -1 and targets[n - 1] >= 0 and idx[n - 1] == ASSISTANT
 
 
 def test_the_shown_sample_marks_exactly_the_supervised_part(tmp_path, capsys):
     """A mask lost in a refactor is seen in the first lines of the log, if these show the mask and its share."""
     build(config(tmp_path, "sft", seq_len=12), tiny())
     said = capsys.readouterr().out
-    assert "<|user|>a<|end|><|assistant|>[[bc<|end|>]]" in said and f"{5 / 13:.0%} of tokens" in said
+    assert (
+        "<|user|>a<|end|><|assistant|>[[bc<|end|>]]" in said and f"{5 / 13:.0%} of tokens" in said
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Packing
 
+
 @settings(max_examples=150, deadline=None)
-@given(st.integers(1, 60).flatmap(lambda space: st.tuples(st.just(space), st.lists(st.integers(1, space), max_size=60))))
+@given(
+    st.integers(1, 60).flatmap(
+        lambda space: st.tuples(st.just(space), st.lists(st.integers(1, space), max_size=60))
+    )
+)
 def test_packing_keeps_every_item_once_within_the_space_and_wastes_little(case):
     """A lost document is lost data, an overfull row is a crash, and many half-empty rows are wasted compute. Best-fit decreasing needs at
     most 11/9 of the least number of groups plus one, and first-fit is never below that least number."""
@@ -244,10 +351,18 @@ def test_documents_longer_than_a_row_are_dropped_aloud(tmp_path, capsys, mode, w
     """A document cut in the middle would be taught without its end; one dropped in silence would be missed by nobody."""
     chats = [*CHATS, chat("long", "x" * 100)]
     pairs = [*PAIRS, {"prompt": data.user("long"), "chosen": "y" * 100, "rejected": "z"}]
-    task = build(config(tmp_path, mode, world(tmp_path / "data", chats=chats, pairs=pairs), seq_len=50), tiny())
+    task = build(
+        config(tmp_path, mode, world(tmp_path / "data", chats=chats, pairs=pairs), seq_len=50),
+        tiny(),
+    )
     said = capsys.readouterr().out
-    assert f"{mode} train {what}: 1 of {len(chats if mode == 'sft' else pairs)} are longer than seq_len=50" in said
-    assert len(task.train.documents if mode == "sft" else task.pairs["train"]) == len(CHATS if mode == "sft" else PAIRS)
+    assert (
+        f"{mode} train {what}: 1 of {len(chats if mode == 'sft' else pairs)} are longer than seq_len=50"
+        in said
+    )
+    assert len(task.train.documents if mode == "sft" else task.pairs["train"]) == len(
+        CHATS if mode == "sft" else PAIRS
+    )
 
 
 def test_a_document_that_fits_exactly_is_kept(tmp_path, capsys):
@@ -255,7 +370,9 @@ def test_a_document_that_fits_exactly_is_kept(tmp_path, capsys):
     task = build(config(tmp_path, "sft", seq_len=6), tiny())
     assert len(task.train.documents) == 2 and "dropped" not in capsys.readouterr().out
     with pytest.raises(UserError):
-        build(config(tmp_path, "sft", world(tmp_path / "other", chats=CHATS[:1]), seq_len=5), tiny())
+        build(
+            config(tmp_path, "sft", world(tmp_path / "other", chats=CHATS[:1]), seq_len=5), tiny()
+        )
 
 
 @pytest.mark.parametrize("mode", ["sft", "dpo"])
@@ -265,9 +382,15 @@ def test_nothing_left_after_dropping_is_an_error_in_words(tmp_path, mode):
         build(config(tmp_path, mode, seq_len=3), tiny())
 
 
-@pytest.mark.parametrize("changes,atol", [({"sinks": True, "n_kv_head": 2}, 1e-10), ({"sinks": False, "n_kv_head": 4}, 1e-10),
-                                          ({"sinks": True, "n_kv_head": 1, "sliding_window": 5}, 1e-10),
-                                          ({"n_expert": 4, "d_expert": 32}, 1e-4)])  # the router's scores are float32
+@pytest.mark.parametrize(
+    "changes,atol",
+    [
+        ({"sinks": True, "n_kv_head": 2}, 1e-10),
+        ({"sinks": False, "n_kv_head": 4}, 1e-10),
+        ({"sinks": True, "n_kv_head": 1, "sliding_window": 5}, 1e-10),
+        ({"n_expert": 4, "d_expert": 32}, 1e-4),
+    ],
+)  # the router's scores are float32
 def test_packed_loss_and_gradients_are_the_sum_of_separate_ones(tmp_path, double, changes, atol):
     """Documents in one row must not see each other, in the loss or in any gradient; with the mask left out they would."""
     chats = [chat("one", "first answer"), chat("second question", "no"), chat("3", "third")]
@@ -283,7 +406,9 @@ def test_packed_loss_and_gradients_are_the_sum_of_separate_ones(tmp_path, double
     assert packed.item() == pytest.approx(separate.item(), abs=atol)
     assert_same_gradients(gradients(packed, model), gradients(separate, model), atol)
     naive = model(batch["idx"], batch["targets"])
-    assert abs(naive.item() - separate.item()) > 1e-2, "without the document mask the loss would be the same: the test is blind"
+    assert abs(naive.item() - separate.item()) > 1e-2, (
+        "without the document mask the loss would be the same: the test is blind"
+    )
 
 
 def test_hidden_states_without_a_label_get_no_gradient_from_the_losses(double):
@@ -299,6 +424,7 @@ def test_hidden_states_without_a_label_get_no_gradient_from_the_losses(double):
 # ---------------------------------------------------------------------------------------------------------------------
 # DPO
 
+
 def test_dpo_starts_at_ln_2(tmp_path):
     """Policy and reference are the same weights, so every margin is 0 and the loss ln 2, to float32's accuracy."""
     model = tiny()
@@ -312,10 +438,21 @@ def test_dpo_starts_at_ln_2(tmp_path):
 
 PLAIN = {  # loss of a pair from the answers' log-ratios (chosen, rejected), policy log-probs and lengths, as the papers write it
     "sigmoid": ({}, lambda r, p, n: -F.logsigmoid(0.3 * (r[0] - r[1]))),
-    "cDPO": ({"label_smoothing": 0.1}, lambda r, p, n: -0.9 * F.logsigmoid(0.3 * (r[0] - r[1])) - 0.1 * F.logsigmoid(0.3 * (r[1] - r[0]))),
+    "cDPO": (
+        {"label_smoothing": 0.1},
+        lambda r, p, n: (
+            -0.9 * F.logsigmoid(0.3 * (r[0] - r[1])) - 0.1 * F.logsigmoid(0.3 * (r[1] - r[0]))
+        ),
+    ),
     "IPO": ({"loss_type": "ipo"}, lambda r, p, n: (r[0] / n[0] - r[1] / n[1] - 1 / 0.6) ** 2),
-    "SimPO": ({"loss_type": "simpo", "simpo_gamma": 0.4}, lambda r, p, n: -F.logsigmoid(0.3 * (p[0] / n[0] - p[1] / n[1] - 0.4))),
-    "RPO": ({"rpo_alpha": 0.7}, lambda r, p, n: -F.logsigmoid(0.3 * (r[0] - r[1])) - 0.7 * p[0] / n[0]),
+    "SimPO": (
+        {"loss_type": "simpo", "simpo_gamma": 0.4},
+        lambda r, p, n: -F.logsigmoid(0.3 * (p[0] / n[0] - p[1] / n[1] - 0.4)),
+    ),
+    "RPO": (
+        {"rpo_alpha": 0.7},
+        lambda r, p, n: -F.logsigmoid(0.3 * (r[0] - r[1])) - 0.7 * p[0] / n[0],
+    ),
 }
 
 
@@ -331,10 +468,17 @@ def test_loss_and_gradients_equal_those_of_two_models_side_by_side(tmp_path, dou
     for record in PAIRS:
         prompt = data.render_prompt(record["prompt"], BYTE)
         answers = [[*record[key].encode(), END] for key in ("chosen", "rejected")]
-        of = lambda model: [plain_logprobs(model, prompt + answer)[-len(answer):].sum() for answer in answers]
+        of = lambda model: [
+            plain_logprobs(model, prompt + answer)[-len(answer) :].sum() for answer in answers
+        ]
         logps = of(policy)
-        plain = plain + loss_of([a - b for a, b in zip(logps, of(reference))], logps, list(map(len, answers)))
-    assert loss.item() == pytest.approx(plain.item(), abs=1e-10) and abs(loss.item() / len(PAIRS) - LN2) > 0.05
+        plain = plain + loss_of(
+            [a - b for a, b in zip(logps, of(reference))], logps, list(map(len, answers))
+        )
+    assert (
+        loss.item() == pytest.approx(plain.item(), abs=1e-10)
+        and abs(loss.item() / len(PAIRS) - LN2) > 0.05
+    )
     assert_same_gradients(gradients(loss, policy), gradients(plain, policy), 1e-10)
 
 
@@ -367,29 +511,43 @@ def test_label_smoothing_mixes_in_the_swapped_pair():
 def test_ipo_is_a_squared_distance_on_means_per_token():
     """(d - 1 / (2 tau))^2 with log-probs averaged over the answer, so that long answers do not dominate."""
     d = [(-5 / 2 + 7 / 4) - (-6 / 2 + 6.5 / 4), (-8 / 4 + 6 / 3) - (-7 / 4 + 7.5 / 3)]
-    assert of_kind(loss_type="ipo", beta=0.4) == pytest.approx([(x - 1 / (2 * 0.4)) ** 2 for x in d], rel=1e-6)
+    assert of_kind(loss_type="ipo", beta=0.4) == pytest.approx(
+        [(x - 1 / (2 * 0.4)) ** 2 for x in d], rel=1e-6
+    )
 
 
 def test_simpo_has_a_target_margin_and_no_reference():
     """-log s(beta (mean log pi_w - mean log pi_l) - gamma), gamma given as a share of beta; the reference must not enter."""
-    wanted = [-log_sigmoid(2.0 * (-5 / 2 + 7 / 4) - 2.0 * 0.3), -log_sigmoid(2.0 * (-8 / 4 + 6 / 3) - 2.0 * 0.3)]
+    wanted = [
+        -log_sigmoid(2.0 * (-5 / 2 + 7 / 4) - 2.0 * 0.3),
+        -log_sigmoid(2.0 * (-8 / 4 + 6 / 3) - 2.0 * 0.3),
+    ]
     assert of_kind(loss_type="simpo", beta=2.0, simpo_gamma=0.3) == pytest.approx(wanted, rel=1e-6)
     cfg = align.AlignConfig(mode="dpo", init_from="x", loss_type="simpo")
-    assert torch.equal(*(align.DPO_LOSSES["simpo"](POLICY, reference, LENGTHS, cfg) for reference in (REFERENCE, 5 * REFERENCE)))
+    assert torch.equal(
+        *(
+            align.DPO_LOSSES["simpo"](POLICY, reference, LENGTHS, cfg)
+            for reference in (REFERENCE, 5 * REFERENCE)
+        )
+    )
 
 
 @pytest.fixture
 def by_hand(tmp_path, monkeypatch):
     """task.loss on the literal log-probs above. Answers have 2, 4 (chosen) and 4, 3 (rejected) supervised tokens."""
+
     def compute(**changes):
         task = build(config(tmp_path, "dpo"), tiny())
         vars(task.cfg).update(changes)
         targets = torch.full((4, 8), -1)
         for row, n in enumerate(LENGTHS.flatten().tolist()):
-            targets[row, 3:3 + n] = 1
+            targets[row, 3 : 3 + n] = 1
         with monkeypatch.context() as patch:
             patch.setattr(align, "sequence_logprobs", lambda model, batch: POLICY)
-            return task.loss(tiny(), {"idx": torch.zeros(4, 8), "targets": targets, "reference": REFERENCE})
+            return task.loss(
+                tiny(), {"idx": torch.zeros(4, 8), "targets": targets, "reference": REFERENCE}
+            )
+
     return compute
 
 
@@ -397,7 +555,9 @@ def test_rpo_adds_the_mean_nll_of_the_chosen_answer(by_hand):
     """L_DPO - alpha log pi_w / |y_w|: the term that keeps the chosen answer likely."""
     objective, sums = by_hand(beta=0.2, rpo_alpha=0.7)
     wanted = sum(-log_sigmoid(0.2 * d) for d in MARGINS) - 0.7 * (-5 / 2 - 8 / 4)
-    assert objective.item() == pytest.approx(wanted, rel=1e-6) and sums["loss"].item() == pytest.approx(wanted, rel=1e-6)
+    assert objective.item() == pytest.approx(wanted, rel=1e-6) and sums[
+        "loss"
+    ].item() == pytest.approx(wanted, rel=1e-6)
 
 
 def test_rpo_may_start(tmp_path):
@@ -410,8 +570,15 @@ def test_metrics_have_the_names_and_signs_users_know_from_trl(by_hand):
     _, sums = by_hand(beta=0.2)
     sums = {key: x.item() for key, x in sums.items()}
     assert list(sums) == align.DPO.metrics
-    wanted = {"rewards/chosen": 0.2 * (1.0 - 1.0), "rewards/rejected": 0.2 * (-0.5 + 1.5), "rewards/margins": 0.2 * (1.5 - 2.5), "rewards/accuracies": 1.0,
-              "logps/chosen": -13.0, "logps/rejected": -13.0, "loss": sum(-log_sigmoid(0.2 * d) for d in MARGINS)}
+    wanted = {
+        "rewards/chosen": 0.2 * (1.0 - 1.0),
+        "rewards/rejected": 0.2 * (-0.5 + 1.5),
+        "rewards/margins": 0.2 * (1.5 - 2.5),
+        "rewards/accuracies": 1.0,
+        "logps/chosen": -13.0,
+        "logps/rejected": -13.0,
+        "loss": sum(-log_sigmoid(0.2 * d) for d in MARGINS),
+    }
     assert sums == pytest.approx(wanted, rel=1e-5, abs=1e-6)
 
 
@@ -432,7 +599,9 @@ def test_log_probs_count_the_answer_only(tmp_path):
         prompt = data.render_prompt(record["prompt"], BYTE)
         for row, key in enumerate(("chosen", "rejected")):
             answer = [*record[key].encode(), END]
-            assert got[row, n].item() == pytest.approx(plain_logprobs(model, prompt + answer)[-len(answer):].sum().item(), abs=1e-3)
+            assert got[row, n].item() == pytest.approx(
+                plain_logprobs(model, prompt + answer)[-len(answer) :].sum().item(), abs=1e-3
+            )
     masked = torch.where(batch["targets"] < 0, -7, batch["targets"])
     assert torch.equal(align.sequence_logprobs(model, {**batch, "targets": masked}), got)
     masked[:, 0] = batch["idx"][:, 1]
@@ -451,8 +620,12 @@ def test_reference_log_probs_are_read_from_the_file_the_second_time(tmp_path):
     fresh = align.sequence_logprobs(model, first.tensors("train", range(len(PAIRS)))).detach()
     torch.testing.assert_close(first.reference["train"], fresh, rtol=0, atol=1e-4)
     again = build(cfg, model)
-    assert all(torch.equal(again.reference[split], first.reference[split]) for split in ("train", "val"))
-    torch.save({split: x + 17 for split, x in first.reference.items()}, os.path.join(cfg.out_dir, name))
+    assert all(
+        torch.equal(again.reference[split], first.reference[split]) for split in ("train", "val")
+    )
+    torch.save(
+        {split: x + 17 for split, x in first.reference.items()}, os.path.join(cfg.out_dir, name)
+    )
     assert torch.equal(build(cfg, model).reference["val"], first.reference["val"] + 17)
     assert reference_files(cfg) == [name]
 
@@ -472,7 +645,11 @@ def test_simpo_computes_no_reference(tmp_path):
     """A method without a reference does not pay for one."""
     cfg = config(tmp_path, "dpo", loss_type="simpo")
     task = build(cfg, tiny())
-    assert task.reference is None and not reference_files(cfg) and torch.equal(task.batch("train", 0, 3)["reference"], torch.zeros(2, 3))
+    assert (
+        task.reference is None
+        and not reference_files(cfg)
+        and torch.equal(task.batch("train", 0, 3)["reference"], torch.zeros(2, 3))
+    )
 
 
 def test_a_broken_reference_is_caught_before_the_first_step(tmp_path):
@@ -488,17 +665,26 @@ def test_a_broken_reference_is_caught_before_the_first_step(tmp_path):
 @pytest.fixture(scope="module")
 def merging():
     """A BPE tokenizer with merges across the words of a pair."""
-    ranks = {bytes([i]): i for i in range(256)} | {merge: 256 + i for i, merge in enumerate((b"ab", b" a", b" ab", b"aa"))}
+    ranks = {bytes([i]): i for i in range(256)} | {
+        merge: 256 + i for i, merge in enumerate((b"ab", b" a", b" ab", b"aa"))
+    }
     return data.Tokenizer("merging", ranks, "test")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(*[st.text("ab \n<|end|>", max_size=12)] * 3)
 def test_chosen_and_rejected_have_identical_prompt_ids(merging, prompt, chosen, rejected):
     """A token that merges across the border would give the two answers different prompts; text that spells <|end|> ends nothing."""
-    ids = tasks.pair_ids({"prompt": data.user(prompt), "chosen": chosen, "rejected": rejected}, merging)
+    ids = tasks.pair_ids(
+        {"prompt": data.user(prompt), "chosen": chosen, "rejected": rejected}, merging
+    )
     assert ids[0] == [merging.user, *merging.encode(prompt), merging.end, merging.assistant]
-    assert ids[1] == [*merging.encode(chosen), merging.end] and ids[2] == [*merging.encode(rejected), merging.end]
+    assert ids[1] == [*merging.encode(chosen), merging.end] and ids[2] == [
+        *merging.encode(rejected),
+        merging.end,
+    ]
     assert ids[0].count(merging.end) == ids[1].count(merging.end) == ids[2].count(merging.end) == 1
 
 
@@ -506,7 +692,9 @@ def test_both_rows_of_a_pair_begin_with_the_same_prompt(tmp_path):
     """The tensors too: row i and row i + B differ after the prompt only."""
     task = build(config(tmp_path, "dpo"), tiny())
     batch = task.batch("train", 0, len(PAIRS))
-    prompts = batch["targets"].lt(0).long().cumprod(-1).sum(-1) + 1  # ids before the first supervised one
+    prompts = (
+        batch["targets"].lt(0).long().cumprod(-1).sum(-1) + 1
+    )  # ids before the first supervised one
     chosen, rejected = batch["idx"].chunk(2)
     assert torch.equal(*prompts.chunk(2))
     assert all(torch.equal(a[:n], b[:n]) for a, b, n in zip(chosen, rejected, prompts.tolist()))
@@ -515,9 +703,16 @@ def test_both_rows_of_a_pair_begin_with_the_same_prompt(tmp_path):
 def test_notes_say_in_words_what_the_curves_show(tmp_path):
     """Users ask whether a falling chosen log-prob is a bug and do not notice a saturated accuracy."""
     task = build(config(tmp_path, "dpo"), tiny())
-    notes = task.notes({"val_logps/chosen": -20.0, "val_rewards/accuracies": 1.0}, {"val_logps/chosen": -10.0})
+    notes = task.notes(
+        {"val_logps/chosen": -20.0, "val_rewards/accuracies": 1.0}, {"val_logps/chosen": -10.0}
+    )
     assert len(notes) == 2 and "less likely" in notes[0] and "saturated" in notes[1]
-    assert task.notes({"val_logps/chosen": -5.0, "val_rewards/accuracies": 0.7}, {"val_logps/chosen": -10.0}) == []
+    assert (
+        task.notes(
+            {"val_logps/chosen": -5.0, "val_rewards/accuracies": 0.7}, {"val_logps/chosen": -10.0}
+        )
+        == []
+    )
 
 
 def test_habits_that_go_wrong_are_said_in_words():
@@ -525,17 +720,41 @@ def test_habits_that_go_wrong_are_said_in_words():
     good = {"stop_rate": 0.9, "length": 20.0, "repetition": 0.02}
     assert align.habit_notes(good, good) == []
     notes = align.habit_notes(good, {"stop_rate": 0.1, "length": 48.0, "repetition": 0.8})
-    assert ["stop by themselves" in notes[0], "repetition: 2% -> 80%" in notes[1], "length" in notes[2]] == [True] * 3 and len(notes) == 3
+    assert [
+        "stop by themselves" in notes[0],
+        "repetition: 2% -> 80%" in notes[1],
+        "length" in notes[2],
+    ] == [True] * 3 and len(notes) == 3
 
 
 def test_a_dpo_run_made_to_collapse_says_so(tmp_path, capsys):
     """A learning rate a thousand times too high: the notes must appear in the run's own output."""
     start = save_start(tmp_path / "start", tiny(), template=data.TEMPLATE, task="sft")
     data_dir = world(tmp_path / "data")
-    align.main(["--mode=dpo", f"--init_from={start}", "--data=mini", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'run'}", "--device=cpu", "--optimizer=adamw",
-                "--learning_rate=1.0", "--grad_clip=0", "--batch_tokens=1024", "--micro_batch=8", "--max_steps=30", "--eval_interval=15", "--save_interval=30", "--dtype=float32"])
+    align.main(
+        [
+            "--mode=dpo",
+            f"--init_from={start}",
+            "--data=mini",
+            f"--data_dir={data_dir}",
+            f"--out_dir={tmp_path / 'run'}",
+            "--device=cpu",
+            "--optimizer=adamw",
+            "--learning_rate=1.0",
+            "--grad_clip=0",
+            "--batch_tokens=1024",
+            "--micro_batch=8",
+            "--max_steps=30",
+            "--eval_interval=15",
+            "--save_interval=30",
+            "--dtype=float32",
+        ]
+    )
     said = capsys.readouterr().out
-    assert "greedy answers to held-out prompts, before -> after" in said and "NOTE the chosen answers became less likely too" in said
+    assert (
+        "greedy answers to held-out prompts, before -> after" in said
+        and "NOTE the chosen answers became less likely too" in said
+    )
     assert "NOTE the text collapses into repetition" in said, said[-1500:]
     assert set(json.loads((tmp_path / "run" / "answers.json").read_text())) == {"before", "after"}
 
@@ -543,18 +762,31 @@ def test_a_dpo_run_made_to_collapse_says_so(tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 # Replay, and pairs from samples
 
+
 def test_replayed_rows_are_whole_rows_of_text_at_their_share_and_chats_are_all_seen(tmp_path):
     """Half of the rows: every second is text, supervised throughout; the others are the chats that a run without replay sees."""
     data_dir = Path(world(tmp_path / "data"))
-    data.write_shard(str(data_dir / "text" / "train_000.bin"), np.arange(200, dtype="<u4") % 50, BYTE)
-    task = build(config(tmp_path, "sft", str(data_dir), seq_len=12, replay=0.5, replay_data="text"), tiny())
+    data.write_shard(
+        str(data_dir / "text" / "train_000.bin"), np.arange(200, dtype="<u4") % 50, BYTE
+    )
+    task = build(
+        config(tmp_path, "sft", str(data_dir), seq_len=12, replay=0.5, replay_data="text"), tiny()
+    )
     plain = build(config(tmp_path, "sft", str(data_dir), seq_len=12), tiny())
     batch, chats = task.batch("train", 0, 8), plain.batch("train", 0, 4)
     for key in chats:
         assert torch.equal(batch[key][::2], chats[key])
-    assert torch.equal(batch["targets"][1::2, :-1], batch["idx"][1::2, 1:]) and (batch["docs"][1::2] == 0).all() and batch["idx"][1::2].max() < 50
-    assert torch.equal(batch["idx"], torch.cat([task.batch("train", i, i + 1)["idx"] for i in range(8)])), "rows depend on the micro-batch"
-    assert torch.equal(task.batch("val", 0, 1)["targets"], plain.batch("val", 0, 1)["targets"]), "validation counts responses only"
+    assert (
+        torch.equal(batch["targets"][1::2, :-1], batch["idx"][1::2, 1:])
+        and (batch["docs"][1::2] == 0).all()
+        and batch["idx"][1::2].max() < 50
+    )
+    assert torch.equal(
+        batch["idx"], torch.cat([task.batch("train", i, i + 1)["idx"] for i in range(8)])
+    ), "rows depend on the micro-batch"
+    assert torch.equal(task.batch("val", 0, 1)["targets"], plain.batch("val", 0, 1)["targets"]), (
+        "validation counts responses only"
+    )
     assert task.fingerprint != plain.fingerprint
 
 
@@ -562,54 +794,110 @@ def test_a_finished_run_with_replay_started_again_is_done(tmp_path, capsys):
     """What is replayed by default comes from the checkpoint: the second start must resolve it as the first did."""
     start = save_start(tmp_path / "start", tiny(), train_config={"data": "text"})
     data_dir = Path(world(tmp_path / "data"))
-    data.write_shard(str(data_dir / "text" / "train_000.bin"), np.arange(200, dtype="<u4") % 50, BYTE)
-    argv = ["--mode=sft", f"--init_from={start}", "--data=mini", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'run'}", "--device=cpu", "--dtype=float32",
-            "--replay=0.5", "--batch_tokens=128", "--max_steps=2", "--n_answers=0"]
+    data.write_shard(
+        str(data_dir / "text" / "train_000.bin"), np.arange(200, dtype="<u4") % 50, BYTE
+    )
+    argv = [
+        "--mode=sft",
+        f"--init_from={start}",
+        "--data=mini",
+        f"--data_dir={data_dir}",
+        f"--out_dir={tmp_path / 'run'}",
+        "--device=cpu",
+        "--dtype=float32",
+        "--replay=0.5",
+        "--batch_tokens=128",
+        "--max_steps=2",
+        "--n_answers=0",
+    ]
     assert align.main(argv) == 0 and "done at step 2" in capsys.readouterr().out
     assert align.main(argv) == 0 and "is done: nothing to do" in capsys.readouterr().out
 
 
 def test_pairs_of_samples_are_right_against_wrong_and_no_sample_is_used_twice():
     """Cut-off samples are left out: their missing end is what a model would learn from."""
-    solutions = [("a", True, True), ("b", True, False), ("a", True, True), ("c", True, True), ("d", False, False), ("e", True, False), ("f", True, False)]
-    row = {"question": "q", "solutions": [{"text": t, "stopped": stopped, "correct": right} for t, stopped, right in solutions]}
-    assert data.solution_pairs(row) == [{"prompt": data.user("q"), "chosen": "a", "rejected": "b"}, {"prompt": data.user("q"), "chosen": "c", "rejected": "e"}]
+    solutions = [
+        ("a", True, True),
+        ("b", True, False),
+        ("a", True, True),
+        ("c", True, True),
+        ("d", False, False),
+        ("e", True, False),
+        ("f", True, False),
+    ]
+    row = {
+        "question": "q",
+        "solutions": [
+            {"text": t, "stopped": stopped, "correct": right} for t, stopped, right in solutions
+        ],
+    }
+    assert data.solution_pairs(row) == [
+        {"prompt": data.user("q"), "chosen": "a", "rejected": "b"},
+        {"prompt": data.user("q"), "chosen": "c", "rejected": "e"},
+    ]
 
 
 def test_dpo_on_its_own_samples(tmp_path, monkeypatch, capsys):
     """Problems become pairs; where every sample is wrong, it says so instead of training on nothing."""
     monkeypatch.setattr(problems, "generate", canned(["#### 1", "#### 2", "none"]))
     task = build(config(tmp_path, "dpo", on_policy=True, n_samples=3), tiny())
-    assert {BYTE.decode(chosen[:-1]) for _, chosen, _ in task.pairs["train"]} == {"#### 1", "#### 2"} and "pairs of a right and a wrong sample" in capsys.readouterr().out
-    asked = {split: {BYTE.decode(prompt).count("SFT: ") for prompt, *_ in task.pairs[split]} for split in ("train", "val")}
-    assert asked == {"train": {0, 1}, "val": {0}}  # SFT's problems and those that it never saw; held-out ones for validation
+    assert {BYTE.decode(chosen[:-1]) for _, chosen, _ in task.pairs["train"]} == {
+        "#### 1",
+        "#### 2",
+    } and "pairs of a right and a wrong sample" in capsys.readouterr().out
+    asked = {
+        split: {BYTE.decode(prompt).count("SFT: ") for prompt, *_ in task.pairs[split]}
+        for split in ("train", "val")
+    }
+    assert asked == {
+        "train": {0, 1},
+        "val": {0},
+    }  # SFT's problems and those that it never saw; held-out ones for validation
     monkeypatch.setattr(problems, "generate", canned(["#### 99"]))
     with pytest.raises(UserError, match="both a right and a wrong sample"):
         build(config(tmp_path, "dpo", on_policy=True, n_samples=3, seed=5), tiny())
 
 
-@pytest.mark.parametrize("mode, file", [("sft", "problems_test.jsonl"), ("verifier", "problems_test.jsonl"), ("verifier", "test.jsonl")])
+@pytest.mark.parametrize(
+    "mode, file",
+    [
+        ("sft", "problems_test.jsonl"),
+        ("verifier", "problems_test.jsonl"),
+        ("verifier", "test.jsonl"),
+    ],
+)
 def test_training_on_an_evaluation_problem_is_refused(tmp_path, mode, file):
     """In another case and spacing too, and where only the published solutions to the test questions are at hand."""
     data_dir = Path(world(tmp_path / "data", chats=[*CHATS, chat(PROBLEMS[3]["question"], "4")]))
-    data.write_jsonl(str(data_dir / "exam" / file), [{"question": f"  {PROBLEMS[3]['question'].upper()} ", "answer": "#### 4"}])
-    with pytest.raises(UserError, match="1 of [36] training records of mini ask a question of .*exam"):
+    data.write_jsonl(
+        str(data_dir / "exam" / file),
+        [{"question": f"  {PROBLEMS[3]['question'].upper()} ", "answer": "#### 4"}],
+    )
+    with pytest.raises(
+        UserError, match="1 of [36] training records of mini ask a question of .*exam"
+    ):
         build(config(tmp_path, mode, str(data_dir)), tiny(score_head=mode == "verifier"))
 
 
 def test_a_solution_level_verifier_has_one_label_a_solution():
     """The ablation of Cobbe et al.: the judgement at the end alone."""
-    tokens, solution = (align.Verifier.document("q", [120, 121, END], -1, 1, BYTE, level)["labels"] for level in ("token", "solution"))
+    tokens, solution = (
+        align.Verifier.document("q", [120, 121, END], -1, 1, BYTE, level)["labels"]
+        for level in ("token", "solution")
+    )
     assert tokens == [-1] * 5 + [1] * 3 and solution == [-1] * 7 + [1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Verifier
 
+
 def canned(texts):
     """A generate() that answers every prompt with the next of texts."""
+
     def generate(model, prompts, *args, **kwargs):
         return [[*texts[i % len(texts)].encode(), END] for i in range(len(prompts))]
+
     return generate
 
 
@@ -632,13 +920,20 @@ def test_the_verifier_task_adds_both_losses_of_separate_documents(judged):
     model = tiny(seed=3, score_head=True)
     objective, sums = judged.loss(model, judged.batch("val", 0, judged.n_val_rows))
     scores_of = lambda ids: alone(model, ids, len(QUESTION))
-    bce = sum(-log_sigmoid(sign * scores_of(context)[-1].item()) for context, label in supervised(judged.batch("val", 0, judged.n_val_rows), "labels")
-              for sign in [1 if label else -1])
+    bce = sum(
+        -log_sigmoid(sign * scores_of(context)[-1].item())
+        for context, label in supervised(judged.batch("val", 0, judged.n_val_rows), "labels")
+        for sign in [1 if label else -1]
+    )
     lm = -plain_logprobs(model, [*QUESTION, 114, END])[-2:].sum().item()
-    assert sums["loss"].item() == pytest.approx(bce, rel=1e-4) and sums["lm_loss"].item() == pytest.approx(lm, rel=1e-4)
+    assert sums["loss"].item() == pytest.approx(bce, rel=1e-4) and sums[
+        "lm_loss"
+    ].item() == pytest.approx(lm, rel=1e-4)
     assert objective.item() == pytest.approx(bce + lm, rel=1e-4)
     judged.cfg.lm_coef = 0.25
-    assert judged.loss(model, judged.batch("val", 0, judged.n_val_rows))[0].item() == pytest.approx(bce + 0.25 * lm, rel=1e-4)
+    assert judged.loss(model, judged.batch("val", 0, judged.n_val_rows))[0].item() == pytest.approx(
+        bce + 0.25 * lm, rel=1e-4
+    )
 
 
 def test_verifier_scores_are_trained_where_evaluation_reads_them(judged):
@@ -647,17 +942,31 @@ def test_verifier_scores_are_trained_where_evaluation_reads_them(judged):
     problems.score_solutions(verifier, BYTE, [{"question": "q", "solutions": [solution]}])
     ids = [*QUESTION, *solution["ids"]]
     scores = alone(verifier, ids, len(QUESTION)).tolist()
-    (read,) = [t for t, score in enumerate(scores) if score == pytest.approx(solution["score"], abs=1e-5)]
-    trained = {context for context, _ in supervised(judged.batch("train", 0, len(judged.train.rows)), "labels")}
-    assert tuple(ids[:read + 1]) in trained
+    (read,) = [
+        t for t, score in enumerate(scores) if score == pytest.approx(solution["score"], abs=1e-5)
+    ]
+    trained = {
+        context
+        for context, _ in supervised(judged.batch("train", 0, len(judged.train.rows)), "labels")
+    }
+    assert tuple(ids[: read + 1]) in trained
 
 
 def test_samples_are_labelled_by_their_final_answer(tmp_path, monkeypatch):
     """Right is what GSM8K counts as right: the number after ####, whatever the way to it; no number is wrong."""
     monkeypatch.setattr(problems, "generate", canned(["nonsense\n#### 1", "1+0=1\n#### 2", "1"]))
-    cfg = config(tmp_path, "verifier", world(tmp_path / "data", problems=PROBLEMS[:1]), n_samples=3, seq_len=64)
+    cfg = config(
+        tmp_path,
+        "verifier",
+        world(tmp_path / "data", problems=PROBLEMS[:1]),
+        n_samples=3,
+        seq_len=64,
+    )
     task = build(cfg, tiny(score_head=True))
-    labels = {BYTE.decode([i for i in d["ids"] if i < 256]).removeprefix("1+0?"): max(d["labels"]) for d in task.train.documents}
+    labels = {
+        BYTE.decode([i for i in d["ids"] if i < 256]).removeprefix("1+0?"): max(d["labels"])
+        for d in task.train.documents
+    }
     assert labels == {"nonsense\n#### 1": 1, "1+0=1\n#### 2": 0, "1": 0, "1+0=1\n#### 1": -1}
 
 
@@ -667,7 +976,9 @@ def test_samples_are_kept_and_read_by_the_second_start(tmp_path, monkeypatch):
     cfg, model = config(tmp_path, "verifier", n_samples=2), tiny(score_head=True)
     first = build(cfg, model)
     files = sorted(name for name in os.listdir(cfg.out_dir) if name.startswith("samples_"))
-    assert len(files) == 2 and len(data.read_jsonl(os.path.join(cfg.out_dir, files[1]))) == len(PROBLEMS)
+    assert len(files) == 2 and len(data.read_jsonl(os.path.join(cfg.out_dir, files[1]))) == len(
+        PROBLEMS
+    )
 
     def again(*args, **kwargs):
         raise AssertionError("sampled again")
@@ -693,11 +1004,19 @@ def test_the_score_head_is_the_only_new_parameter(tmp_path):
 
 def test_the_scores_of_long_solutions_begin_small(tmp_path, monkeypatch):
     """Log-likelihoods of -100 taken as logits would be a loss of 100 for every right solution; narrow ones are taken as they are."""
-    monkeypatch.setattr(problems, "generate", canned(["#### 1", "a much longer way to the answer, with words and words\n#### 2"]))
+    monkeypatch.setattr(
+        problems,
+        "generate",
+        canned(["#### 1", "a much longer way to the answer, with words and words\n#### 2"]),
+    )
     model = tiny(score_head=True)
     model.score.weight.data.zero_()
     task = build(config(tmp_path, "verifier", n_samples=2, seq_len=128), model)
-    solutions = [(d["ids"][:-1], sum(label >= 0 for label in d["labels"])) for d in task.train.documents if max(d["labels"]) >= 0]
+    solutions = [
+        (d["ids"][:-1], sum(label >= 0 for label in d["labels"]))
+        for d in task.train.documents
+        if max(d["labels"]) >= 0
+    ]
     scores = torch.tensor([alone(model, ids, len(ids) - n)[-1].item() for ids, n in solutions])
     assert scores.std(correction=0).item() == pytest.approx(2.0, abs=0.01)
     monkeypatch.setattr(problems, "generate", canned(["#### 1", "#### 2"]))
@@ -706,7 +1025,10 @@ def test_the_scores_of_long_solutions_begin_small(tmp_path, monkeypatch):
     assert fresh.score_loglik.item() == 1
 
 
-@pytest.mark.parametrize("texts,said", [(["no"], True), (["#### 1", "#### 2", "#### 3", "#### 4", "#### 5", "#### 6"], False)])
+@pytest.mark.parametrize(
+    "texts,said",
+    [(["no"], True), (["#### 1", "#### 2", "#### 3", "#### 4", "#### 5", "#### 6"], False)],
+)
 def test_nothing_to_rerank_is_said_aloud(tmp_path, monkeypatch, capsys, texts, said):
     """With no right sample at all (or only right ones) no verifier can help, and the user should hear it before the training."""
     monkeypatch.setattr(problems, "generate", canned(texts))
@@ -717,10 +1039,27 @@ def test_nothing_to_rerank_is_said_aloud(tmp_path, monkeypatch, capsys, texts, s
 # ---------------------------------------------------------------------------------------------------------------------
 # The program
 
+
 def flags(tmp_path: Path, mode: str, **changes) -> list[str]:
-    values = {"mode": mode, "data": "mini", "data_dir": tmp_path / "data", "init_from": tmp_path / "start", "out_dir": tmp_path / f"out_{mode}",
-              "device": "cpu", "dtype": "float32", "max_steps": 4, "save_interval": 2, "eval_interval": 2, "log_interval": 1, "batch_tokens": 256,
-              "micro_batch": 4, "n_samples": 2, "max_new_tokens": 4, "optimizer": "adamw", **changes}
+    values = {
+        "mode": mode,
+        "data": "mini",
+        "data_dir": tmp_path / "data",
+        "init_from": tmp_path / "start",
+        "out_dir": tmp_path / f"out_{mode}",
+        "device": "cpu",
+        "dtype": "float32",
+        "max_steps": 4,
+        "save_interval": 2,
+        "eval_interval": 2,
+        "log_interval": 1,
+        "batch_tokens": 256,
+        "micro_batch": 4,
+        "n_samples": 2,
+        "max_new_tokens": 4,
+        "optimizer": "adamw",
+        **changes,
+    }
     return [f"--{key}={value}" for key, value in values.items()]
 
 
@@ -731,14 +1070,24 @@ def test_each_mode_leaves_a_checkpoint_that_says_where_it_comes_from(tmp_path, m
     start = load_checkpoint(save_start(tmp_path / "start", tiny()))
     assert align.main(flags(tmp_path, mode)) == 0
     saved = load_checkpoint(str(tmp_path / f"out_{mode}"))
-    assert (saved["task"], saved["step"], saved["template"], saved["tokenizer"]) == (mode, 4, data.TEMPLATE, BYTE.spec())
+    assert (saved["task"], saved["step"], saved["template"], saved["tokenizer"]) == (
+        mode,
+        4,
+        data.TEMPLATE,
+        BYTE.spec(),
+    )
     assert saved["init_from"]["weights_hash"] == start["weights_hash"] != saved["weights_hash"]
     model_from(saved)
     rows = data.read_metrics(str(tmp_path / f"out_{mode}" / "metrics.jsonl"))
-    assert {key for row in rows for key in row} >= {*align.TASKS[mode].metrics, *(f"val_{key}" for key in align.TASKS[mode].metrics)}
+    assert {key for row in rows for key in row} >= {
+        *align.TASKS[mode].metrics,
+        *(f"val_{key}" for key in align.TASKS[mode].metrics),
+    }
     before = {path: path.read_bytes() for path in sorted((tmp_path / f"out_{mode}").iterdir())}
     assert align.main(flags(tmp_path, mode)) == 0
-    assert {path: path.read_bytes() for path in sorted((tmp_path / f"out_{mode}").iterdir())} == before
+    assert {
+        path: path.read_bytes() for path in sorted((tmp_path / f"out_{mode}").iterdir())
+    } == before
 
 
 def test_a_resumed_dpo_refuses_a_starting_checkpoint_that_has_changed(tmp_path):
@@ -764,8 +1113,16 @@ def test_missing_start_and_unknown_choices_are_errors_in_words(tmp_path):
     """A typing mistake costs a sentence, not a traceback, and is found before anything is loaded."""
     fails(["--mode=sft"], "init_from is missing")
     fails(["--mode=ppo", "--init_from=x"], "mode must be one of sft, dpo, verifier", "'ppo'")
-    fails(["--mode=dpo", "--init_from=x", "--loss_type=hinge"], "loss_type must be one of sigmoid, ipo, simpo", "'hinge'")
-    fails(["--mode=dpo", "--init_from=x", "--beta=0", "--label_smoothing=0.5"], "beta must be above 0", "label_smoothing must be in [0, 0.5)")
+    fails(
+        ["--mode=dpo", "--init_from=x", "--loss_type=hinge"],
+        "loss_type must be one of sigmoid, ipo, simpo",
+        "'hinge'",
+    )
+    fails(
+        ["--mode=dpo", "--init_from=x", "--beta=0", "--label_smoothing=0.5"],
+        "beta must be above 0",
+        "label_smoothing must be in [0, 0.5)",
+    )
     fails(["--mode=dpo", "--init_from=x", "--betta=0.2"], "unknown key 'betta'", "beta")
 
 
@@ -779,7 +1136,11 @@ def test_a_checkpoint_that_does_not_exist_is_an_error_in_words(tmp_path):
 def test_a_checkpoint_of_another_tokenizer_is_refused(tmp_path):
     """The same id would be another word: the loss would be poor and nothing would say why."""
     world(tmp_path / "data")
-    save_start(tmp_path / "start", tiny(), tokenizer={"name": "byte", "hash": "0123456789abcdef", "vocab_size": 262})
+    save_start(
+        tmp_path / "start",
+        tiny(),
+        tokenizer={"name": "byte", "hash": "0123456789abcdef", "vocab_size": 262},
+    )
     fails(flags(tmp_path, "sft"), "tokenizer", "0123456789abcdef")
 
 
@@ -797,15 +1158,22 @@ TIMES = ("step_ms", "tokens_per_s", "eta_s")
 
 
 def metrics(folder: Path) -> list[dict]:
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in data.read_metrics(str(folder / "metrics.jsonl"))]
+    return [
+        {key: value for key, value in row.items() if key not in TIMES}
+        for row in data.read_metrics(str(folder / "metrics.jsonl"))
+    ]
 
 
 def last_step(folder: Path) -> int:
-    return max((row["step"] for row in data.read_metrics(str(folder / "metrics.jsonl"))), default=-1)
+    return max(
+        (row["step"] for row in data.read_metrics(str(folder / "metrics.jsonl"))), default=-1
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs a C++ compiler")
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile on the CPU needs a C++ compiler"
+)
 @pytest.mark.parametrize("mode, recompute", [("sft", True), ("dpo", False), ("verifier", False)])
 def test_the_compiled_objective_equals_the_eager_one(tmp_path, monkeypatch, mode, recompute):
     """The H100 recipes compile forward pass and objective as one module: loss and gradients may not change."""
@@ -817,7 +1185,12 @@ def test_the_compiled_objective_equals_the_eager_one(tmp_path, monkeypatch, mode
         model.zero_grad()
         objective, _ = step(batch)
         objective.backward()
-        found.append([objective.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        found.append(
+            [
+                objective.detach(),
+                *(p.grad.clone() for p in model.parameters() if p.grad is not None),
+            ]
+        )
     for eager, compiled in zip(*found, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
 
@@ -827,19 +1200,41 @@ def test_the_compiled_objective_equals_the_eager_one(tmp_path, monkeypatch, mode
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, mode):
     """kill -9 at any moment costs the steps since the last checkpoint and changes nothing else, to the last bit."""
     chats = [chat(f"question {i}", "answer " * (1 + i % 5)) for i in range(40)]
-    world(tmp_path / "data", chats=chats, pairs=[{**pair, "prompt": data.user(f"{i} {n}")} for n in range(6) for i, pair in enumerate(PAIRS)])
+    world(
+        tmp_path / "data",
+        chats=chats,
+        pairs=[
+            {**pair, "prompt": data.user(f"{i} {n}")}
+            for n in range(6)
+            for i, pair in enumerate(PAIRS)
+        ],
+    )
     save_start(tmp_path / "start", tiny(d_model=64, seq_len=64))
-    options = {"max_steps": 20, "save_interval": 10, "eval_interval": 10, "batch_tokens": 2048, "optimizer": "muon"}
+    options = {
+        "max_steps": 20,
+        "save_interval": 10,
+        "eval_interval": 10,
+        "batch_tokens": 2048,
+        "optimizer": "muon",
+    }
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert align.main(flags(tmp_path, mode, out_dir=whole, **options)) == 0
 
-    command = [sys.executable, str(ROOT / "align.py"), *flags(tmp_path, mode, out_dir=broken, **options)]
+    command = [
+        sys.executable,
+        str(ROOT / "align.py"),
+        *flags(tmp_path, mode, out_dir=broken, **options),
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     try:
         limit = time.time() + 120
         while last_step(broken) < 12:
-            assert process.poll() is None and time.time() < limit, process.stderr.read().decode() if process.poll() is not None else "too slow"
+            assert process.poll() is None and time.time() < limit, (
+                process.stderr.read().decode() if process.poll() is not None else "too slow"
+            )
             time.sleep(0.005)
     finally:
         process.send_signal(signal.SIGKILL)
@@ -851,4 +1246,8 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, mode):
     assert align.main(flags(tmp_path, mode, out_dir=broken, **options)) == 0
     assert metrics(broken) == metrics(whole) and last_step(whole) == 20
     a, b = (load_checkpoint(str(folder)) for folder in (whole, broken))
-    assert a["step"] == b["step"] == 20 and re.fullmatch("[0-9a-f]{16}", a["weights_hash"]) and a["weights_hash"] == b["weights_hash"]
+    assert (
+        a["step"] == b["step"] == 20
+        and re.fullmatch("[0-9a-f]{16}", a["weights_hash"])
+        and a["weights_hash"] == b["weights_hash"]
+    )

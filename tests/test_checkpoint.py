@@ -1,4 +1,5 @@
 """checkpoint.py: what is saved comes back, what is damaged is refused in words, and a kill leaves the last good file."""
+
 import errno
 import json
 import os
@@ -14,8 +15,18 @@ import pytest
 import torch
 
 import checkpoint as checkpoint_py
-from checkpoint import (FORMAT, checkpoint_files, load_checkpoint, lock, model_from, newest_checkpoint, read_checkpoint, read_state,
-                        save_checkpoint, weights_hash)
+from checkpoint import (
+    FORMAT,
+    checkpoint_files,
+    load_checkpoint,
+    lock,
+    model_from,
+    newest_checkpoint,
+    read_checkpoint,
+    read_state,
+    save_checkpoint,
+    weights_hash,
+)
 from configurator import UserError
 from model import GPT, ModelConfig
 
@@ -33,7 +44,12 @@ def small(seed: int = 0, **fields) -> GPT:
 
 def content(step: int = 0, seed: int = 0, **more) -> dict:
     model = small(seed)
-    return {"model": model.state_dict(), "model_config": asdict(model.cfg), "step": step, "rng": torch.get_rng_state()} | more
+    return {
+        "model": model.state_dict(),
+        "model_config": asdict(model.cfg),
+        "step": step,
+        "rng": torch.get_rng_state(),
+    } | more
 
 
 def path_of(folder, step: int) -> str:
@@ -58,17 +74,33 @@ def raw_of(path) -> bytes:
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
+
 def test_round_trip_returns_every_value(tmp_path):
     """Weights, step, optimizer state, RNG and text come back bitwise; nothing is added but format and weights hash."""
-    optimizer = {"state": {0: {"momentum_buffer": torch.randn(3, 4)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
-    saved = content(7, optimizers=[optimizer], best=float("inf"), train_config={"sources": ["a"], "x": None}, tokenizer={"name": "byte"})
+    optimizer = {
+        "state": {0: {"momentum_buffer": torch.randn(3, 4)}},
+        "param_groups": [{"lr": 0.1, "params": [0]}],
+    }
+    saved = content(
+        7,
+        optimizers=[optimizer],
+        best=float("inf"),
+        train_config={"sources": ["a"], "x": None},
+        tokenizer={"name": "byte"},
+    )
     save_checkpoint(tmp_path / "a.pt", saved)
     found = read_checkpoint(tmp_path / "a.pt")
     assert set(found) == set(saved) | {"format", "weights_hash"}
     assert all(torch.equal(found["model"][key], x) for key, x in saved["model"].items())
-    assert torch.equal(found["optimizers"][0]["state"][0]["momentum_buffer"], optimizer["state"][0]["momentum_buffer"])
+    assert torch.equal(
+        found["optimizers"][0]["state"][0]["momentum_buffer"],
+        optimizer["state"][0]["momentum_buffer"],
+    )
     assert torch.equal(found["rng"], saved["rng"])
-    assert all(found[key] == saved[key] for key in ("step", "best", "train_config", "tokenizer", "model_config"))
+    assert all(
+        found[key] == saved[key]
+        for key in ("step", "best", "train_config", "tokenizer", "model_config")
+    )
     assert found["weights_hash"] == weights_hash(saved["model"]) == weights_hash(found["model"])
 
 
@@ -84,31 +116,63 @@ def damage_of(kind: str, path, marker) -> None:
     raw = raw_of(path)
     half = len(raw) // 2
     match kind:
-        case "truncated": overwrite(path, raw[:half])
-        case "one byte short": overwrite(path, raw[:-1])
-        case "empty": overwrite(path, b"")
-        case "zeros": overwrite(path, bytes(len(raw)))
-        case "zeros at the end": overwrite(path, raw[:half] + bytes(len(raw) - half))
-        case "one flipped bit": overwrite(path, raw[:half] + bytes([raw[half] ^ 1]) + raw[half + 1:])
-        case "text": overwrite(path, b"<html>404 Not Found</html>\n" * 100)
-        case "missing": os.remove(path)
-        case "folder": os.remove(path), os.mkdir(path)
-        case "pickle bomb": torch.save({"format": FORMAT, "model": {}, "x": Bomb(marker)}, path)
-        case "old pickle bomb": torch.save({"format": FORMAT, "model": {}, "x": Bomb(marker)}, path, _use_new_zipfile_serialization=False)
-        case "foreign list": torch.save([1, 2], path)
-        case "foreign state dict": torch.save(small().state_dict(), path)
-        case "foreign format": torch.save({"format": "pt", "model": {}}, path)
+        case "truncated":
+            overwrite(path, raw[:half])
+        case "one byte short":
+            overwrite(path, raw[:-1])
+        case "empty":
+            overwrite(path, b"")
+        case "zeros":
+            overwrite(path, bytes(len(raw)))
+        case "zeros at the end":
+            overwrite(path, raw[:half] + bytes(len(raw) - half))
+        case "one flipped bit":
+            overwrite(path, raw[:half] + bytes([raw[half] ^ 1]) + raw[half + 1 :])
+        case "text":
+            overwrite(path, b"<html>404 Not Found</html>\n" * 100)
+        case "missing":
+            os.remove(path)
+        case "folder":
+            os.remove(path), os.mkdir(path)
+        case "pickle bomb":
+            torch.save({"format": FORMAT, "model": {}, "x": Bomb(marker)}, path)
+        case "old pickle bomb":
+            torch.save(
+                {"format": FORMAT, "model": {}, "x": Bomb(marker)},
+                path,
+                _use_new_zipfile_serialization=False,
+            )
+        case "foreign list":
+            torch.save([1, 2], path)
+        case "foreign state dict":
+            torch.save(small().state_dict(), path)
+        case "foreign format":
+            torch.save({"format": "pt", "model": {}}, path)
         case "foreign zip":
             with zipfile.ZipFile(path, "w") as archive:
                 archive.writestr("a.txt", "hello")
-        case "newer": torch.save({**read_checkpoint(path), "format": FORMAT + 1}, path)
+        case "newer":
+            torch.save({**read_checkpoint(path), "format": FORMAT + 1}, path)
 
 
-DAMAGE = {"truncated": "no readable", "one byte short": "no readable", "empty": "no readable", "zeros": "no readable",
-          "zeros at the end": "no readable", "one flipped bit": "damaged", "text": "no readable", "missing": "does not exist",
-          "folder": "no readable", "pickle bomb": "no readable", "old pickle bomb": "no readable", "foreign list": "not written by this project",
-          "foreign state dict": "not written by this project", "foreign format": "not written by this project", "foreign zip": "no readable",
-          "newer": f"format {FORMAT + 1}"}
+DAMAGE = {
+    "truncated": "no readable",
+    "one byte short": "no readable",
+    "empty": "no readable",
+    "zeros": "no readable",
+    "zeros at the end": "no readable",
+    "one flipped bit": "damaged",
+    "text": "no readable",
+    "missing": "does not exist",
+    "folder": "no readable",
+    "pickle bomb": "no readable",
+    "old pickle bomb": "no readable",
+    "foreign list": "not written by this project",
+    "foreign state dict": "not written by this project",
+    "foreign format": "not written by this project",
+    "foreign zip": "no readable",
+    "newer": f"format {FORMAT + 1}",
+}
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
@@ -127,7 +191,9 @@ def test_torch_alone_would_load_the_flipped_bit(tmp_path):
     good = read_checkpoint(path)
     damage_of("one flipped bit", path, None)
     loaded = torch.load(path, weights_only=True)
-    assert weights_hash(loaded["model"]) != good["weights_hash"] or not torch.equal(loaded["rng"], good["rng"])
+    assert weights_hash(loaded["model"]) != good["weights_hash"] or not torch.equal(
+        loaded["rng"], good["rng"]
+    )
 
 
 def test_no_flipped_byte_anywhere_gives_other_weights_or_a_traceback(tmp_path):
@@ -135,20 +201,28 @@ def test_no_flipped_byte_anywhere_gives_other_weights_or_a_traceback(tmp_path):
     path = write(tmp_path, 1)
     raw, good, refused = raw_of(path), read_checkpoint(path), 0
     places = random.Random(0)
-    edges = [*range(60), *range(len(raw) - 260, len(raw))]  # the first local header, the directory and its end record
+    edges = [
+        *range(60),
+        *range(len(raw) - 260, len(raw)),
+    ]  # the first local header, the directory and its end record
     for place in edges + [places.randrange(len(raw)) for _ in range(200)]:
-        overwrite(path, raw[:place] + bytes([raw[place] ^ 1 << places.randrange(8)]) + raw[place + 1:])
+        overwrite(
+            path, raw[:place] + bytes([raw[place] ^ 1 << places.randrange(8)]) + raw[place + 1 :]
+        )
         try:
             found = read_checkpoint(path)
         except UserError:
             refused += 1
             continue
-        assert weights_hash(found["model"]) == good["weights_hash"] and found["step"] == good["step"], place
+        assert (
+            weights_hash(found["model"]) == good["weights_hash"] and found["step"] == good["step"]
+        ), place
     assert refused > 100
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The newest good one
+
 
 def test_newest_checkpoint_falls_back_to_the_one_before_aloud(tmp_path):
     """A damaged newest file costs one interval of training, not the run, and the user hears of it."""
@@ -181,6 +255,7 @@ def test_nothing_there_is_none_and_all_damaged_is_an_error(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Saving
 
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_non_finite_weights_are_refused_and_the_old_file_stays(value, tmp_path):
     """One NaN saved over the only good file would end the run for ever."""
@@ -191,19 +266,29 @@ def test_non_finite_weights_are_refused_and_the_old_file_stays(value, tmp_path):
     assert raw_of(path) == before and os.listdir(tmp_path) == [os.path.basename(path)]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
-                                   OSError(errno.ENOSPC, "No space left on device")], ids=["torch", "system"])
-def test_a_full_disk_is_told_with_path_and_sizes_and_leaves_the_old_file(error, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
+    ids=["torch", "system"],
+)
+def test_a_full_disk_is_told_with_path_and_sizes_and_leaves_the_old_file(
+    error, tmp_path, monkeypatch
+):
     """torch reports a full disk as "unexpected pos": the message must name path, megabytes needed and free."""
     path = write(tmp_path, 1)
     before = raw_of(path)
 
     def half_written(value, f):
-        f.write(before[:len(before) // 2])
+        f.write(before[: len(before) // 2])
         raise error
 
     monkeypatch.setattr(torch, "save", half_written)
-    fails(lambda: save_checkpoint(path, content(1, seed=9)), path, "MB needed", "MB free", "untouched")
+    fails(
+        lambda: save_checkpoint(path, content(1, seed=9)), path, "MB needed", "MB free", "untouched"
+    )
     monkeypatch.undo()
     assert raw_of(path) == before and read_checkpoint(path)["step"] == 1
     assert os.listdir(tmp_path) == [os.path.basename(path)]
@@ -212,6 +297,7 @@ def test_a_full_disk_is_told_with_path_and_sizes_and_leaves_the_old_file(error, 
 def test_a_file_size_limit_is_handled_like_a_full_disk(tmp_path):
     """A quota or `ulimit -f` is the real thing, not a mock: torch's own writer fails in the middle of the file."""
     import resource
+
     path = write(tmp_path, 1)
     before, report = raw_of(path), tmp_path / "report"
 
@@ -220,7 +306,9 @@ def test_a_file_size_limit_is_handled_like_a_full_disk(tmp_path):
         try:
             save_checkpoint(path, content(1, seed=9))
         except UserError as error:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+            )
             report.write_text(str(error))
 
     assert wait(fork(child)) == 0
@@ -236,7 +324,9 @@ def wait(pid: int) -> int:
 def kill_while_saving(folder, kills: int) -> None:
     """Kill -9, at random moments, a child that saves steps 1, 2, ... in a loop and keeps two files; check after each kill."""
     chance, last = random.Random(1), 0
-    more = {"ballast": torch.zeros(300_000)}  # 1.2 MB, so that most of the time is spent within a save
+    more = {
+        "ballast": torch.zeros(300_000)
+    }  # 1.2 MB, so that most of the time is spent within a save
 
     def child():
         for step in range(last + 1, 100_000):
@@ -255,7 +345,10 @@ def kill_while_saving(folder, kills: int) -> None:
         files = checkpoint_files(folder)
         for path in files:  # not only the newest: no file under its final name may be torn
             found = read_checkpoint(path)
-            assert found["step"] == int(os.path.basename(path)[5:12]) and weights_hash(found["model"]) == found["weights_hash"]
+            assert (
+                found["step"] == int(os.path.basename(path)[5:12])
+                and weights_hash(found["model"]) == found["weights_hash"]
+            )
         assert files and newest_checkpoint(folder)[1]["step"] > last
         last = newest_checkpoint(folder)[1]["step"]
         torn += any(name.endswith(".tmp") for name in os.listdir(folder))
@@ -276,9 +369,15 @@ def test_fifty_kills_while_saving_leave_loadable_checkpoints(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Hash, model, reference
 
+
 def test_weights_hash_depends_on_every_name_and_every_byte():
     """The hash stands for the weights in results and resume tests: no change may keep it, no order may change it."""
-    state = {"a": torch.randn(3, 5), "b": torch.arange(4), "c": torch.randn(2, 2).bfloat16(), "empty": torch.zeros(0)}
+    state = {
+        "a": torch.randn(3, 5),
+        "b": torch.arange(4),
+        "c": torch.randn(2, 2).bfloat16(),
+        "empty": torch.zeros(0),
+    }
     base = weights_hash(state)
     assert base == weights_hash(dict(reversed(state.items()))) and len(base) == 16
     hashes = {base}
@@ -295,7 +394,11 @@ def test_weights_hash_depends_on_every_name_and_every_byte():
 def test_weights_hash_is_of_values_not_of_memory_layout():
     """A transposed view holds the same weights as its copy: hash what is saved, not how it lies in memory."""
     x = torch.randn(4, 6)
-    assert weights_hash({"x": x.t()}) == weights_hash({"x": x.t().contiguous()}) != weights_hash({"x": x})
+    assert (
+        weights_hash({"x": x.t()})
+        == weights_hash({"x": x.t().contiguous()})
+        != weights_hash({"x": x})
+    )
 
 
 def test_model_from_gives_back_the_same_model():
@@ -312,10 +415,14 @@ def test_model_from_is_strict_about_keys(change):
     state = saved["model"]
     key = next(k for k in state if "qkv" in k)
     match change:
-        case "missing": del state[key]
-        case "extra": state["blocks.9.bias"] = torch.zeros(2)
-        case "renamed": state[key + "2"] = state.pop(key)
-        case "prefixed": saved["model"] = {"_orig_mod." + k: v for k, v in state.items()}
+        case "missing":
+            del state[key]
+        case "extra":
+            state["blocks.9.bias"] = torch.zeros(2)
+        case "renamed":
+            state[key + "2"] = state.pop(key)
+        case "prefixed":
+            saved["model"] = {"_orig_mod." + k: v for k, v in state.items()}
     fails(lambda: model_from(saved), "blocks.9.bias" if change == "extra" else key)
 
 
@@ -337,7 +444,9 @@ def test_score_head_adds_only_its_own_weight():
     del saved["model"][key]
     fails(lambda: model_from(saved, score_head=True), key)
     with_head = content() | {"model": small(score_head=True).state_dict()}
-    fails(lambda: model_from(with_head), "score.weight")  # and it is not dropped in silence on the way back
+    fails(
+        lambda: model_from(with_head), "score.weight"
+    )  # and it is not dropped in silence on the way back
 
 
 def test_load_checkpoint_takes_a_folder_a_file_or_a_run_name(tmp_path, monkeypatch):
@@ -345,7 +454,12 @@ def test_load_checkpoint_takes_a_folder_a_file_or_a_run_name(tmp_path, monkeypat
     run = tmp_path / "out" / "mine"
     write(run, 1), write(run, 2)
     monkeypatch.chdir(tmp_path)
-    assert load_checkpoint(str(run))["step"] == load_checkpoint("mine")["step"] == load_checkpoint("out/mine")["step"] == 2
+    assert (
+        load_checkpoint(str(run))["step"]
+        == load_checkpoint("mine")["step"]
+        == load_checkpoint("out/mine")["step"]
+        == 2
+    )
     assert load_checkpoint(path_of(run, 1))["step"] == 1
 
 
@@ -360,6 +474,7 @@ def test_load_checkpoint_says_what_it_tried(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # Run folder
 
+
 def test_a_locked_folder_refuses_a_second_process_and_names_the_first(tmp_path):
     """Two writers in one folder destroy each other's checkpoints; the user needs to know whom to wait for."""
     with lock(tmp_path):
@@ -373,7 +488,10 @@ def test_a_locked_folder_refuses_a_second_process_and_names_the_first(tmp_path):
                 report.write_text(str(error))
 
         assert wait(fork(child)) == 0
-        assert f"process {os.getpid()} on {os.uname().nodename}" in report.read_text() and str(tmp_path) in report.read_text()
+        assert (
+            f"process {os.getpid()} on {os.uname().nodename}" in report.read_text()
+            and str(tmp_path) in report.read_text()
+        )
     with lock(tmp_path):  # free again after the with
         pass
 
@@ -424,7 +542,11 @@ def test_state_is_read_or_none(tmp_path):
 def test_provenance_holds_what_a_result_needs():
     """A number without commit, dirt, torch version, device and command cannot be reproduced."""
     found = checkpoint_py.provenance()
-    assert found["torch"] == torch.__version__ and found["device"] and found["command"] == " ".join(sys.argv)
+    assert (
+        found["torch"] == torch.__version__
+        and found["device"]
+        and found["command"] == " ".join(sys.argv)
+    )
     assert isinstance(found["dirty"], bool) and isinstance(found["commit"], str)
 
 

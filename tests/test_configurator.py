@@ -1,4 +1,5 @@
 """Properties of configurator.py, on a small dataclass of its own."""
+
 import json
 import os
 import re
@@ -48,6 +49,7 @@ def file(tmp_path):
         path = tmp_path / name
         path.write_text(text, encoding="utf-8")
         return str(path)
+
     return write
 
 
@@ -60,6 +62,7 @@ def refusal(argv) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Order and types
 
+
 def test_nothing_given_gives_the_defaults():
     """The dataclass is the one place where defaults stand."""
     assert load(Config, []) == Config()
@@ -68,7 +71,10 @@ def test_nothing_given_gives_the_defaults():
 @pytest.mark.parametrize("flags_first", [True, False])
 def test_defaults_then_files_in_order_then_flags(file, flags_first):
     """A flag wins over every file wherever it stands; of two files the later wins; the rest stays."""
-    files = [file("seed = 1\nn_layer = 1\nlearning_rate = 0.1", "a.py"), file("n_layer = 2\nlearning_rate = 0.2", "b.py")]
+    files = [
+        file("seed = 1\nn_layer = 1\nlearning_rate = 0.1", "a.py"),
+        file("n_layer = 2\nlearning_rate = 0.2", "b.py"),
+    ]
     flags = ["--learning_rate=0.3"]
     cfg = load(Config, flags + files if flags_first else files + flags)
     assert (cfg.out_dir, cfg.seed, cfg.n_layer, cfg.learning_rate) == ("out/x", 1, 2, 0.3)
@@ -81,30 +87,60 @@ def test_a_bare_flag_is_true_and_a_dash_is_an_underscore():
     assert cfg.compile is True and cfg.auto is True and cfg.learning_rate == 0.5
 
 
-@pytest.mark.parametrize("flag, key, value", [
-    ("--n_layer=12", "n_layer", 12), ("--seed=-3", "seed", -3),
-    ("--learning_rate=3", "learning_rate", 3.0), ("--learning_rate=6e-4", "learning_rate", 6e-4),
-    ("--compile=true", "compile", True), ("--compile=False", "compile", False), ("--compile=1", "compile", True),
-    ("--compile=no", "compile", False), ("--auto=false", "auto", False), ("--auto=None", "auto", None),
-    ("--window=None", "window", None), ("--window=none", "window", None), ("--window=", "window", None), ("--window=8", "window", 8),
-    ("--init_from=None", "init_from", None), ("--init_from=a", "init_from", "a"),
-    ("--out_dir=", "out_dir", ""), ("--out_dir=None", "out_dir", "None"), ("--out_dir=7", "out_dir", "7"),
-    ("--out_dir=a=b=c", "out_dir", "a=b=c"), ("--out_dir==", "out_dir", "="), ("--out_dir=--seed=1", "out_dir", "--seed=1"),
-    ("--tasks=a,b", "tasks", ("a", "b")), ("--tasks=a", "tasks", ("a",)), ("--tasks=", "tasks", ()), ("--tasks=x=1,y=2", "tasks", ("x=1", "y=2")),
-    ("--tasks=('a', 'b')", "tasks", ("a", "b")), ("--betas=(0.9, 1)", "betas", (0.9, 1.0)), ("--betas=[0.5]", "betas", (0.5,)),
-])
+@pytest.mark.parametrize(
+    "flag, key, value",
+    [
+        ("--n_layer=12", "n_layer", 12),
+        ("--seed=-3", "seed", -3),
+        ("--learning_rate=3", "learning_rate", 3.0),
+        ("--learning_rate=6e-4", "learning_rate", 6e-4),
+        ("--compile=true", "compile", True),
+        ("--compile=False", "compile", False),
+        ("--compile=1", "compile", True),
+        ("--compile=no", "compile", False),
+        ("--auto=false", "auto", False),
+        ("--auto=None", "auto", None),
+        ("--window=None", "window", None),
+        ("--window=none", "window", None),
+        ("--window=", "window", None),
+        ("--window=8", "window", 8),
+        ("--init_from=None", "init_from", None),
+        ("--init_from=a", "init_from", "a"),
+        ("--out_dir=", "out_dir", ""),
+        ("--out_dir=None", "out_dir", "None"),
+        ("--out_dir=7", "out_dir", "7"),
+        ("--out_dir=a=b=c", "out_dir", "a=b=c"),
+        ("--out_dir==", "out_dir", "="),
+        ("--out_dir=--seed=1", "out_dir", "--seed=1"),
+        ("--tasks=a,b", "tasks", ("a", "b")),
+        ("--tasks=a", "tasks", ("a",)),
+        ("--tasks=", "tasks", ()),
+        ("--tasks=x=1,y=2", "tasks", ("x=1", "y=2")),
+        ("--tasks=('a', 'b')", "tasks", ("a", "b")),
+        ("--betas=(0.9, 1)", "betas", (0.9, 1.0)),
+        ("--betas=[0.5]", "betas", (0.5,)),
+    ],
+)
 def test_a_flag_is_read_as_the_type_of_its_field(flag, key, value):
     """Types come from the dataclass, so "7" is text for a folder and a number for a seed; only the first = splits."""
     got = getattr(load(Config, [flag]), key)
     assert got == value and type(got) is type(value)
 
 
-@pytest.mark.parametrize("line, key, value", [
-    ("learning_rate = 1", "learning_rate", 1.0), ("betas = [0, 1]", "betas", (0.0, 1.0)), ("tasks = ('a',)", "tasks", ("a",)),
-    ("window = None", "window", None), ("window = 2 ** 4", "window", 16), ("compile = 1 < 2", "compile", True),
-    ("out_dir = 'a=b'", "out_dir", "a=b"), ("import os\n_half = 3\nn_layer = 2 * _half", "n_layer", 6),
-    ("out_dir = 'Größe'", "out_dir", "Größe"),
-])
+@pytest.mark.parametrize(
+    "line, key, value",
+    [
+        ("learning_rate = 1", "learning_rate", 1.0),
+        ("betas = [0, 1]", "betas", (0.0, 1.0)),
+        ("tasks = ('a',)", "tasks", ("a",)),
+        ("window = None", "window", None),
+        ("window = 2 ** 4", "window", 16),
+        ("compile = 1 < 2", "compile", True),
+        ("out_dir = 'a=b'", "out_dir", "a=b"),
+        ("import os\n_half = 3\nn_layer = 2 * _half", "n_layer", 6),
+        ("out_dir = 'Größe'", "out_dir", "Größe"),
+    ],
+)
 def test_a_file_assigns_python_values(file, line, key, value):
     """An int does for a float, a list for a tuple; imported modules and _private names are no settings."""
     got = getattr(load(Config, [file(line)]), key)
@@ -134,24 +170,59 @@ def test_a_file_runs_in_a_namespace_of_its_own(file):
 # ---------------------------------------------------------------------------------------------------------------------
 # Refusals
 
+
 def test_an_unknown_key_is_refused_with_the_nearest_ones(file):
     """A misspelt key that passes silently costs a whole run, from a file as from the command line."""
     path = file("lerning_rate = 1e-3")
     message = refusal([path])
-    assert path in message and "'lerning_rate'" in message and "did you mean learning_rate" in message
+    assert (
+        path in message and "'lerning_rate'" in message and "did you mean learning_rate" in message
+    )
     message = refusal(["--n_layers=2"])
-    assert "command line" in message and "'n_layers'" in message and "did you mean n_layer" in message
+    assert (
+        "command line" in message and "'n_layers'" in message and "did you mean n_layer" in message
+    )
     assert "did you mean" not in refusal(["--qqqq=2"])
 
 
 def test_all_faults_are_listed_at_once(file):
     """One attempt per fault is what wears people out on a cluster."""
-    message = refusal([file("sed = 1\nn_layer = 'four'"), "--learning_rate=abc", "--bogus", "--compile=maybe"])
-    assert all(part in message for part in ("'sed'", "n_layer='four'", "learning_rate='abc'", "'bogus'", "compile='maybe'", "--help"))
+    message = refusal(
+        [file("sed = 1\nn_layer = 'four'"), "--learning_rate=abc", "--bogus", "--compile=maybe"]
+    )
+    assert all(
+        part in message
+        for part in (
+            "'sed'",
+            "n_layer='four'",
+            "learning_rate='abc'",
+            "'bogus'",
+            "compile='maybe'",
+            "--help",
+        )
+    )
 
 
-@pytest.mark.parametrize("flag", ["--n_layer=1.5", "--n_layer=two", "--n_layer", "--n_layer=", "--n_layer=True", "--window=x", "--learning_rate=abc",
-                                  "--learning_rate", "--learning_rate=", "--compile=2", "--compile=", "--out_dir", "--init_from", "--tasks", "--betas=0.9,x"])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--n_layer=1.5",
+        "--n_layer=two",
+        "--n_layer",
+        "--n_layer=",
+        "--n_layer=True",
+        "--window=x",
+        "--learning_rate=abc",
+        "--learning_rate",
+        "--learning_rate=",
+        "--compile=2",
+        "--compile=",
+        "--out_dir",
+        "--init_from",
+        "--tasks",
+        "--betas=0.9,x",
+    ],
+)
 def test_a_flag_of_the_wrong_type_is_refused_with_key_value_and_type(flag):
     """A bare flag is True, and True is no number, path or list."""
     key = flag[2:].split("=")[0]
@@ -159,8 +230,24 @@ def test_a_flag_of_the_wrong_type_is_refused_with_key_value_and_type(flag):
     assert f"{key}=" in message and "not of type" in message and flag.partition("=")[2] in message
 
 
-@pytest.mark.parametrize("line", ["n_layer = 1.0", "n_layer = True", "n_layer = None", "n_layer = '4'", "learning_rate = '1e-3'", "learning_rate = True",
-                                  "compile = 1", "compile = 'true'", "out_dir = None", "out_dir = 3", "tasks = 'a'", "tasks = (1,)", "betas = (None,)"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "n_layer = 1.0",
+        "n_layer = True",
+        "n_layer = None",
+        "n_layer = '4'",
+        "learning_rate = '1e-3'",
+        "learning_rate = True",
+        "compile = 1",
+        "compile = 'true'",
+        "out_dir = None",
+        "out_dir = 3",
+        "tasks = 'a'",
+        "tasks = (1,)",
+        "betas = (None,)",
+    ],
+)
 def test_a_file_value_of_the_wrong_type_is_refused(file, line):
     """In Python the types are already there: nothing is guessed, and True is no int."""
     message = refusal([file(line)])
@@ -181,8 +268,17 @@ def test_nan_and_infinity_are_refused_in_files(file, value):
     assert "betas" in refusal([file(f"betas = (0.9, {value})")])
 
 
-@pytest.mark.parametrize("text, error", [("seed = 1 / 0", "ZeroDivisionError"), ("seed = = 1", "SyntaxError"), ("import no_such_module", "ModuleNotFoundError"),
-                                         ("seed = unknown", "NameError"), ("raise ValueError('why')", "why"), ("\0", "config.py")])
+@pytest.mark.parametrize(
+    "text, error",
+    [
+        ("seed = 1 / 0", "ZeroDivisionError"),
+        ("seed = = 1", "SyntaxError"),
+        ("import no_such_module", "ModuleNotFoundError"),
+        ("seed = unknown", "NameError"),
+        ("raise ValueError('why')", "why"),
+        ("\0", "config.py"),
+    ],
+)
 def test_a_config_file_that_does_not_run_is_refused_with_its_error(file, text, error):
     """Its author needs the path and the cause, not our traceback."""
     path = file(text)
@@ -204,16 +300,35 @@ def test_a_folder_or_a_file_in_another_encoding_is_refused(tmp_path):
     assert "latin.py" in refusal([str(tmp_path / "latin.py")])
 
 
-@pytest.mark.parametrize("key", ["out_dir", "init_from", "tasks", "seed", "learning_rate", "window", "compile", "betas", "unknown"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "out_dir",
+        "init_from",
+        "tasks",
+        "seed",
+        "learning_rate",
+        "window",
+        "compile",
+        "betas",
+        "unknown",
+    ],
+)
 def test_code_in_a_value_is_never_executed(tmp_path, key):
     """Values come from scripts and job arrays: they are text, whatever they look like."""
     marker = tmp_path / "marker"
-    for code in (f"__import__('pathlib').Path({str(marker)!r}).touch()", f"$(touch {marker})", f"`touch {marker}`"):
+    for code in (
+        f"__import__('pathlib').Path({str(marker)!r}).touch()",
+        f"$(touch {marker})",
+        f"`touch {marker}`",
+    ):
         try:
             cfg = load(Config, [f"--{key}={code}"])
         except UserError:
             continue
-        assert key in ("out_dir", "init_from", "tasks") and isinstance(getattr(cfg, key), (str, tuple))
+        assert key in ("out_dir", "init_from", "tasks") and isinstance(
+            getattr(cfg, key), (str, tuple)
+        )
     assert not marker.exists()
 
 
@@ -221,11 +336,16 @@ def test_what_the_dataclass_refuses_is_shown_with_the_settings_given(file):
     """Its message knows the values, the configurator knows where they came from."""
     path = file("n_layer = 0")
     message = refusal([path, "--seed=5"])
-    assert "n_layer must be at least 1, got 0" in message and f"n_layer=0 ({path})" in message and "seed=5 (command line)" in message
+    assert (
+        "n_layer must be at least 1, got 0" in message
+        and f"n_layer=0 ({path})" in message
+        and "seed=5 (command line)" in message
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is shown and saved
+
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_lists_every_key_with_type_default_and_comment(capsys, flag):
@@ -233,19 +353,33 @@ def test_help_lists_every_key_with_type_default_and_comment(capsys, flag):
     with pytest.raises(SystemExit) as end:
         load(Config, ["--bogus", flag])
     assert end.value.code == 0
-    lines = {match[1]: line for line in capsys.readouterr().out.splitlines() if (match := re.match(r"\s+--(\w+)=", line))}
+    lines = {
+        match[1]: line
+        for line in capsys.readouterr().out.splitlines()
+        if (match := re.match(r"\s+--(\w+)=", line))
+    }
     assert list(lines) == list(asdict(Config()))
     for key, default, kind, comment in (
-            ("out_dir", "'out/x'", "str", "run folder"), ("learning_rate", "0.001", "float", "peak, per step"), ("n_layer", "4", "int", "blocks"),
-            ("window", "None", "int | None", "tokens; None = all"), ("compile", "False", "bool", "torch.compile"), ("tasks", "()", "tuple[str, ...]", "which tasks"),
-            ("betas", "(0.9, 0.95)", "tuple[float, ...]", "of AdamW"), ("auto", "None", "bool | None", "None = decide later")):
-        assert re.fullmatch(rf"\s*--{key}={re.escape(default)}\s+{re.escape(kind)}\s+{re.escape(comment)}", lines[key]), lines[key]
+        ("out_dir", "'out/x'", "str", "run folder"),
+        ("learning_rate", "0.001", "float", "peak, per step"),
+        ("n_layer", "4", "int", "blocks"),
+        ("window", "None", "int | None", "tokens; None = all"),
+        ("compile", "False", "bool", "torch.compile"),
+        ("tasks", "()", "tuple[str, ...]", "which tasks"),
+        ("betas", "(0.9, 0.95)", "tuple[float, ...]", "of AdamW"),
+        ("auto", "None", "bool | None", "None = decide later"),
+    ):
+        assert re.fullmatch(
+            rf"\s*--{key}={re.escape(default)}\s+{re.escape(kind)}\s+{re.escape(comment)}",
+            lines[key],
+        ), lines[key]
 
 
 def test_every_program_lists_a_comment_for_every_key():
     """A key without unit or range is one that nobody dares to set."""
     from model import ModelConfig
     from train import TrainConfig
+
     for cls in (ModelConfig, TrainConfig):
         keys = configurator.comments(cls)
         assert [key for key in configurator.field_types(cls) if not keys.get(key)] == []
@@ -256,7 +390,11 @@ def test_differences_from_the_defaults_are_printed_with_their_origin(file, capsy
     path = file("n_layer = 3\nseed = 7")
     load(Config, [path, "--compile", "--tasks=a,b"], quiet=False)
     out = capsys.readouterr().out
-    assert f"n_layer = 3  ({path})" in out and "compile = True  (command line)" in out and "tasks = ('a', 'b')  (command line)" in out
+    assert (
+        f"n_layer = 3  ({path})" in out
+        and "compile = True  (command line)" in out
+        and "tasks = ('a', 'b')  (command line)" in out
+    )
     assert "derived = 6  (derived)" in out and "seed" not in out and "learning_rate" not in out
     load(Config, [path])
     assert capsys.readouterr().out == ""
@@ -264,17 +402,24 @@ def test_differences_from_the_defaults_are_printed_with_their_origin(file, capsy
 
 def test_the_saved_json_gives_the_same_configuration_again(tmp_path):
     """It is saved with the run to repeat it: every field, through JSON's lists and nulls, back to an equal object."""
-    cfg = load(Config, ["--learning_rate=0.1", "--tasks=a,b", "--out_dir=Größe = 1", "--compile", "--window=3"])
+    cfg = load(
+        Config,
+        ["--learning_rate=0.1", "--tasks=a,b", "--out_dir=Größe = 1", "--compile", "--window=3"],
+    )
     path = tmp_path / "config.json"
     configurator.save(cfg, str(path))
     saved = json.loads(path.read_text(encoding="utf-8"))
     assert set(saved) == set(asdict(cfg))
     types = configurator.field_types(Config)
-    assert Config(**{key: configurator.check(value, types[key]) for key, value in saved.items()}) == cfg
+    assert (
+        Config(**{key: configurator.check(value, types[key]) for key, value in saved.items()})
+        == cfg
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # run
+
 
 def main(argv):
     return load(Config, argv).seed
@@ -297,6 +442,7 @@ def test_run_lets_our_own_mistakes_through(monkeypatch):
 
     def broken(argv):
         raise ValueError("a bug")
+
     with pytest.raises(ValueError, match="a bug"):
         configurator.run(broken)
 
@@ -304,12 +450,26 @@ def test_run_lets_our_own_mistakes_through(monkeypatch):
 def test_a_program_shows_no_traceback_and_makes_no_folder(tmp_path):
     """The whole way once, in a process: exit code 2, one message, nothing left behind."""
     program = tmp_path / "program.py"
-    program.write_text("from dataclasses import dataclass\nimport configurator\n\n@dataclass\nclass C:\n    seed: int = 1  # s\n\n"
-                       "configurator.run(lambda argv: print(configurator.load(C, argv)))\n")
+    program.write_text(
+        "from dataclasses import dataclass\nimport configurator\n\n@dataclass\nclass C:\n    seed: int = 1  # s\n\n"
+        "configurator.run(lambda argv: print(configurator.load(C, argv)))\n"
+    )
+
     def start(*argv):
-        return subprocess.run([sys.executable, str(program), *argv], capture_output=True, text=True, cwd=tmp_path,
-                              env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"})
+        return subprocess.run(
+            [sys.executable, str(program), *argv],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
+        )
+
     bad, good = start("--sede=3"), start("--seed=3")
-    assert bad.returncode == 2 and "Traceback" not in bad.stderr and "did you mean seed" in bad.stderr and bad.stdout == ""
+    assert (
+        bad.returncode == 2
+        and "Traceback" not in bad.stderr
+        and "did you mean seed" in bad.stderr
+        and bad.stdout == ""
+    )
     assert good.returncode == 0 and good.stdout == "C(seed=3)\n" and good.stderr == ""
     assert os.listdir(tmp_path) == ["program.py"]

@@ -1,4 +1,5 @@
 """Properties of model.py. Most tests run in float64, where a fast path must equal the plain maths to 1e-10."""
+
 import math
 
 import pytest
@@ -8,8 +9,24 @@ import torch.nn.functional as F
 
 import model as model_py
 from configurator import UserError
-from model import (EPS, GPT, FusedRMSNorm, KVCache, LinearCrossEntropy, ModelConfig, MoE, RMSNorm, SiluMul, SwiGLU, attention, attention_reference, linear,
-                   rotary_angles, rotate, training_mask)
+from model import (
+    EPS,
+    GPT,
+    FusedRMSNorm,
+    KVCache,
+    LinearCrossEntropy,
+    ModelConfig,
+    MoE,
+    RMSNorm,
+    SiluMul,
+    SwiGLU,
+    attention,
+    attention_reference,
+    linear,
+    rotary_angles,
+    rotate,
+    training_mask,
+)
 
 CPU = torch.device("cpu")
 VARIANTS = {  # fields over the tiny model below; every feature alone and all at once
@@ -27,7 +44,10 @@ variants = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.key
 
 
 def config(**fields) -> ModelConfig:
-    return ModelConfig(**{"vocab_size": 50, "seq_len": 16, "n_layer": 2, "n_head": 4, "d_model": 32, "d_ff": 48} | fields)
+    return ModelConfig(
+        **{"vocab_size": 50, "seq_len": 16, "n_layer": 2, "n_head": 4, "d_model": 32, "d_ff": 48}
+        | fields
+    )
 
 
 def tiny(seed: int = 0, dtype=torch.float64, **fields) -> GPT:
@@ -64,6 +84,7 @@ def tolerance(fields, tight: float = 1e-10) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 # Causality, documents, windows
 
+
 @variants
 @pytest.mark.parametrize("docs", [None, [0, 0, 0, 1, 1, 1, 1, 2, 2, 2]], ids=["one_doc", "docs"])
 def test_no_logit_depends_on_a_later_token_or_another_document(fields, docs):
@@ -74,11 +95,19 @@ def test_no_logit_depends_on_a_later_token_or_another_document(fields, docs):
     docs_t = None if docs is None else torch.tensor([docs])
     logits = model(ids(1, T), docs=docs_t)
     for t in range(T):
-        reach = torch.autograd.grad(logits[0, t].sum(), embedded[0], retain_graph=True)[0][0].abs().amax(-1)  # (T,)
+        reach = (
+            torch.autograd.grad(logits[0, t].sum(), embedded[0], retain_graph=True)[0][0]
+            .abs()
+            .amax(-1)
+        )  # (T,)
         same = torch.tensor([s <= t and (docs is None or docs[s] == docs[t]) for s in range(T)])
-        assert (reach[~same] == 0).all(), f"logits[{t}] depend on {(reach * ~same).nonzero().flatten().tolist()}"
+        assert (reach[~same] == 0).all(), (
+            f"logits[{t}] depend on {(reach * ~same).nonzero().flatten().tolist()}"
+        )
         near = same & (torch.arange(T) > t - (model.cfg.sliding_window or T))
-        assert (reach[near] > 0).all(), f"logits[{t}] do not see {(near & (reach == 0)).nonzero().flatten().tolist()}"
+        assert (reach[near] > 0).all(), (
+            f"logits[{t}] do not see {(near & (reach == 0)).nonzero().flatten().tolist()}"
+        )
 
 
 @variants
@@ -97,7 +126,7 @@ def test_documents_are_masked_per_row():
     docs = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 1, 1]])
     packed = model.hidden(idx, docs)
     for row, border in enumerate((3, 6)):
-        close(packed[row, border:], model.hidden(idx[row:row + 1, border:])[0])
+        close(packed[row, border:], model.hidden(idx[row : row + 1, border:])[0])
 
 
 def test_training_mask_of_documents_and_window_is_this_array():
@@ -106,7 +135,9 @@ def test_training_mask_of_documents_and_window_is_this_array():
     window = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 1, 1]]
     assert (training_mask(None, 2, 5, CPU)[0, 0] == 0).int().tolist() == window
     both = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
-    assert (training_mask(torch.tensor([[7, 7, 7, 4, 4]]), 2, 5, CPU)[0, 0] == 0).int().tolist() == both
+    assert (
+        training_mask(torch.tensor([[7, 7, 7, 4, 4]]), 2, 5, CPU)[0, 0] == 0
+    ).int().tolist() == both
 
 
 @pytest.mark.parametrize("sinks", [True, False])
@@ -122,6 +153,7 @@ def test_a_token_outside_the_window_changes_nothing(sinks):
 # ---------------------------------------------------------------------------------------------------------------------
 # Norm and rotary positions
 
+
 def test_rmsnorm_is_x_over_its_root_mean_square():
     """The formula of arXiv 1910.07467 written out, eps included."""
     norm, x = RMSNorm(8).double(), randn(3, 8)
@@ -133,21 +165,35 @@ def test_rmsnorm_is_x_over_its_root_mean_square():
 @pytest.mark.parametrize("dtype,tol", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_the_fused_rmsnorm_equals_torchs_in_value_and_gradients(dtype, tol):
     """On a slice too, as queries and keys are; rows of tiny values show the eps."""
-    inputs = [(randn(3, 5, 6, 8).to(dtype) * torch.tensor([1.0, 1e-4, 50.0]).view(3, 1, 1, 1)).requires_grad_(), randn(8, seed=4).to(dtype).requires_grad_()]
+    inputs = [
+        (
+            randn(3, 5, 6, 8).to(dtype) * torch.tensor([1.0, 1e-4, 50.0]).view(3, 1, 1, 1)
+        ).requires_grad_(),
+        randn(8, seed=4).to(dtype).requires_grad_(),
+    ]
     dout = randn(3, 5, 2, 8, seed=5).to(dtype)
-    ours, theirs = (f(inputs[0][:, :, 2:4], inputs[1]) for f in (FusedRMSNorm.apply, lambda x, w: F.rms_norm(x, (8,), w, eps=EPS)))
+    ours, theirs = (
+        f(inputs[0][:, :, 2:4], inputs[1])
+        for f in (FusedRMSNorm.apply, lambda x, w: F.rms_norm(x, (8,), w, eps=EPS))
+    )
     close(ours, theirs, tol)
-    for got, wanted in zip(torch.autograd.grad(ours, inputs, dout), torch.autograd.grad(theirs, inputs, dout)):
+    for got, wanted in zip(
+        torch.autograd.grad(ours, inputs, dout), torch.autograd.grad(theirs, inputs, dout)
+    ):
         close(got / wanted.abs().max(), wanted / wanted.abs().max(), tol)
 
 
 @pytest.mark.parametrize("d_out", [24, 8, 13, 1])
-@pytest.mark.parametrize("shape", [(1, 6), (1, 1, 6), (2, 1, 6), (8, 1, 6), (9, 6), (0, 6), (2, 5, 6)])
+@pytest.mark.parametrize(
+    "shape", [(1, 6), (1, 1, 6), (2, 1, 6), (8, 1, 6), (9, 6), (0, 6), (2, 5, 6)]
+)
 def test_products_of_few_rows_are_those_of_many(shape, d_out):
     """Generation takes another way through the same product, for any number of rows and any width."""
     x, weight = torch.randn(shape, dtype=torch.float64), torch.randn(d_out, 6, dtype=torch.float64)
     with torch.no_grad():
-        assert torch.allclose(linear(x, weight), F.linear(x, weight)) and linear(x, weight).shape == (*shape[:-1], d_out)
+        assert torch.allclose(linear(x, weight), F.linear(x, weight)) and linear(
+            x, weight
+        ).shape == (*shape[:-1], d_out)
         assert linear(x, weight).is_contiguous()
 
 
@@ -189,7 +235,9 @@ def test_rope_scores_depend_on_relative_positions_only(shift):
         return torch.einsum("bthd,bshd->bhts", rotate(q, cos, sin), rotate(k, cos, sin))
 
     close(scores(pos + shift), scores(pos), 1e-8)
-    assert not torch.allclose(scores(pos), scores(torch.zeros_like(pos)), atol=0.1), "positions have no effect at all"
+    assert not torch.allclose(scores(pos), scores(torch.zeros_like(pos)), atol=0.1), (
+        "positions have no effect at all"
+    )
 
 
 def test_rope_keeps_norms():
@@ -202,39 +250,65 @@ def test_rope_keeps_norms():
 
 def test_rope_turns_the_pair_i_and_i_plus_half_by_position_times_frequency():
     """The half-split layout of transformers, by hand for D = 4, position 3, base 100: frequencies 1 and 1/10."""
-    y = rotate(torch.tensor([[[[1.0, 2.0, 5.0, 7.0]]]]), *rotary_angles(torch.tensor([3]), 4, 100.0, torch.float32))
-    want = [math.cos(3) - 5 * math.sin(3), 2 * math.cos(0.3) - 7 * math.sin(0.3),
-            5 * math.cos(3) + math.sin(3), 7 * math.cos(0.3) + 2 * math.sin(0.3)]
+    y = rotate(
+        torch.tensor([[[[1.0, 2.0, 5.0, 7.0]]]]),
+        *rotary_angles(torch.tensor([3]), 4, 100.0, torch.float32),
+    )
+    want = [
+        math.cos(3) - 5 * math.sin(3),
+        2 * math.cos(0.3) - 7 * math.sin(0.3),
+        5 * math.cos(3) + math.sin(3),
+        7 * math.cos(0.3) + 2 * math.sin(0.3),
+    ]
     close(y.flatten(), torch.tensor(want), 1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention: fast paths against the plain maths
 
+
 def test_attention_reference_is_this_loop():
     """The definition itself, once more in scalars: the sink takes probability and gives no value."""
-    q, k, v, s = randn(1, 2, 3, 4), randn(1, 1, 3, 4, seed=5), randn(1, 1, 3, 4, seed=6), [0.5, -1.0]
+    q, k, v, s = (
+        randn(1, 2, 3, 4),
+        randn(1, 1, 3, 4, seed=5),
+        randn(1, 1, 3, 4, seed=6),
+        [0.5, -1.0],
+    )
     got = attention_reference(q, k, v, torch.tensor(s, dtype=torch.float64))
     for h in range(2):
         for t in range(3):
             e = [math.exp(float(q[0, h, t] @ k[0, 0, j]) / 2) for j in range(t + 1)]
-            close(got[0, h, t], sum(w * v[0, 0, j] for j, w in enumerate(e)) / (sum(e) + math.exp(s[h])))
+            close(
+                got[0, h, t],
+                sum(w * v[0, 0, j] for j, w in enumerate(e)) / (sum(e) + math.exp(s[h])),
+            )
 
 
-MASKS = {"causal": lambda B, T: None,
-         "docs": lambda B, T: training_mask((torch.arange(T) // 3).expand(B, T), None, T, CPU),
-         "window": lambda B, T: training_mask(None, 3, T, CPU),
-         "docs_window": lambda B, T: training_mask((torch.arange(T) // 5).expand(B, T), 3, T, CPU)}
+MASKS = {
+    "causal": lambda B, T: None,
+    "docs": lambda B, T: training_mask((torch.arange(T) // 3).expand(B, T), None, T, CPU),
+    "window": lambda B, T: training_mask(None, 3, T, CPU),
+    "docs_window": lambda B, T: training_mask((torch.arange(T) // 5).expand(B, T), 3, T, CPU),
+}
 
 
-@pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    "dtype, tol", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"]
+)
 @pytest.mark.parametrize("sinks", [True, False], ids=["sinks", "no_sinks"])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 @pytest.mark.parametrize("H, K", [(4, 4), (4, 2), (3, 1)])
 @pytest.mark.parametrize("T, D", [(1, 8), (7, 2), (40, 16)])
-def test_every_fast_path_equals_the_reference_in_value_and_gradient(dtype, tol, sinks, mask, H, K, T, D):
+def test_every_fast_path_equals_the_reference_in_value_and_gradient(
+    dtype, tol, sinks, mask, H, K, T, D
+):
     """FlashSinks' backward is our own derivation, and a wrong gradient still trains, only worse."""
-    q, k, v = randn(2, H, T, D, dtype=dtype), randn(2, K, T, D, seed=5, dtype=dtype), randn(2, K, T, D, seed=6, dtype=dtype)
+    q, k, v = (
+        randn(2, H, T, D, dtype=dtype),
+        randn(2, K, T, D, seed=5, dtype=dtype),
+        randn(2, K, T, D, seed=6, dtype=dtype),
+    )
     inputs = [q, k, v] + ([randn(H, seed=7, dtype=dtype)] if sinks else [])
     for x in inputs:
         x.requires_grad_()
@@ -257,13 +331,20 @@ def test_a_sink_at_minus_infinity_is_no_sink():
     with torch.no_grad():
         for block in model.blocks:
             block.attn.sinks.fill_(-1e30)
-    plain.load_state_dict({name: p for name, p in model.state_dict().items() if "sinks" not in name})
+    plain.load_state_dict(
+        {name: p for name, p in model.state_dict().items() if "sinks" not in name}
+    )
     close(model(ids(2, 9)), plain(ids(2, 9)))
 
 
 def test_a_large_sink_silences_its_head():
     """The other end: exp(30) against scores near 1 takes all probability, and only in the head it belongs to."""
-    y = attention(randn(1, 2, 5, 8), randn(1, 2, 5, 8, seed=5), randn(1, 2, 5, 8, seed=6), torch.tensor([60.0, 0.0]).double())
+    y = attention(
+        randn(1, 2, 5, 8),
+        randn(1, 2, 5, 8, seed=5),
+        randn(1, 2, 5, 8, seed=6),
+        torch.tensor([60.0, 0.0]).double(),
+    )
     assert y[:, 0].abs().max() < 1e-10 and y[:, 1].abs().min() > 0
 
 
@@ -273,8 +354,12 @@ def test_mha_is_gqa_with_one_key_head_per_query_head():
     attn, x, T = model.blocks[0].attn, randn(2, 7, 32), 7
     cos, sin = rotary_angles(torch.arange(T), 8, 10000.0, torch.float64)
     q, k, v = (F.linear(x, w).view(2, T, 4, 8) for w in attn.qkv.weight.chunk(3))
-    y = F.scaled_dot_product_attention(rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2),
-                                       v.transpose(1, 2), is_causal=True)
+    y = F.scaled_dot_product_attention(
+        rotate(q, cos, sin).transpose(1, 2),
+        rotate(k, cos, sin).transpose(1, 2),
+        v.transpose(1, 2),
+        is_causal=True,
+    )
     close(attn(x, cos, sin), F.linear(y.transpose(1, 2).reshape(2, T, 32), attn.out.weight))
 
 
@@ -287,7 +372,9 @@ def test_gqa_equals_mha_with_repeated_key_and_value_heads(K, sinks):
     for name, w in state.items():
         if "qkv" in name:
             q, k, v = w.view(4 + 2 * K, 8, 32).split((4, K, K))
-            state[name] = torch.cat((q, k.repeat_interleave(4 // K, 0), v.repeat_interleave(4 // K, 0))).view(96, 32)
+            state[name] = torch.cat(
+                (q, k.repeat_interleave(4 // K, 0), v.repeat_interleave(4 // K, 0))
+            ).view(96, 32)
     mha.load_state_dict(state)
     close(gqa(ids(2, 9)), mha(ids(2, 9)))
 
@@ -296,19 +383,28 @@ def test_gqa_equals_mha_with_repeated_key_and_value_heads(K, sinks):
 def cached(model, idx, slots, pieces):
     """Hidden states of idx fed to a cache in pieces of these lengths."""
     cache = KVCache(model.cfg, len(idx), slots, CPU, model.embed.weight.dtype)
-    return torch.cat([model.hidden(piece, cache=cache) for piece in idx.split(pieces, dim=1)], dim=1)
+    return torch.cat(
+        [model.hidden(piece, cache=cache) for piece in idx.split(pieces, dim=1)], dim=1
+    )
 
 
 @variants
-@pytest.mark.parametrize("pieces", [[1] * 12, [12], [7, 1, 1, 1, 1, 1], [3, 5, 1, 3]], ids=["tokens", "once", "prefill", "chunks"])
+@pytest.mark.parametrize(
+    "pieces",
+    [[1] * 12, [12], [7, 1, 1, 1, 1, 1], [3, 5, 1, 3]],
+    ids=["tokens", "once", "prefill", "chunks"],
+)
 def test_cached_decoding_equals_the_full_forward_pass(fields, pieces):
     """However the text is cut, a cache may save time but not change a hidden state; a token sees the same keys."""
     model, idx = tiny(**fields), ids(2, 12)
     close(cached(model, idx, 16, pieces), model.hidden(idx), tolerance(fields))
 
 
-@pytest.mark.parametrize("fields", [{}, {"sinks": False, "n_kv_head": 2}, {"n_expert": 4}, {"sliding_window": 3}],
-                         ids=["sinks", "gqa", "moe", "window"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"sinks": False, "n_kv_head": 2}, {"n_expert": 4}, {"sliding_window": 3}],
+    ids=["sinks", "gqa", "moe", "window"],
+)
 @pytest.mark.parametrize("n_layer", [1, 3])
 def test_a_rolling_cache_is_a_sliding_window_of_its_slots(fields, n_layer):
     """A key of layer 2 was computed when its token was fed, from the window of that moment: the same keys in both, so they
@@ -335,13 +431,21 @@ def test_cache_memory_does_not_grow_with_the_text():
 # ---------------------------------------------------------------------------------------------------------------------
 # Loss
 
-@pytest.mark.parametrize("fields", [{}, {"tied": False}, {"n_expert": 4}, {"n_expert": 4, "tied": False}],
-                         ids=["tied", "untied", "moe", "moe_untied"])
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"tied": False}, {"n_expert": 4}, {"n_expert": 4, "tied": False}],
+    ids=["tied", "untied", "moe", "moe_untied"],
+)
 @pytest.mark.parametrize("d_model", [64, 512])
 def test_the_initial_loss_is_near_the_log_of_the_vocabulary(fields, d_model):
     """A fresh model knows nothing: more than ln V means that the initialisation is confidently wrong."""
     torch.manual_seed(0)
-    model = GPT(ModelConfig(vocab_size=262, seq_len=32, n_layer=2, n_head=4, d_model=d_model, d_ff=128, **fields))
+    model = GPT(
+        ModelConfig(
+            vocab_size=262, seq_len=32, n_layer=2, n_head=4, d_model=d_model, d_ff=128, **fields
+        )
+    )
     with torch.no_grad():
         loss = model(ids(8, 32, vocab=262), ids(8, 32, seed=9, vocab=262)) / 256
     assert abs(loss - math.log(262)) < 0.3
@@ -358,7 +462,9 @@ def test_linear_cross_entropy_equals_torch_in_value_and_gradients(monkeypatch, n
     ours = LinearCrossEntropy.apply(x, w, target, 17)
     torchs = F.cross_entropy(x @ w[:17].T, target, ignore_index=-1, reduction="sum")
     close(ours, torchs)
-    for a, b in zip(torch.autograd.grad(2.5 * ours, (x, w)), torch.autograd.grad(2.5 * torchs, (x, w))):
+    for a, b in zip(
+        torch.autograd.grad(2.5 * ours, (x, w)), torch.autograd.grad(2.5 * torchs, (x, w))
+    ):
         close(a, b)
 
 
@@ -374,15 +480,19 @@ def test_linear_cross_entropy_needs_no_gradient_to_be_asked_for():
     want = F.cross_entropy(x @ w.T, target, reduction="sum")
     close(LinearCrossEntropy.apply(x, w, target, 20), want)
     x.requires_grad_()
-    close(torch.autograd.grad(LinearCrossEntropy.apply(x, w, target, 20), x)[0],
-          torch.autograd.grad(F.cross_entropy(x @ w.T, target, reduction="sum"), x)[0])
+    close(
+        torch.autograd.grad(LinearCrossEntropy.apply(x, w, target, 20), x)[0],
+        torch.autograd.grad(F.cross_entropy(x @ w.T, target, reduction="sum"), x)[0],
+    )
 
 
 def test_padded_rows_of_the_head_get_no_gradient():
     """Else the optimizer would move them, and they would take probability from real tokens."""
     model = tiny(tied=False, vocab_size=50)
     model(ids(2, 8), ids(2, 8, seed=9)).backward()
-    assert (model.head.weight.grad[50:] == 0).all() and (model.head.weight.grad[:50] != 0).any(-1).all()
+    assert (model.head.weight.grad[50:] == 0).all() and (model.head.weight.grad[:50] != 0).any(
+        -1
+    ).all()
 
 
 @variants
@@ -390,7 +500,9 @@ def test_the_loss_is_the_summed_cross_entropy_of_the_logits(fields):
     """The chunked loss against the logits that sampling uses; targets below 0 do not count."""
     model, idx, targets = tiny(**fields), ids(2, 9), ids(2, 9, seed=9)
     targets[0, :4] = -1
-    want = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+    want = F.cross_entropy(
+        model(idx).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum"
+    )
     close(model(idx, targets), want.double(), 1e-5)  # logits are float32
 
 
@@ -411,7 +523,9 @@ def test_logprobs_equal_a_gathered_log_softmax_in_value_and_gradients(monkeypatc
     x.requires_grad_()
     ours = model.logprobs(x, targets)
     logits = x @ model.head.weight[:50].T
-    plain = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0] * (targets >= 0)
+    plain = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0] * (
+        targets >= 0
+    )
     close(ours, plain)
     for a, b in zip(grads(ours, (x, model.head.weight)), grads(plain, (x, model.head.weight))):
         close(a, b)
@@ -420,6 +534,7 @@ def test_logprobs_equal_a_gathered_log_softmax_in_value_and_gradients(monkeypatc
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Mixture of experts
+
 
 def moe(dtype=torch.float64, **fields) -> MoE:
     return tiny(dtype=dtype, **{"n_layer": 1, "n_expert": 4} | fields).blocks[0].mlp
@@ -430,18 +545,30 @@ def moe_loop(moe: MoE, x):
     rows = []
     for token in x.flatten(0, -2):
         scores = torch.sigmoid((moe.router.weight @ token).float())
-        chosen = scores.argsort(descending=True)[:moe.n_active]
+        chosen = scores.argsort(descending=True)[: moe.n_active]
         y = 0
         for e in chosen:
             gate, up = (moe.gate_up[e] @ token).chunk(2)
-            y = y + (scores[e] / scores[chosen].sum()).to(x.dtype) * (moe.down[e] @ (F.silu(gate) * up))
+            y = y + (scores[e] / scores[chosen].sum()).to(x.dtype) * (
+                moe.down[e] @ (F.silu(gate) * up)
+            )
         rows.append(y if moe.shared is None else y + moe.shared(token))
     return torch.stack(rows).view_as(x)
 
 
-@pytest.mark.parametrize("path, dtype", [("grouped", torch.float32), ("split", torch.float32), ("split", torch.float64)])
-@pytest.mark.parametrize("fields", [{}, {"n_expert_active": 1}, {"shared_expert": False}, {"n_expert": 9, "n_expert_active": 3, "d_expert": 8}],
-                         ids=["top2", "top1", "no_shared", "many"])
+@pytest.mark.parametrize(
+    "path, dtype", [("grouped", torch.float32), ("split", torch.float32), ("split", torch.float64)]
+)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"n_expert_active": 1},
+        {"shared_expert": False},
+        {"n_expert": 9, "n_expert_active": 3, "d_expert": 8},
+    ],
+    ids=["top2", "top1", "no_shared", "many"],
+)
 def test_moe_equals_a_loop_over_tokens_and_experts(monkeypatch, path, dtype, fields):
     """Sorting by expert and scattering back is easy to get wrong for one token in a hundred."""
     calls = []
@@ -449,7 +576,9 @@ def test_moe_equals_a_loop_over_tokens_and_experts(monkeypatch, path, dtype, fie
         if not hasattr(F, "grouped_mm"):
             pytest.skip("this torch has no grouped_mm")
         grouped_mm = F.grouped_mm
-        monkeypatch.setattr(F, "grouped_mm", lambda *args, **kwargs: calls.append(1) or grouped_mm(*args, **kwargs))
+        monkeypatch.setattr(
+            F, "grouped_mm", lambda *args, **kwargs: calls.append(1) or grouped_mm(*args, **kwargs)
+        )
     else:
         monkeypatch.delattr(F, "grouped_mm", raising=False)
     layer, x = moe(dtype, **fields), randn(2, 9, 32, dtype=dtype)
@@ -466,7 +595,10 @@ def test_moe_equals_a_loop_over_tokens_and_experts(monkeypatch, path, dtype, fie
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_moe_of_one_expert_is_swiglu(dtype):
     """One expert has the whole weight, whatever its score: value, gradients, and no gradient for the router."""
-    layer, x = moe(dtype, n_expert=1, n_expert_active=1, shared_expert=False, d_expert=16), randn(2, 5, 32, dtype=dtype)
+    layer, x = (
+        moe(dtype, n_expert=1, n_expert_active=1, shared_expert=False, d_expert=16),
+        randn(2, 5, 32, dtype=dtype),
+    )
     dense = SwiGLU(32, 16).to(dtype)
     with torch.no_grad():
         dense.gate_up.weight.copy_(layer.gate_up[0])
@@ -477,7 +609,9 @@ def test_moe_of_one_expert_is_swiglu(dtype):
     close(ours, plain, tol)
     mine = grads(ours, (x, layer.gate_up, layer.down, layer.router.weight))
     for a, b in zip(mine, grads(plain, (x, dense.gate_up.weight, dense.down.weight))):
-        close(a.view_as(b), b, max(tol, 1e-5))  # s / s passes the float32 rounding of a gradient 0 on to x
+        close(
+            a.view_as(b), b, max(tol, 1e-5)
+        )  # s / s passes the float32 rounding of a gradient 0 on to x
     assert mine[3].abs().max() < 1e-4
 
 
@@ -490,7 +624,9 @@ def test_moe_runs_when_an_expert_gets_no_token():
     assert (gradient.abs().amax((1, 2)) > 0).sum() == 2 and gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("fields", [{"d_expert": 6}, {"n_expert_active": 3, "d_ff": 64}], ids=["given", "derived"])
+@pytest.mark.parametrize(
+    "fields", [{"d_expert": 6}, {"n_expert_active": 3, "d_ff": 64}], ids=["given", "derived"]
+)
 def test_moe_runs_with_any_expert_width(fields):
     """grouped_mm wants rows of whole 16 bytes, and d_ff // n_expert_active is often none (64 // 3 = 21)."""
     layer, x = moe(torch.float32, **fields), randn(2, 9, 32, dtype=torch.float32)
@@ -504,14 +640,19 @@ def test_balance_loss_is_one_when_routing_is_even():
         layer.router.weight.copy_(3 * torch.eye(4))
     layer(torch.eye(4, dtype=torch.float64).repeat(5, 1))
     assert abs(layer.balance_loss.item() - 1) < 1e-6
-    layer(torch.eye(4, dtype=torch.float64)[[0]].repeat(20, 1))  # all to expert 0, whose share is s(3) / (s(3) + 3 s(0))
+    layer(
+        torch.eye(4, dtype=torch.float64)[[0]].repeat(20, 1)
+    )  # all to expert 0, whose share is s(3) / (s(3) + 3 s(0))
     s3 = 1 / (1 + math.exp(-3))
     assert abs(layer.balance_loss.item() - 4 * s3 / (s3 + 1.5)) < 1e-6
 
 
 def test_balance_loss_spreads_the_tokens():
     """What it is for: a router that sends most tokens to one expert learns to use all four alike."""
-    layer, x = moe(torch.float32, n_expert=4, n_expert_active=1, d_expert=4), randn(256, 32, dtype=torch.float32)
+    layer, x = (
+        moe(torch.float32, n_expert=4, n_expert_active=1, d_expert=4),
+        randn(256, 32, dtype=torch.float32),
+    )
     x[:, 0] = 2.0
     with torch.no_grad():
         layer.router.weight.mul_(0.3)
@@ -534,14 +675,22 @@ def test_balance_loss_of_the_model_is_the_mean_over_layers_times_its_coefficient
     """And a dense model has none, so that train.py may add it without asking."""
     model = tiny(n_expert=4, balance_coef=0.5)
     model(ids(2, 8))
-    close(model.balance_loss(), 0.5 * (model.blocks[0].mlp.balance_loss + model.blocks[1].mlp.balance_loss) / 2)
+    close(
+        model.balance_loss(),
+        0.5 * (model.blocks[0].mlp.balance_loss + model.blocks[1].mlp.balance_loss) / 2,
+    )
     assert tiny().balance_loss() == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model as a whole
 
-@pytest.mark.parametrize("fields", [{}, {"sinks": False, "sliding_window": 4}, {"n_expert": 4, "n_kv_head": 2}], ids=["sinks", "window", "moe"])
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"sinks": False, "sliding_window": 4}, {"n_expert": 4, "n_kv_head": 2}],
+    ids=["sinks", "window", "moe"],
+)
 def test_bfloat16_autocast_trains_near_float32(fields):
     """The compute dtype of every GPU run: loss within 2 %, gradients in the same direction, finite and float32."""
     model, idx, targets = tiny(dtype=torch.float32, **fields), ids(4, 16), ids(4, 16, seed=9)
@@ -559,11 +708,22 @@ def test_bfloat16_autocast_trains_near_float32(fields):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fields, dtype, tol", [({}, torch.float32, 1e-4), ({"n_expert": 4}, torch.float32, 1e-4),
-                                                ({"n_expert": 4}, torch.bfloat16, 5e-2)], ids=["dense", "moe", "moe_bfloat16"])
+@pytest.mark.parametrize(
+    "fields, dtype, tol",
+    [
+        ({}, torch.float32, 1e-4),
+        ({"n_expert": 4}, torch.float32, 1e-4),
+        ({"n_expert": 4}, torch.bfloat16, 5e-2),
+    ],
+    ids=["dense", "moe", "moe_bfloat16"],
+)
 def test_the_compiled_loss_equals_the_eager_one(fields, dtype, tol):
     """torch.compile is on in every GPU run; ignored targets take another way there (no boolean indexing)."""
-    model, idx, targets = tiny(dtype=torch.float32, n_layer=1, **fields), ids(2, 16), ids(2, 16, seed=9)
+    model, idx, targets = (
+        tiny(dtype=torch.float32, n_layer=1, **fields),
+        ids(2, 16),
+        ids(2, 16, seed=9),
+    )
     targets[0, :5] = -1
     results = []
     for run in (model, torch.compile(model)):
@@ -582,10 +742,17 @@ def test_param_groups_hold_every_parameter_once(fields):
     model = tiny(score_head=True, **fields)
     groups = model.param_groups()
     grouped = [id(p) for group in groups.values() for p in group]
-    assert sorted(grouped) == sorted(id(p) for p in model.parameters()) and len(set(grouped)) == len(grouped)
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters()) and len(
+        set(grouped)
+    ) == len(grouped)
     muon, name_of = groups["muon"], {id(p): name for name, p in model.named_parameters()}
     assert all(p.ndim >= 2 for p in muon)
-    assert {name_of[id(p)].rsplit(".", 2)[-2] for p in muon if p.ndim == 2} <= {"qkv", "out", "gate_up", "down"}
+    assert {name_of[id(p)].rsplit(".", 2)[-2] for p in muon if p.ndim == 2} <= {
+        "qkv",
+        "out",
+        "gate_up",
+        "down",
+    }
     assert not any("router" in name_of[id(p)] for p in muon)
 
 
@@ -595,7 +762,9 @@ def test_every_parameter_gets_a_gradient(fields):
     model, idx = tiny(score_head=True, **fields), ids(4, 16)
     x = model.hidden(idx)
     (model.nll(x, ids(4, 16, seed=9)) + model.scores(x, idx, idx > 9).square().sum()).backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or (p.grad == 0).all()] == []
+    assert [
+        name for name, p in model.named_parameters() if p.grad is None or (p.grad == 0).all()
+    ] == []
 
 
 @variants
@@ -607,7 +776,9 @@ def test_recomputed_blocks_give_the_same_loss_and_gradients(fields):
         model.zero_grad()
         loss = model(idx, targets) + model.balance_loss()
         loss.backward()
-        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        results.append(
+            [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+        )
     assert len(results[0]) == len(results[1]) and all(map(torch.equal, *results))
 
 
@@ -636,8 +807,14 @@ def test_a_tied_head_shares_storage_and_an_untied_one_does_not():
 
 def test_num_params_is_this_count():
     """By hand: C 16, H 4, K 2, D 4, F 32, 2 layers, vocabulary 128."""
-    model = GPT(ModelConfig(vocab_size=100, seq_len=8, n_layer=2, n_head=4, n_kv_head=2, d_model=16, d_ff=32))
-    layer = 8 * 4 * 16 + 16 * 16 + 2 * 32 * 16 + 16 * 32 + 16 + 16 + 4 + 4 + 4  # qkv, out, gate_up, down, norms, sinks
+    model = GPT(
+        ModelConfig(
+            vocab_size=100, seq_len=8, n_layer=2, n_head=4, n_kv_head=2, d_model=16, d_ff=32
+        )
+    )
+    layer = (
+        8 * 4 * 16 + 16 * 16 + 2 * 32 * 16 + 16 * 32 + 16 + 16 + 4 + 4 + 4
+    )  # qkv, out, gate_up, down, norms, sinks
     assert model.num_params() == 128 * 16 + 2 * layer + 16
 
 
@@ -646,8 +823,14 @@ def test_flops_per_token_is_this_count():
     fields = dict(vocab_size=100, seq_len=8, n_layer=2, n_head=4, n_kv_head=2, d_model=16, d_ff=32)
     weights = 2 * (8 * 4 * 16 + 16 * 16 + 2 * 32 * 16 + 16 * 32) + 128 * 16
     for tied in (True, False):
-        assert GPT(ModelConfig(**fields, tied=tied)).flops_per_token() == 6 * weights + 12 * 2 * 4 * 4 * 8
-    assert GPT(ModelConfig(**fields, sliding_window=3)).flops_per_token() == 6 * weights + 12 * 2 * 4 * 4 * 3
+        assert (
+            GPT(ModelConfig(**fields, tied=tied)).flops_per_token()
+            == 6 * weights + 12 * 2 * 4 * 4 * 8
+        )
+    assert (
+        GPT(ModelConfig(**fields, sliding_window=3)).flops_per_token()
+        == 6 * weights + 12 * 2 * 4 * 4 * 3
+    )
 
 
 def test_flops_per_token_do_not_count_the_experts_a_token_does_not_go_to():
@@ -667,7 +850,9 @@ def test_scores_add_the_hidden_state_and_the_log_likelihood_of_the_solution_so_f
     x = model.hidden(idx)
     logp = model.logits(x).log_softmax(-1)[0]
     p = [0.0] + [logp[t - 1, idx[0, t]].item() for t in range(1, 7)]
-    wanted = model.score(x)[0, :, 0] + 0.5 * torch.tensor([0, 0, p[2], p[2] + p[3], 0, p[5], p[5] + p[6]])
+    wanted = model.score(x)[0, :, 0] + 0.5 * torch.tensor(
+        [0, 0, p[2], p[2] + p[3], 0, p[5], p[5] + p[6]]
+    )
     scores = model.scores(x, idx, solution)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores[0], wanted)
@@ -676,23 +861,32 @@ def test_scores_add_the_hidden_state_and_the_log_likelihood_of_the_solution_so_f
 # ---------------------------------------------------------------------------------------------------------------------
 # ModelConfig
 
-@pytest.mark.parametrize("fields, names", [
-    ({"n_head": 4, "n_kv_head": 3}, ["n_head=4", "n_kv_head=3"]),
-    ({"n_kv_head": 8, "n_head": 4}, ["n_head=4", "n_kv_head=8"]),
-    ({"d_head": 7}, ["d_head", "7"]),
-    ({"d_model": 12, "n_head": 4}, ["d_head", "3", "d_model=12", "n_head=4"]),
-    ({"d_model": 66, "n_head": 4}, ["d_model=66", "n_head=4"]),
-    ({"d_head": 0}, ["d_head", "0"]),
-    ({"n_expert": 4, "n_expert_active": 5}, ["n_expert_active=5", "n_expert=4"]),
-    ({"n_expert": 4, "n_expert_active": 0}, ["n_expert_active=0", "n_expert=4"]),
-    ({"n_expert": -1}, ["n_expert=-1"]),
-    ({"n_expert": 4, "d_expert": 0}, ["d_expert", "0"]),
-    ({"sliding_window": 0}, ["sliding_window", "0"]),
-    ({"rope_base": -1.0}, ["rope_base", "-1"]),
-    ({"n_head": 0}, ["n_head", "0"]), ({"n_kv_head": 0}, ["n_kv_head", "0"]), ({"d_model": 0}, ["d_model", "0"]),
-    ({"n_layer": 0}, ["n_layer", "0"]), ({"vocab_size": 0}, ["vocab_size", "0"]), ({"seq_len": -5}, ["seq_len", "-5"]),
-    ({"d_ff": 0}, ["d_ff", "0"]),
-], ids=lambda x: ",".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "")
+
+@pytest.mark.parametrize(
+    "fields, names",
+    [
+        ({"n_head": 4, "n_kv_head": 3}, ["n_head=4", "n_kv_head=3"]),
+        ({"n_kv_head": 8, "n_head": 4}, ["n_head=4", "n_kv_head=8"]),
+        ({"d_head": 7}, ["d_head", "7"]),
+        ({"d_model": 12, "n_head": 4}, ["d_head", "3", "d_model=12", "n_head=4"]),
+        ({"d_model": 66, "n_head": 4}, ["d_model=66", "n_head=4"]),
+        ({"d_head": 0}, ["d_head", "0"]),
+        ({"n_expert": 4, "n_expert_active": 5}, ["n_expert_active=5", "n_expert=4"]),
+        ({"n_expert": 4, "n_expert_active": 0}, ["n_expert_active=0", "n_expert=4"]),
+        ({"n_expert": -1}, ["n_expert=-1"]),
+        ({"n_expert": 4, "d_expert": 0}, ["d_expert", "0"]),
+        ({"sliding_window": 0}, ["sliding_window", "0"]),
+        ({"rope_base": -1.0}, ["rope_base", "-1"]),
+        ({"n_head": 0}, ["n_head", "0"]),
+        ({"n_kv_head": 0}, ["n_kv_head", "0"]),
+        ({"d_model": 0}, ["d_model", "0"]),
+        ({"n_layer": 0}, ["n_layer", "0"]),
+        ({"vocab_size": 0}, ["vocab_size", "0"]),
+        ({"seq_len": -5}, ["seq_len", "-5"]),
+        ({"d_ff": 0}, ["d_ff", "0"]),
+    ],
+    ids=lambda x: ",".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "",
+)
 def test_a_bad_combination_is_refused_with_its_names_and_values(fields, names):
     """It is the user's to mend, so the message must say which settings and what they were."""
     with pytest.raises(UserError) as error:
@@ -709,8 +903,20 @@ def test_all_bad_settings_are_named_at_once():
 
 def test_what_was_given_is_never_overwritten():
     """A derived field that silently replaces the user's is the worst kind of default."""
-    given = dict(vocab_size=77, seq_len=9, n_layer=3, n_head=6, n_kv_head=3, d_model=20, d_head=4, d_ff=30, n_expert=5, n_expert_active=2,
-                 d_expert=7, sliding_window=2)
+    given = dict(
+        vocab_size=77,
+        seq_len=9,
+        n_layer=3,
+        n_head=6,
+        n_kv_head=3,
+        d_model=20,
+        d_head=4,
+        d_ff=30,
+        n_expert=5,
+        n_expert_active=2,
+        d_expert=7,
+        sliding_window=2,
+    )
     cfg = ModelConfig(**given)
     assert {key: getattr(cfg, key) for key in given} == given
 
@@ -719,7 +925,12 @@ def test_fields_left_none_are_derived():
     """n_kv_head = n_head, d_head = C / H, d_ff = 8/3 C up to 64, d_expert = d_ff / active."""
     cfg = ModelConfig(n_head=4, d_model=96)
     assert (cfg.n_kv_head, cfg.d_head, cfg.d_ff, cfg.d_expert) == (4, 24, 256, 128)
-    assert [ModelConfig(vocab_size=v).padded_vocab for v in (1, 128, 129, 50262)] == [128, 128, 256, 50304]
+    assert [ModelConfig(vocab_size=v).padded_vocab for v in (1, 128, 129, 50262)] == [
+        128,
+        128,
+        256,
+        50304,
+    ]
 
 
 def test_a_head_width_given_frees_the_model_width():

@@ -1,4 +1,5 @@
 """Properties of optim.py: Muon against torch's own, what is decayed, and the learning rate over any horizon."""
+
 import copy
 import math
 from types import SimpleNamespace
@@ -41,6 +42,7 @@ def relative(a, b) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 # Muon
 
+
 @shapes
 def test_muon_equals_torch_muon_in_float32(shape, monkeypatch):
     """Torch's Newton-Schulz casts to bf16, which hides small mistakes; with that cast taken out only rounding may remain."""
@@ -56,7 +58,11 @@ def test_muon_equals_torch_muon_in_bfloat16(shape):
     assert max(errors) < 0.06
 
 
-@pytest.mark.parametrize("wrong", [{"ns_steps": 4}, {"momentum": 0.6}, {"lr": 0.022}, {"weight_decay": 0.0}], ids=lambda d: next(iter(d)))
+@pytest.mark.parametrize(
+    "wrong",
+    [{"ns_steps": 4}, {"momentum": 0.6}, {"lr": 0.022}, {"weight_decay": 0.0}],
+    ids=lambda d: next(iter(d)),
+)
 def test_the_bfloat16_tolerance_would_notice_a_wrong_setting(wrong):
     """A tolerance of some per cent is only worth something if a wrong coefficient lies outside of it."""
     base = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.3, "ns_steps": 5}
@@ -78,11 +84,15 @@ def test_a_stack_of_matrices_equals_separate_matrices(shape):
     single = [torch.nn.Parameter(stack[i].detach().clone()) for i in range(3)]
     one, three = Muon([stack], weight_decay=0.1), Muon(single, weight_decay=0.1)
     for step in range(3):
-        stack.grad = randn(3, *shape, seed=10 + step) * torch.tensor([1.0, 100.0, 0.01]).view(3, 1, 1)
+        stack.grad = randn(3, *shape, seed=10 + step) * torch.tensor([1.0, 100.0, 0.01]).view(
+            3, 1, 1
+        )
         for p, grad in zip(single, stack.grad):
             p.grad = grad.clone()
         one.step(), three.step()
-    torch.testing.assert_close(stack.detach(), torch.stack([p.detach() for p in single]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        stack.detach(), torch.stack([p.detach() for p in single]), rtol=0, atol=1e-5
+    )
 
 
 def test_updates_of_parameters_of_one_shape_do_not_mix():
@@ -98,7 +108,13 @@ def test_updates_of_parameters_of_one_shape_do_not_mix():
         for optimizer in optimizers:
             optimizer.step()
     for i, (p, q) in enumerate(zip(together, alone)):
-        torch.testing.assert_close(p.detach(), q.detach(), rtol=0, atol=1e-5, msg=lambda text, i=i: f"parameter {i}: {text}")
+        torch.testing.assert_close(
+            p.detach(),
+            q.detach(),
+            rtol=0,
+            atol=1e-5,
+            msg=lambda text, i=i: f"parameter {i}: {text}",
+        )
 
 
 def test_a_parameter_without_gradient_is_left_alone():
@@ -116,7 +132,9 @@ def test_orthogonalized_singular_values_are_near_one(rows, columns):
     muon, n = Muon([torch.nn.Parameter(torch.zeros(1, 1))]), min(rows, columns)
     u, v = torch.linalg.qr(randn(rows, n))[0], torch.linalg.qr(randn(columns, n, seed=1))[0]
     for scale in (1e-4, 1.0, 1e4):
-        found = torch.linalg.svdvals(muon.orthogonalize(scale * (u * torch.logspace(-1.5, 0, n)) @ v.T[None], 5))
+        found = torch.linalg.svdvals(
+            muon.orthogonalize(scale * (u * torch.logspace(-1.5, 0, n)) @ v.T[None], 5)
+        )
         assert 0.6 < found.min() and found.max() < 1.3, (scale, found.min(), found.max())
 
 
@@ -140,9 +158,21 @@ def test_a_zero_gradient_gives_a_finite_update():
 # ---------------------------------------------------------------------------------------------------------------------
 # Groups
 
+
 def settings_of(**changes) -> SimpleNamespace:
-    return SimpleNamespace(**{"optimizer": "muon", "muon_lr": 0.02, "learning_rate": 1e-3, "momentum": 0.95, "weight_decay": 0.1, "ns_steps": 5,
-                              "beta1": 0.9, "beta2": 0.95} | changes)
+    return SimpleNamespace(
+        **{
+            "optimizer": "muon",
+            "muon_lr": 0.02,
+            "learning_rate": 1e-3,
+            "momentum": 0.95,
+            "weight_decay": 0.1,
+            "ns_steps": 5,
+            "beta1": 0.9,
+            "beta2": 0.95,
+        }
+        | changes
+    )
 
 
 VARIANTS = [{}, {"tied": False}, {"n_expert": 4}, {"score_head": True, "sinks": False}]
@@ -151,7 +181,12 @@ variants = pytest.mark.parametrize("fields", VARIANTS, ids=["dense", "untied", "
 
 def tiny(fields) -> GPT:
     torch.manual_seed(0)
-    return GPT(ModelConfig(**{"vocab_size": 50, "seq_len": 8, "n_layer": 2, "n_head": 2, "d_model": 16, "d_ff": 24} | fields))
+    return GPT(
+        ModelConfig(
+            **{"vocab_size": 50, "seq_len": 8, "n_layer": 2, "n_head": 2, "d_model": 16, "d_ff": 24}
+            | fields
+        )
+    )
 
 
 @variants
@@ -159,7 +194,12 @@ def tiny(fields) -> GPT:
 def test_every_parameter_is_in_one_group_of_one_optimizer(fields, name):
     """A parameter in no group never learns, one in two groups is stepped twice; neither shows in the loss at once."""
     model = tiny(fields)
-    found = [p for optimizer in make_optimizers(model, settings_of(optimizer=name)) for group in optimizer.param_groups for p in group["params"]]
+    found = [
+        p
+        for optimizer in make_optimizers(model, settings_of(optimizer=name))
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
     assert len(found) == len(set(found)) == len(list(model.parameters()))
     assert set(found) == set(model.parameters())
 
@@ -180,7 +220,11 @@ def test_weight_decay_falls_on_hidden_matrices_only(fields, name):
     for key, p in model.named_parameters():
         if not torch.equal(p, before[key]):
             shrunk.add(key)
-    hidden = {key for key, p in model.named_parameters() if key.startswith("blocks.") and p.ndim >= 2 and "router" not in key}
+    hidden = {
+        key
+        for key, p in model.named_parameters()
+        if key.startswith("blocks.") and p.ndim >= 2 and "router" not in key
+    }
     assert shrunk == hidden and len(hidden) >= 4 * 2
 
 
@@ -188,7 +232,9 @@ def test_peak_learning_rates_are_kept_in_every_group():
     """The loop scales peak_lr by the schedule; a group without it, or with the other optimizer's rate, trains wrongly."""
     for name, expected in (("muon", [0.02, 1e-3]), ("adamw", [1e-3, 1e-3])):
         optimizers = make_optimizers(tiny({}), settings_of(optimizer=name))
-        assert [group["peak_lr"] for optimizer in optimizers for group in optimizer.param_groups] == expected
+        assert [
+            group["peak_lr"] for optimizer in optimizers for group in optimizer.param_groups
+        ] == expected
 
 
 def test_optimizer_state_survives_a_round_trip():
@@ -214,8 +260,18 @@ def test_optimizer_state_survives_a_round_trip():
 # ---------------------------------------------------------------------------------------------------------------------
 # Schedule
 
+
 def schedule(**changes) -> SimpleNamespace:
-    return SimpleNamespace(**{"max_steps": 100, "warmup_frac": 0.1, "decay_frac": 0.4, "final_lr_frac": 0.1, "schedule": "wsd"} | changes)
+    return SimpleNamespace(
+        **{
+            "max_steps": 100,
+            "warmup_frac": 0.1,
+            "decay_frac": 0.4,
+            "final_lr_frac": 0.1,
+            "schedule": "wsd",
+        }
+        | changes
+    )
 
 
 share = st.floats(0, 1)
@@ -223,23 +279,45 @@ share = st.floats(0, 1)
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 400), share, share, share, st.sampled_from(["wsd", "cosine"]))
-def test_learning_rate_is_within_zero_and_peak_and_first_step_learns(max_steps, warmup, decay, final, kind):
+def test_learning_rate_is_within_zero_and_peak_and_first_step_learns(
+    max_steps, warmup, decay, final, kind
+):
     """A first step at rate 0 is a wasted batch, a negative rate climbs the loss; no horizon and no shares may give them."""
-    cfg = schedule(max_steps=max_steps, warmup_frac=warmup, decay_frac=decay, final_lr_frac=final, schedule=kind)
+    cfg = schedule(
+        max_steps=max_steps,
+        warmup_frac=warmup,
+        decay_frac=decay,
+        final_lr_frac=final,
+        schedule=kind,
+    )
     values = [lr_at(step, cfg) for step in range(max_steps + 1)]
     assert values[0] > 0
     assert all(math.isfinite(v) and 0 <= v <= 1 + 1e-12 for v in values)
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(2, 400), st.floats(0, 0.4), st.floats(0, 0.5), share, st.sampled_from(["wsd", "cosine"]))
-def test_warm_up_rises_to_the_peak_and_the_rate_then_never_rises(max_steps, warmup, decay, final, kind):
+@given(
+    st.integers(2, 400),
+    st.floats(0, 0.4),
+    st.floats(0, 0.5),
+    share,
+    st.sampled_from(["wsd", "cosine"]),
+)
+def test_warm_up_rises_to_the_peak_and_the_rate_then_never_rises(
+    max_steps, warmup, decay, final, kind
+):
     """The configured rate is the peak that is really reached; after it the schedule only holds or falls."""
-    cfg = schedule(max_steps=max_steps, warmup_frac=warmup, decay_frac=decay, final_lr_frac=final, schedule=kind)
+    cfg = schedule(
+        max_steps=max_steps,
+        warmup_frac=warmup,
+        decay_frac=decay,
+        final_lr_frac=final,
+        schedule=kind,
+    )
     values, top = [lr_at(step, cfg) for step in range(max_steps)], round(warmup * max_steps)
-    assert all(a < b for a, b in zip(values[:top + 1], values[1:top + 1]))
+    assert all(a < b for a, b in zip(values[: top + 1], values[1 : top + 1]))
     assert max(values) == pytest.approx(1.0)
-    assert all(a >= b - 1e-12 for a, b in zip(values[top:], values[top + 1:]))
+    assert all(a >= b - 1e-12 for a, b in zip(values[top:], values[top + 1 :]))
 
 
 def test_wsd_holds_its_plateau_and_decays_in_a_straight_line():
@@ -267,4 +345,7 @@ def test_no_warm_up_and_no_decay_is_a_constant_rate():
 
 def test_muon_chooses_float32_on_a_cpu():
     """bf16 without bf16 units costs 16 times as much: on a CPU the default is float32."""
-    assert Muon([torch.nn.Parameter(randn(4, 4))]).orthogonalize(randn(1, 4, 4), 5).dtype == torch.float32
+    assert (
+        Muon([torch.nn.Parameter(randn(4, 4))]).orthogonalize(randn(1, 4, 4), 5).dtype
+        == torch.float32
+    )

@@ -2,6 +2,7 @@
 
 The libraries are imported where they are used, so that the default run, which leaves these tests out, does not wait for them.
 """
+
 import base64
 import gzip
 import importlib.util
@@ -28,19 +29,32 @@ import report
 from checkpoint import weights_hash
 
 missing = [name for name in ("transformers", "lm_eval") if not importlib.util.find_spec(name)]
-pytestmark = [pytest.mark.peers, pytest.mark.skipif(bool(missing), reason=f"no {' and '.join(missing)}: pip install -r requirements-peers.txt")]
+pytestmark = [
+    pytest.mark.peers,
+    pytest.mark.skipif(
+        bool(missing), reason=f"no {' and '.join(missing)}: pip install -r requirements-peers.txt"
+    ),
+]
 
-REAL = Path(os.environ.get("MODERN_LLM_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
-MARKED = """ \n = Homarus = \n \n Homarus , known as the " lobster " ( or <unk> ) , is 1 @,@ 000 @.@ 5 mm long ; it 's well @-@ known . \n \n = = Description = = \n
+REAL = Path(
+    os.environ.get("MODERN_LLM_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data"
+)
+MARKED = (
+    """ \n = Homarus = \n \n Homarus , known as the " lobster " ( or <unk> ) , is 1 @,@ 000 @.@ 5 mm long ; it 's well @-@ known . \n \n = = Description = = \n
  The lobsters ' claws [ both ] are large : who knew ? \n a = 3 \n = = = Size = = = \n \n 20 ° C and N others ! \n \n = Tamar Grain = \n \n Short . \n = X = \n
- It said ' yes ' – “ no ” { maybe } 🐟 in /' 5/ or so . \n""" + " ".join(f"word{i} ( {i} ) , and so on ." for i in range(60)) + " \n \n"
+ It said ' yes ' – “ no ” { maybe } 🐟 in /' 5/ or so . \n"""
+    + " ".join(f"word{i} ( {i} ) , and so on ." for i in range(60))
+    + " \n \n"
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def offline(tmp_path_factory):
     """Nothing of this may need the network, nor write into a home directory."""
+
     def refuse(*args, **keys):
         raise AssertionError("a socket was opened")
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf")))
         patch.setenv("HF_HUB_OFFLINE", "1")
@@ -60,14 +74,16 @@ def text_of(which: str) -> str:
     if which == "marks":
         return MARKED
     text = gzip.decompress(real("wikitext2_raw_valid.txt.gz").read_bytes()).decode()
-    return text[:[heading.start() for heading in re.finditer(r"(?m)^ = [^=\n]+ = $", text)][3]]
+    return text[: [heading.start() for heading in re.finditer(r"(?m)^ = [^=\n]+ = $", text)][3]]
 
 
 def pages(text: str) -> list[str]:
     """The documents of EleutherAI/wikitext_document_level: lines put together again, a new page at each line " = Title = "."""
     found = [[]]
     for line in text.split("\n"):
-        if re.fullmatch(r"\s*= [^=].* =\s*|\s*= [^=] =\s*", line) and not re.search(r"= =\s*$", line):
+        if re.fullmatch(r"\s*= [^=].* =\s*|\s*= [^=] =\s*", line) and not re.search(
+            r"= =\s*$", line
+        ):
             found.append([])
         found[-1].append(line)
     return [page for page in map("\n".join, found) if page.strip()]
@@ -76,9 +92,20 @@ def pages(text: str) -> list[str]:
 def save_gpt2(folder: Path, tokenizer, n_positions: int = 32):
     """A small transformers GPT-2 with every parameter random, saved. -> the model"""
     from transformers import GPT2Config, GPT2LMHeadModel
+
     torch.manual_seed(0)
     eos = tokenizer.eos
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=eos + 1, n_positions=n_positions, n_embd=16, n_layer=2, n_head=2, bos_token_id=eos, eos_token_id=eos))
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=eos + 1,
+            n_positions=n_positions,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            bos_token_id=eos,
+            eos_token_id=eos,
+        )
+    )
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.15 * torch.randn_like(p))
@@ -88,7 +115,7 @@ def save_gpt2(folder: Path, tokenizer, n_positions: int = 32):
 
 def theirs(model, ids: list[int], scored: int) -> float:
     """nats of the last ids of one window, by transformers' own loss."""
-    labels = torch.tensor([[-100] * (len(ids) - scored) + ids[len(ids) - scored:]])
+    labels = torch.tensor([[-100] * (len(ids) - scored) + ids[len(ids) - scored :]])
     with torch.no_grad():
         return model(torch.tensor([ids]), labels=labels).loss.item() * scored
 
@@ -96,42 +123,69 @@ def theirs(model, ids: list[int], scored: int) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 # transformers' GPT-2 through our protocols
 
+
 def test_padding_and_batches_change_nothing_for_gpt2_either(tmp_path):
     """Positions are absolute, and counted from the left; what is padded on the right is never seen. Each window has the nats it has alone."""
     model = save_gpt2(tmp_path / "gpt2", BYTE)
     peer, draws = ppl.Peer(str(tmp_path / "gpt2"), BYTE), np.random.default_rng(0)
-    windows = [(draws.integers(0, 257, n).tolist(), k) for n, k in ((9, 8), (2, 1), (30, 4), (17, 16), (32, 31))]
+    windows = [
+        (draws.integers(0, 257, n).tolist(), k)
+        for n, k in ((9, 8), (2, 1), (30, 4), (17, 16), (32, 31))
+    ]
     wanted = [theirs(model, *window) for window in windows]
     for batch in (1, 2, 16):
         assert ppl.windows_nll(peer, windows, batch) == pytest.approx(wanted, rel=1e-5)
-    assert ppl.windows_nll(peer, [(list(range(33)), 32)]) == pytest.approx([-model(torch.arange(32)[None]).logits[0].log_softmax(-1)[
-        torch.arange(32), torch.arange(1, 33)].sum().item()], rel=1e-5)  # a rolling window: as many inputs as there are positions
+    assert ppl.windows_nll(peer, [(list(range(33)), 32)]) == pytest.approx(
+        [
+            -model(torch.arange(32)[None])
+            .logits[0]
+            .log_softmax(-1)[torch.arange(32), torch.arange(1, 33)]
+            .sum()
+            .item()
+        ],
+        rel=1e-5,
+    )  # a rolling window: as many inputs as there are positions
 
 
 def test_token_protocols_are_those_of_transformers_documentation(tmp_path):
     """tokens, strided (the loop of its page "Perplexity of fixed-length models") and per_line, each window by transformers' own loss."""
     model = save_gpt2(tmp_path / "gpt2", BYTE)
-    rows = {row["protocol"]: row for row in ppl.perplexity(ppl.Peer(str(tmp_path / "gpt2"), BYTE), BYTE, MARKED)}
+    rows = {
+        row["protocol"]: row
+        for row in ppl.perplexity(ppl.Peer(str(tmp_path / "gpt2"), BYTE), BYTE, MARKED)
+    }
     ids = BYTE.encode(MARKED)
     for protocol, stride in (("tokens", 32), ("strided", 16)):
         nats, n, before = 0.0, 0, 0
         for begin in range(0, len(ids), stride):
             end = min(begin + 32, len(ids))
-            scored = min(end - before, end - begin - 1)  # the first id of a window has no prediction
+            scored = min(
+                end - before, end - begin - 1
+            )  # the first id of a window has no prediction
             nats, n, before = nats + theirs(model, ids[begin:end], scored), n + scored, end
             if end == len(ids):
                 break
-        assert rows[protocol]["value"] == pytest.approx(math.exp(nats / n), rel=1e-5) and rows[protocol]["n"] == n
+        assert (
+            rows[protocol]["value"] == pytest.approx(math.exp(nats / n), rel=1e-5)
+            and rows[protocol]["n"] == n
+        )
     lines = [BYTE.encode(line)[:32] for line in MARKED.split("\n") if line.strip()]
     n = sum(len(line) - 1 for line in lines)
-    assert rows["per_line"]["value"] == pytest.approx(math.exp(sum(theirs(model, line, len(line) - 1) for line in lines) / n), rel=1e-5)
+    assert rows["per_line"]["value"] == pytest.approx(
+        math.exp(sum(theirs(model, line, len(line) - 1) for line in lines) / n), rel=1e-5
+    )
     assert rows["per_line"]["n"] == n
 
 
 def test_a_baseline_is_a_row_of_every_table(tmp_path, capsys):
     """A run of another tokenizer, and a GPT-2 directory beside it: the same protocols and record, the weights' hash included."""
     ranks, folder = real("gpt2.tiktoken"), tmp_path / "my-gpt2"
-    argv = [*make_run(tmp_path), "--tasks=text_perplexity", f"--baselines={folder}/", "--no_overwrite"]
+    argv = [
+        *make_run(tmp_path),
+        "--tasks=text_perplexity",
+        f"--baselines={folder}/",
+        "--no_overwrite",
+    ]
     shutil.copy(ranks, tmp_path / "data")
     tokenizer = data.load_tokenizer("gpt2", str(tmp_path / "data"))
     save_gpt2(folder, tokenizer)
@@ -140,26 +194,50 @@ def test_a_baseline_is_a_row_of_every_table(tmp_path, capsys):
     own = {row["protocol"]: row for row in rows if row["model"] == "my-gpt2"}
     peer = ppl.Peer(str(folder), tokenizer)
     wanted = ppl.perplexity(peer, tokenizer, (tmp_path / "data/wiki/test.txt").read_text())
-    assert {protocol: row["value"] for protocol, row in own.items()} == {row["protocol"]: pytest.approx(row["value"], rel=1e-6) for row in wanted}
-    assert tuple(own) == ppl.PROTOCOLS and {row["weights_hash"] for row in own.values()} == {weights_hash(peer.state_dict())}
-    assert {row["model"] for row in rows} == {"untrained", "unigrams of the text", "pretrain", "sft", "dpo", "my-gpt2"} and own["words"]["overlap"] is None
-    assert re.search(r"\| trivial answer \|.* dpo \| my-gpt2 \|", Path(report.write_report(str(tmp_path / "run"), str(tmp_path / "run"), 1)).read_text())
+    assert {protocol: row["value"] for protocol, row in own.items()} == {
+        row["protocol"]: pytest.approx(row["value"], rel=1e-6) for row in wanted
+    }
+    assert tuple(own) == ppl.PROTOCOLS and {row["weights_hash"] for row in own.values()} == {
+        weights_hash(peer.state_dict())
+    }
+    assert {row["model"] for row in rows} == {
+        "untrained",
+        "unigrams of the text",
+        "pretrain",
+        "sft",
+        "dpo",
+        "my-gpt2",
+    } and own["words"]["overlap"] is None
+    assert re.search(
+        r"\| trivial answer \|.* dpo \| my-gpt2 \|",
+        Path(report.write_report(str(tmp_path / "run"), str(tmp_path / "run"), 1)).read_text(),
+    )
     capsys.readouterr()
     assert evaluation.main(argv) == 0 and "all results exist" in capsys.readouterr().out
     folder.rename(tmp_path / "sft")
-    fails(lambda: evaluation.main([*argv[:-2], f"--baselines={tmp_path / 'sft'}"]), "called sft already", "rename")
+    fails(
+        lambda: evaluation.main([*argv[:-2], f"--baselines={tmp_path / 'sft'}"]),
+        "called sft already",
+        "rename",
+    )
 
 
 def test_a_baseline_must_be_loaded_whole(tmp_path):
     """from_pretrained fills a missing weight with random numbers and goes on; a figure of such a model must not come to be."""
     from safetensors.torch import load_file, save_file
+
     folder = str(tmp_path / "gpt2")
     model = save_gpt2(tmp_path / "gpt2", BYTE)
     path, load = os.path.join(folder, "model.safetensors"), lambda: ppl.Peer(folder, BYTE)
     weights = load_file(path)
-    published = {name.removeprefix("transformer."): x for name, x in weights.items()}  # as in the folders of 2019, with masks
+    published = {
+        name.removeprefix("transformer."): x for name, x in weights.items()
+    }  # as in the folders of 2019, with masks
     for layer in range(2):
-        published |= {f"h.{layer}.attn.bias": torch.ones(32, 32).tril()[None, None], f"h.{layer}.attn.masked_bias": torch.tensor(-1e4)}
+        published |= {
+            f"h.{layer}.attn.bias": torch.ones(32, 32).tril()[None, None],
+            f"h.{layer}.attn.masked_bias": torch.tensor(-1e4),
+        }
     save_file(published, path, {"format": "pt"})
     assert weights_hash(load().model.state_dict()) == weights_hash(model.state_dict())
     name = "transformer.h.1.mlp.c_fc.weight"
@@ -187,24 +265,46 @@ def test_a_baseline_of_another_vocabulary_is_refused(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # lm-evaluation-harness's own task wikitext
 
+
 def harness(lm, text: str, folder: Path) -> dict[str, float]:
     """Its task, its metrics, its aggregation; only the data set's address is ours."""
     import lm_eval
     from lm_eval.tasks import TaskManager
+
     path, task = folder / "pages.jsonl", folder / "task.yaml"
     path.write_text("".join(json.dumps({"page": page}) + "\n" for page in pages(text)))
-    task.write_text(json.dumps({
-        "include": str(Path(lm_eval.__file__).parent / "tasks/wikitext/wikitext.yaml"), "dataset_path": "json", "dataset_name": None,
-        "dataset_kwargs": {"data_files": dict.fromkeys(("train", "validation", "test"), str(path)), "cache_dir": str(folder / "cache")}}))
+    task.write_text(
+        json.dumps(
+            {
+                "include": str(Path(lm_eval.__file__).parent / "tasks/wikitext/wikitext.yaml"),
+                "dataset_path": "json",
+                "dataset_name": None,
+                "dataset_kwargs": {
+                    "data_files": dict.fromkeys(("train", "validation", "test"), str(path)),
+                    "cache_dir": str(folder / "cache"),
+                },
+            }
+        )
+    )
     manager = TaskManager(include_defaults=False)  # no index of its thousands of other tasks
-    results = lm_eval.simple_evaluate(lm, tasks=[str(task)], task_manager=manager, bootstrap_iters=0)["results"]["wikitext"]
+    results = lm_eval.simple_evaluate(
+        lm, tasks=[str(task)], task_manager=manager, bootstrap_iters=0
+    )["results"]["wikitext"]
     return {name.removesuffix(",none"): value for name, value in results.items()}
 
 
 def assert_same(model, tokenizer, text: str, theirs: dict[str, float]) -> None:
-    rows = {row["protocol"]: row for row in ppl.perplexity(model, tokenizer, text, ("words", "bpb"))}
-    ours = {"word_perplexity": rows["words"]["value"], "bits_per_byte": rows["bpb"]["value"], "byte_perplexity": 2 ** rows["bpb"]["value"]}
-    print({name: abs(value / theirs[name] - 1) for name, value in ours.items()})  # pytest -m peers -s
+    rows = {
+        row["protocol"]: row for row in ppl.perplexity(model, tokenizer, text, ("words", "bpb"))
+    }
+    ours = {
+        "word_perplexity": rows["words"]["value"],
+        "bits_per_byte": rows["bpb"]["value"],
+        "byte_perplexity": 2 ** rows["bpb"]["value"],
+    }
+    print(
+        {name: abs(value / theirs[name] - 1) for name, value in ours.items()}
+    )  # pytest -m peers -s
     assert ours == {name: pytest.approx(theirs[name], rel=1e-5) for name in ours}
 
 
@@ -213,12 +313,27 @@ def test_words_and_bpb_of_our_model_are_the_harnesss(which, tmp_path):
     """Our GPT as a model of the harness, by its own rolling windows and a plain log_softmax."""
     from lm_eval.api.model import LM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
     model = tiny()
 
     class Ours(LM):
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
-            documents = [map(make_disjoint_window, get_rolling_token_windows(BYTE.encode(request.args[0]), BYTE.eos, model.cfg.seq_len, 1)) for request in requests]
-            return [sum(plain_logprobs(model, context + wanted)[-len(wanted):].sum().item() for context, wanted in windows) for windows in documents]
+            documents = [
+                map(
+                    make_disjoint_window,
+                    get_rolling_token_windows(
+                        BYTE.encode(request.args[0]), BYTE.eos, model.cfg.seq_len, 1
+                    ),
+                )
+                for request in requests
+            ]
+            return [
+                sum(
+                    plain_logprobs(model, context + wanted)[-len(wanted) :].sum().item()
+                    for context, wanted in windows
+                )
+                for windows in documents
+            ]
 
         loglikelihood = generate_until = None  # abstract there, and no part of this task
 
@@ -230,25 +345,36 @@ def test_words_and_bpb_of_our_model_are_the_harnesss(which, tmp_path):
 @pytest.mark.parametrize("which", ["marks", "WikiText-2"])
 def test_words_and_bpb_of_gpt2_are_the_harnesss(which, tokens, tmp_path):
     """The harness's model class for transformers, with a tokenizer of that library made of the same ranks, beside our protocols on the same folder."""
-    pytest.importorskip("accelerate", reason="lm_eval's class imports it: pip install -r requirements-peers.txt")
+    pytest.importorskip(
+        "accelerate", reason="lm_eval's class imports it: pip install -r requirements-peers.txt"
+    )
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
+
     ranks = tmp_path / "byte.tiktoken"
     ranks.write_text("".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)))
     ranks = str(real("gpt2.tiktoken") if tokens == "gpt2" else ranks)
     tokenizer, text = data.load_tokenizer(ranks), text_of(which)
     model = save_gpt2(tmp_path / "gpt2", tokenizer, n_positions=64)
     split = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # GPT-2's own; ours is its faster form for tiktoken
-    fast = PreTrainedTokenizerFast(tokenizer_object=TikTokenConverter(ranks, split, extra_special_tokens=["<|endoftext|>"]).converted(), eos_token="<|endoftext|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=TikTokenConverter(
+            ranks, split, extra_special_tokens=["<|endoftext|>"]
+        ).converted(),
+        eos_token="<|endoftext|>",
+    )
     assert fast.encode(text) == tokenizer.encode(text) and fast.eos_token_id == tokenizer.eos
     lm = HFLM(pretrained=model, tokenizer=fast, batch_size=8)
-    assert_same(ppl.Peer(str(tmp_path / "gpt2"), tokenizer), tokenizer, text, harness(lm, text, tmp_path))
+    assert_same(
+        ppl.Peer(str(tmp_path / "gpt2"), tokenizer), tokenizer, text, harness(lm, text, tmp_path)
+    )
 
 
 def test_every_real_article_is_cut_and_detokenised_as_in_the_harness():
     """WikiText-2, validation and test: pages, their bytes and words, and the text that is scored. None is left out or cut elsewhere."""
     from lm_eval.tasks.wikitext.preprocess_wikitext import process_results, wikitext_detokenizer
+
     for name, count in (("valid", 60), ("test", 62)):
         text = gzip.decompress(real(f"wikitext2_raw_{name}.txt.gz").read_bytes()).decode()
         documents, scored = [{"page": page} for page in pages(text)], []
@@ -260,16 +386,61 @@ def test_every_real_article_is_cut_and_detokenised_as_in_the_harness():
                 scored.append(article)
                 return [0]
 
-        rows = {row["protocol"]: row["items"]["den"] for row in ppl.perplexity(tiny(n_layer=1), Spy(), text, ("words", "bpb"))}
-        assert len(documents) == count and scored == [wikitext_detokenizer(document) for document in documents]
-        assert rows["words"] == [process_results(document, (0.0,))["word_perplexity"][1] for document in documents]
-        assert rows["bpb"] == [process_results(document, (0.0,))["bits_per_byte"][1] for document in documents]
+        rows = {
+            row["protocol"]: row["items"]["den"]
+            for row in ppl.perplexity(tiny(n_layer=1), Spy(), text, ("words", "bpb"))
+        }
+        assert len(documents) == count and scored == [
+            wikitext_detokenizer(document) for document in documents
+        ]
+        assert rows["words"] == [
+            process_results(document, (0.0,))["word_perplexity"][1] for document in documents
+        ]
+        assert rows["bpb"] == [
+            process_results(document, (0.0,))["bits_per_byte"][1] for document in documents
+        ]
 
 
 @settings(max_examples=500, deadline=None)
-@given(st.lists(st.sampled_from([" ", " ", "s", "'", "/", "5", "@-@", "@,@", "@.@", ":", ";", ".", "!", "?", ",", "(", ")", "[", "]", "{", "}", '"', "=", "°", "\n", "N",
-                                 "a", "é"]), max_size=30).map("".join))
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                " ",
+                " ",
+                "s",
+                "'",
+                "/",
+                "5",
+                "@-@",
+                "@,@",
+                "@.@",
+                ":",
+                ";",
+                ".",
+                "!",
+                "?",
+                ",",
+                "(",
+                ")",
+                "[",
+                "]",
+                "{",
+                "}",
+                '"',
+                "=",
+                "°",
+                "\n",
+                "N",
+                "a",
+                "é",
+            ]
+        ),
+        max_size=30,
+    ).map("".join)
+)
 def test_any_text_is_detokenised_as_in_the_harness(page):
     """Also where marks are nested, torn or doubled, in which a rewriting of its rules would differ first."""
     from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
+
     assert ppl.detokenize(page) == wikitext_detokenizer({"page": page})

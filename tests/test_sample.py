@@ -1,4 +1,5 @@
 """Generation equals naive decoding; sampling obeys its distribution; the program streams, chats and refuses in words."""
+
 import copy
 import io
 import math
@@ -26,12 +27,13 @@ PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5], [3, 5, 8, 9, 7, 9], [31, 41, 5, 9]]
 # ---------------------------------------------------------------------------------------------------------------------
 # Generation
 
+
 def naive(model, prompt, n, stop=()):
     """Greedy decoding without a cache: the whole text again for every token."""
     text = list(prompt)
     while len(text) < len(prompt) + n and not (len(text) > len(prompt) and text[-1] in stop):
         text.append(int(model(torch.tensor([text]))[0, -1].argmax()))
-    return text[len(prompt):]
+    return text[len(prompt) :]
 
 
 @variants
@@ -71,7 +73,9 @@ def test_generation_reports_every_id_once_and_in_order():
     """on_token streams: what it is told, row by row, is what is returned, nothing after a stop."""
     model, seen = tiny(seed=5), [[] for _ in PROMPTS]
     stop = (naive(model, PROMPTS[0], 3)[2],)
-    out = generate(model, PROMPTS, 7, stop, on_token=lambda row, token: seen[row].append(token), **GREEDY)
+    out = generate(
+        model, PROMPTS, 7, stop, on_token=lambda row, token: seen[row].append(token), **GREEDY
+    )
     assert seen == out and max(map(len, out)) == 7 and len(out[0]) <= 3
 
 
@@ -93,7 +97,10 @@ def test_generation_of_a_row_does_not_depend_on_its_batch():
 def test_generation_repeats_with_the_seed():
     """A sampled evaluation must be repeatable."""
     model = tiny(seed=5)
-    runs = [generate(model, PROMPTS, 8, seeds=[(seed, row) for row in range(len(PROMPTS))]) for seed in (1, 1, 2)]
+    runs = [
+        generate(model, PROMPTS, 8, seeds=[(seed, row) for row in range(len(PROMPTS))])
+        for seed in (1, 1, 2)
+    ]
     assert runs[0] == runs[1] != runs[2]
 
 
@@ -115,6 +122,7 @@ def test_generation_works_under_autocast(sinks):
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling
 
+
 def test_temperature_zero_and_top_k_one_are_argmax():
     """Both are greedy decoding."""
     logits = randn(40, 50)
@@ -131,8 +139,18 @@ def drawn(logits, n: int = 3000, **sampling) -> set[int]:
     return set(sample(many, draws=uniform(n), **sampling).tolist())
 
 
-@pytest.mark.parametrize("top_p, kept", [(0.05, {2}), (0.49, {2}), (0.51, {2, 0}), (0.79, {2, 0}), (0.81, {2, 0, 3}),
-                                         (0.96, {0, 1, 2, 3}), (1.0, {0, 1, 2, 3})])
+@pytest.mark.parametrize(
+    "top_p, kept",
+    [
+        (0.05, {2}),
+        (0.49, {2}),
+        (0.51, {2, 0}),
+        (0.79, {2, 0}),
+        (0.81, {2, 0, 3}),
+        (0.96, {0, 1, 2, 3}),
+        (1.0, {0, 1, 2, 3}),
+    ],
+)
 def test_top_p_keeps_the_smallest_set_of_that_probability(top_p, kept):
     """By hand: probabilities .30 .05 .50 .15; sorted and summed .50 .80 .95 1."""
     assert drawn([math.log(p) for p in (0.30, 0.05, 0.50, 0.15)], top_p=top_p) == kept
@@ -153,7 +171,9 @@ def test_top_k_keeps_the_k_most_likely_and_their_proportions():
 
 def test_temperature_divides_the_logits():
     """At temperature 2 the odds of 4 : 1 become 2 : 1."""
-    got = sample(torch.tensor([math.log(4.0), 0.0]).expand(20000, 2), temperature=2.0, draws=uniform(20000))
+    got = sample(
+        torch.tensor([math.log(4.0), 0.0]).expand(20000, 2), temperature=2.0, draws=uniform(20000)
+    )
     assert abs((got == 0).float().mean() - 2 / 3) < 0.015
 
 
@@ -178,9 +198,15 @@ def test_a_sampled_row_depends_on_its_prompt_and_its_seed_alone():
     """Not on its place in the batch, nor on rows that end before it: best-of-N may be cut into batches at will."""
     model, seeds = tiny(seed=5), [7, (1, 2), 9, 11, 13]
     together = generate(model, PROMPTS, 12, stop=(3,), seeds=seeds)
-    assert [generate(model, [prompt], 12, stop=(3,), seeds=[seed])[0] for prompt, seed in zip(PROMPTS, seeds)] == together
+    assert [
+        generate(model, [prompt], 12, stop=(3,), seeds=[seed])[0]
+        for prompt, seed in zip(PROMPTS, seeds)
+    ] == together
     assert len({len(row) for row in together}) > 1 or len(set(map(tuple, together))) == 5
-    assert generate(model, [PROMPTS[0]] * 3, 12, seeds=[7, 7, 8])[0] != generate(model, [PROMPTS[0]], 12, seeds=[8])[0]
+    assert (
+        generate(model, [PROMPTS[0]] * 3, 12, seeds=[7, 7, 8])[0]
+        != generate(model, [PROMPTS[0]], 12, seeds=[8])[0]
+    )
 
 
 def test_padded_ids_are_never_sampled_nor_predicted():
@@ -195,7 +221,9 @@ def test_padded_ids_are_never_sampled_nor_predicted():
     assert max(map(max, generate(model, PROMPTS, 8, temperature=100.0))) < 50
 
 
-@pytest.mark.parametrize("min_p, kept", [(0.05, {0, 1, 2, 3}), (0.2, {0, 2, 3}), (0.5, {0, 2}), (1.0, {2})])
+@pytest.mark.parametrize(
+    "min_p, kept", [(0.05, {0, 1, 2, 3}), (0.2, {0, 2, 3}), (0.5, {0, 2}), (1.0, {2})]
+)
 def test_min_p_keeps_ids_of_that_share_of_the_best(min_p, kept):
     """By hand: .30 .05 .50 .15 are .6 .1 1 .3 of the best."""
     assert drawn([math.log(p) for p in (0.30, 0.05, 0.50, 0.15)], min_p=min_p) == kept
@@ -204,13 +232,48 @@ def test_min_p_keeps_ids_of_that_share_of_the_best(min_p, kept):
 # ---------------------------------------------------------------------------------------------------------------------
 # The calculator
 
-@pytest.mark.parametrize("text, value", [("48/2", 24), ("20*.01", 0.2), ("(3+4)*2-1", 13), ("2-3-4", -5), ("12/3/2", 2), ("-3+5", 2), ("+10", 10), ("560//10", 56),
-                                         ("1,000*2", 2000), ("2*-3", -6), ("((((1))))", 1)])
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("48/2", 24),
+        ("20*.01", 0.2),
+        ("(3+4)*2-1", 13),
+        ("2-3-4", -5),
+        ("12/3/2", 2),
+        ("-3+5", 2),
+        ("+10", 10),
+        ("560//10", 56),
+        ("1,000*2", 2000),
+        ("2*-3", -6),
+        ("((((1))))", 1),
+    ],
+)
 def test_arithmetic_has_the_usual_rules(text, value):
     assert program.arithmetic(text) == pytest.approx(value)
 
 
-@pytest.mark.parametrize("text", ["", "1/0", "2**9", "9**9**9", "1+", "(1", "1)", "a+1", "__import__('os')", "1 2", "1e9", "." , "9" * 65, "9" * 40, "(" * 60, "0x1f"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "1/0",
+        "2**9",
+        "9**9**9",
+        "1+",
+        "(1",
+        "1)",
+        "a+1",
+        "__import__('os')",
+        "1 2",
+        "1e9",
+        ".",
+        "9" * 65,
+        "9" * 40,
+        "(" * 60,
+        "0x1f",
+    ],
+)
 def test_what_is_no_bounded_arithmetic_has_no_value(text):
     """Nothing a model can write is run, hangs, or raises."""
     assert program.arithmetic(text) is None
@@ -220,7 +283,11 @@ def test_what_is_no_bounded_arithmetic_has_no_value(text):
 @given(st.text(alphabet="0123456789.+-*/() ", max_size=20))
 def test_arithmetic_agrees_with_python_wherever_both_have_a_value(text):
     value = program.arithmetic(text)
-    if value is not None and "**" not in text and not re.search(r"\b0\d|\d\s+[\d.]|\.\s|/\s+/|\.\d*\.", text):
+    if (
+        value is not None
+        and "**" not in text
+        and not re.search(r"\b0\d|\d\s+[\d.]|\.\s|/\s+/|\.\d*\.", text)
+    ):
         assert value == pytest.approx(eval(text), nan_ok=True)
 
 
@@ -228,8 +295,16 @@ def test_the_calculator_reproduces_the_annotations_of_gsm8k():
     """Every <<expression=value>> of the 7,473 training solutions, by value; the few that differ are wrong in the source."""
     if not REAL.is_file():
         pytest.skip(f"no GSM8K at {REAL}")
-    asked = [pair.split("=") for row in data.read_jsonl(str(REAL)) for pair in re.findall(r"<<([^<>]*)>>", row["answer"])]
-    wrong = [(left, right) for left, right in asked if (value := program.arithmetic(left)) is None or abs(value - float(right)) > 1e-6]
+    asked = [
+        pair.split("=")
+        for row in data.read_jsonl(str(REAL))
+        for pair in re.findall(r"<<([^<>]*)>>", row["answer"])
+    ]
+    wrong = [
+        (left, right)
+        for left, right in asked
+        if (value := program.arithmetic(left)) is None or abs(value - float(right)) > 1e-6
+    ]
     assert len(asked) == 23716 and len(wrong) < 15, wrong
 
 
@@ -239,8 +314,15 @@ def test_a_row_that_asks_the_calculator_is_handed_the_result(name):
     tokenizer = data.load_tokenizer(name)
     tool = program.Calculator(tokenizer)
     assert tool(tokenizer.encode("x <<3+4=")) == tokenizer.encode("7>>")
-    assert tool(tokenizer.encode("3+4=")) == tool(tokenizer.encode("<<3+=")) == tool(tokenizer.encode("<<3+4=7>> =")) == []
-    assert tool(tokenizer.encode("<<1/3=")) == tokenizer.encode("0.333333>>") and tool(tokenizer.encode("<<0*-5=")) == tokenizer.encode("0>>")
+    assert (
+        tool(tokenizer.encode("3+4="))
+        == tool(tokenizer.encode("<<3+="))
+        == tool(tokenizer.encode("<<3+4=7>> ="))
+        == []
+    )
+    assert tool(tokenizer.encode("<<1/3=")) == tokenizer.encode("0.333333>>") and tool(
+        tokenizer.encode("<<0*-5=")
+    ) == tokenizer.encode("0>>")
 
 
 def test_the_calculator_corrects_a_model_while_it_generates():
@@ -251,20 +333,28 @@ def test_the_calculator_corrects_a_model_while_it_generates():
     class Scripted:
         embed, cfg = model.embed, model.cfg
         hidden = lambda self, idx, cache=None, pads=None: model.hidden(idx, cache=cache, pads=pads)
-        logits = lambda self, x: torch.nn.functional.one_hot(torch.tensor([next(script)]), tokenizer.vocab_size).float()
+        logits = lambda self, x: torch.nn.functional.one_hot(
+            torch.tensor([next(script)]), tokenizer.vocab_size
+        ).float()
 
-    (row,) = generate(Scripted(), [[1]], 12, temperature=0, calculator=program.Calculator(tokenizer))
+    (row,) = generate(
+        Scripted(), [[1]], 12, temperature=0, calculator=program.Calculator(tokenizer)
+    )
     assert tokenizer.decode(row[:9]) == "<<2+2=4>>" and row[9:] == [0, 0, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The program
 
+
 @pytest.fixture
 def start(tmp_path):
     """Folders of a base model and of a chat model, in bytes."""
     model = tiny(dtype=torch.float32, vocab_size=BYTE.vocab_size)
-    return {"base": save_start(tmp_path / "base", model), "chat": save_start(tmp_path / "chat", model, template=data.TEMPLATE, task="sft")}
+    return {
+        "base": save_start(tmp_path / "base", model),
+        "chat": save_start(tmp_path / "chat", model, template=data.TEMPLATE, task="sft"),
+    }
 
 
 def answers_of(monkeypatch) -> list:
@@ -286,7 +376,19 @@ def test_the_same_seed_prints_the_same_text_and_another_seed_another(start, caps
     """The whole program on a real checkpoint: the prompt first, then what was sampled."""
     texts = []
     for seed in (1, 1, 2):
-        assert program.main([f"--checkpoint={start['base']}", "--prompt=ab", "--max_new_tokens=12", "--temperature=1.5", f"--seed={seed}", "--device=cpu"]) == 0
+        assert (
+            program.main(
+                [
+                    f"--checkpoint={start['base']}",
+                    "--prompt=ab",
+                    "--max_new_tokens=12",
+                    "--temperature=1.5",
+                    f"--seed={seed}",
+                    "--device=cpu",
+                ]
+            )
+            == 0
+        )
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2] and texts[0].startswith("ab")
 
@@ -298,7 +400,11 @@ def test_what_is_streamed_is_what_was_sampled(start, capsys):
     streamed = capsys.readouterr()
     program.main([f"--checkpoint={start['base']}", "--n_samples=2", *flags])
     both = capsys.readouterr().out.removeprefix("ab").split("--- ")
-    assert both[1].removeprefix("1\n").rstrip() == both[2].removeprefix("2\n").rstrip() == streamed.out.removeprefix("ab").rstrip()
+    assert (
+        both[1].removeprefix("1\n").rstrip()
+        == both[2].removeprefix("2\n").rstrip()
+        == streamed.out.removeprefix("ab").rstrip()
+    )
     assert "[9 tokens" in streamed.err and "cut at max_new_tokens" in streamed.err
 
 
@@ -312,7 +418,12 @@ def test_a_character_of_several_tokens_is_printed_whole(start, monkeypatch, caps
 def test_a_chat_model_gets_the_template_and_a_base_model_plain_text(start, monkeypatch, capsys):
     """The checkpoint decides; --chat overrides it. A document begins after the end of another."""
     asked = answers_of(monkeypatch)
-    for name, flags in (("chat", []), ("base", []), ("chat", ["--chat=False"]), ("base", ["--chat"])):
+    for name, flags in (
+        ("chat", []),
+        ("base", []),
+        ("chat", ["--chat=False"]),
+        ("base", ["--chat"]),
+    ):
         program.main([f"--checkpoint={start[name]}", "--prompt=x", *flags])
     templated, plain = [BYTE.user, ord("x"), BYTE.end, BYTE.assistant], [BYTE.eos, ord("x")]
     assert asked == [templated, plain, plain, templated]
@@ -325,7 +436,10 @@ def test_a_conversation_keeps_its_turns_until_an_empty_line(start, monkeypatch, 
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     assert program.main([f"--checkpoint={start['chat']}"]) == 0
     turn = lambda text: [BYTE.user, *text.encode(), BYTE.end, BYTE.assistant]
-    assert asked == [turn("one"), [*turn("one"), *"h\u00e9!".encode(), BYTE.end, *turn("two")]] and next(lines) == "never read"
+    assert (
+        asked == [turn("one"), [*turn("one"), *"h\u00e9!".encode(), BYTE.end, *turn("two")]]
+        and next(lines) == "never read"
+    )
 
 
 def test_the_prompt_may_come_on_stdin(start, monkeypatch, capsys):
@@ -336,8 +450,15 @@ def test_the_prompt_may_come_on_stdin(start, monkeypatch, capsys):
     assert asked == [[BYTE.user, *b"from a pipe", BYTE.end, BYTE.assistant]]
 
 
-@pytest.mark.parametrize("flags, words", [(["--temperature=-1"], ["temperature", "-1"]), (["--top_p=1.5", "--n_samples=0"], ["top_p", "n_samples"]),
-                                          (["--prompt= "], ["empty"]), (["--checkpoint=nowhere"], ["nowhere"])])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--temperature=-1"], ["temperature", "-1"]),
+        (["--top_p=1.5", "--n_samples=0"], ["top_p", "n_samples"]),
+        (["--prompt= "], ["empty"]),
+        (["--checkpoint=nowhere"], ["nowhere"]),
+    ],
+)
 def test_wrong_requests_are_errors_in_words(start, flags, words):
     """A sampler is the first thing people try."""
     fails(lambda: program.main([f"--checkpoint={start['chat']}", "--prompt=x", *flags]), *words)

@@ -1,4 +1,5 @@
 """Streams far beyond the training context, and what heads look at: each way to read against another, and numbers worked out by hand."""
+
 import json
 import math
 from dataclasses import asdict
@@ -22,7 +23,20 @@ T = 8  # training context
 def tiny(seed: int = 0, **changes) -> GPT:
     """A small model with every parameter random, in float64: as initialised, its blocks would add nothing."""
     torch.manual_seed(seed)
-    model = GPT(ModelConfig(**{"vocab_size": 262, "seq_len": T, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_model": 32, "d_ff": 64} | changes))
+    model = GPT(
+        ModelConfig(
+            **{
+                "vocab_size": 262,
+                "seq_len": T,
+                "n_layer": 2,
+                "n_head": 4,
+                "n_kv_head": 2,
+                "d_model": 32,
+                "d_ff": 64,
+            }
+            | changes
+        )
+    )
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
@@ -36,15 +50,25 @@ def text(n: int = 3, length: int = 3 * T):
 # ---------------------------------------------------------------------------------------------------------------------
 # Three ways to read
 
+
 @pytest.mark.parametrize("sink", [True, False])
 def test_within_the_training_context_all_ways_to_read_are_one(sink):
     """Nothing has been dropped yet; from the first dropped token on, rolling must differ from dense, or the cache did not roll."""
     model, ids = tiny(sinks=sink), text()
-    dense, rolling, recomputed = sinks.dense(model, ids, batch=2), sinks.cached(model, ids, T)[0], sinks.recomputed(model, ids, range(3 * T))[0]
-    plain = torch.nn.functional.cross_entropy(model(ids[:, :-1]).transpose(1, 2), ids[:, 1:], reduction="none")
+    dense, rolling, recomputed = (
+        sinks.dense(model, ids, batch=2),
+        sinks.cached(model, ids, T)[0],
+        sinks.recomputed(model, ids, range(3 * T))[0],
+    )
+    plain = torch.nn.functional.cross_entropy(
+        model(ids[:, :-1]).transpose(1, 2), ids[:, 1:], reduction="none"
+    )
     assert torch.allclose(dense, plain.double(), atol=1e-5)
     for other in (rolling, recomputed):
-        assert torch.allclose(other[:, :T], dense[:, :T], atol=1e-9) and (other[:, T:] - dense[:, T:]).abs().mean() > 1e-3
+        assert (
+            torch.allclose(other[:, :T], dense[:, :T], atol=1e-9)
+            and (other[:, T:] - dense[:, T:]).abs().mean() > 1e-3
+        )
 
 
 def test_recompute_sees_the_last_context_alone_and_rolling_what_its_keys_remember():
@@ -55,9 +79,13 @@ def test_recompute_sees_the_last_context_alone_and_rolling_what_its_keys_remembe
     for n_layer in (1, 2):
         model = tiny(n_layer=n_layer)
         recomputed = [sinks.recomputed(model, x, [last])[0] for x in (ids, changed)]
-        rolling = [sinks.cached(model, x, T)[0][:, last:last + 1] for x in (ids, changed)]
+        rolling = [sinks.cached(model, x, T)[0][:, last : last + 1] for x in (ids, changed)]
         assert torch.equal(*recomputed)
-        assert torch.allclose(*rolling, atol=1e-9) == torch.allclose(rolling[0], recomputed[0], atol=1e-9) == (n_layer == 1)
+        assert (
+            torch.allclose(*rolling, atol=1e-9)
+            == torch.allclose(rolling[0], recomputed[0], atol=1e-9)
+            == (n_layer == 1)
+        )
 
 
 def test_a_rolling_cache_keeps_its_size():
@@ -70,11 +98,14 @@ def test_a_rolling_cache_keeps_its_size():
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention maps
 
+
 def test_the_maps_are_what_the_forward_pass_used():
     """Weights times values through the output matrix is the module's own output; a copy that drifts from the model would show nothing of it."""
     for fields in ({}, {"sinks": False}, {"sliding_window": 3}):
         model, ids, seen = tiny(**fields), text(2, T - 1), []
-        hook = model.blocks[1].attn.register_forward_hook(lambda module, args, output: seen.append((args, output)))
+        hook = model.blocks[1].attn.register_forward_hook(
+            lambda module, args, output: seen.append((args, output))
+        )
         maps = sinks.attention_maps(model, ids)
         hook.remove()
         (args, output), attn = seen[0], model.blocks[1].attn
@@ -109,24 +140,41 @@ def test_entropy_tells_heads_that_look_somewhere_from_heads_that_do_not():
                 block.attn.qkv.weight.zero_()
         rows = sinks.by_head(sinks.head_numbers(sinks.attention_maps(model, text(1, 3))), sink)
         flat = [row for row in rows if row["metric"] == "attention_entropy"]
-        assert len(flat) == 8 and all(row["value"] == pytest.approx(0.7945, abs=1e-4) == row["uniform"] for row in flat)
+        assert len(flat) == 8 and all(
+            row["value"] == pytest.approx(0.7945, abs=1e-4) == row["uniform"] for row in flat
+        )
     maps = torch.zeros(1, 1, 1, 4, 5)
     maps[..., 0] = 1
     rows = {row["metric"]: row for row in sinks.by_head(sinks.head_numbers(maps), False)}
     assert rows["attention_entropy"]["value"] == 0 and rows["first_token_share"]["value"] == 1
     assert rows["first_token_share"]["uniform"] == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
-    assert sinks.entropy(torch.tensor([[0.375, 0.125, 0.5]]))[0].item() == pytest.approx(0.5623, abs=1e-4)
-    rows = sinks.by_head(sinks.head_numbers(sinks.attention_maps(tiny(), text(1, T - 1))), True)  # random weights, but not small
-    assert all(row["value"] < row["uniform"] - 0.02 for row in rows if row["metric"] == "attention_entropy")
+    assert sinks.entropy(torch.tensor([[0.375, 0.125, 0.5]]))[0].item() == pytest.approx(
+        0.5623, abs=1e-4
+    )
+    rows = sinks.by_head(
+        sinks.head_numbers(sinks.attention_maps(tiny(), text(1, T - 1))), True
+    )  # random weights, but not small
+    assert all(
+        row["value"] < row["uniform"] - 0.02 for row in rows if row["metric"] == "attention_entropy"
+    )
 
 
 def test_shares_leave_out_the_first_queries():
     """The first query has only itself to look at: `skip` queries do not count, nor in the baseline."""
     maps = torch.tensor([[1.0, 0.0, 0.0], [0.2, 0.5, 0.3]]).view(1, 1, 1, 2, 3)
     rows = {row["metric"]: row for row in sinks.by_head(sinks.head_numbers(maps), True, 1)}
-    assert rows["sink_share"]["value"] == pytest.approx(0.3) and rows["sink_share"]["uniform"] == pytest.approx(1 / 3)
-    assert rows["first_token_share"]["value"] == pytest.approx(0.2) and rows["first_token_share"]["uniform"] == 1 / 2
-    assert (rows["sink_share"]["layer"], rows["sink_share"]["head"], rows["sink_share"]["n"]) == (1, 1, 1)
+    assert rows["sink_share"]["value"] == pytest.approx(0.3) and rows["sink_share"][
+        "uniform"
+    ] == pytest.approx(1 / 3)
+    assert (
+        rows["first_token_share"]["value"] == pytest.approx(0.2)
+        and rows["first_token_share"]["uniform"] == 1 / 2
+    )
+    assert (rows["sink_share"]["layer"], rows["sink_share"]["head"], rows["sink_share"]["n"]) == (
+        1,
+        1,
+        1,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,11 +191,31 @@ def make_runs(folder, characters: int = 600, end: int | None = None) -> list[str
     data.write_shard(str(folder / "data" / "book" / "val_000.bin"), ids, BYTE)
     for name in ("sinks", "no_sinks"):
         model = tiny(sinks=name == "sinks", n_head=1, n_kv_head=1).float()
-        save_checkpoint(str(folder / "run" / name / "ckpt_0000009.pt"), {
-            "model": model.state_dict(), "model_config": asdict(model.cfg), "train_config": {}, "step": 9, "best": 1.0, "task": "pretrain", "data": "none",
-            "rng": torch.get_rng_state(), "optimizers": [], "tokenizer": BYTE.spec()})
-    return [f"--out_dir={folder / 'run'}", f"--data_dir={folder / 'data'}", "--data=", "--problems=", "--pairs=", "--chats=", "--n_streams=2",
-            "--device=cpu"]
+        save_checkpoint(
+            str(folder / "run" / name / "ckpt_0000009.pt"),
+            {
+                "model": model.state_dict(),
+                "model_config": asdict(model.cfg),
+                "train_config": {},
+                "step": 9,
+                "best": 1.0,
+                "task": "pretrain",
+                "data": "none",
+                "rng": torch.get_rng_state(),
+                "optimizers": [],
+                "tokenizer": BYTE.spec(),
+            },
+        )
+    return [
+        f"--out_dir={folder / 'run'}",
+        f"--data_dir={folder / 'data'}",
+        "--data=",
+        "--problems=",
+        "--pairs=",
+        "--chats=",
+        "--n_streams=2",
+        "--device=cpu",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +223,12 @@ def finished(tmp_path_factory):
     """Both tasks on both runs, and their report. -> folder, rows"""
     folder = tmp_path_factory.mktemp("sinks")
     argv = make_runs(folder)
-    assert evaluation.main([*argv, "--tasks=streaming,attention", "--streaming=book", f"--sentences={SENTENCES}"]) == 0
+    assert (
+        evaluation.main(
+            [*argv, "--tasks=streaming,attention", "--streaming=book", f"--sentences={SENTENCES}"]
+        )
+        == 0
+    )
     assert report.main([f"--out_dir={folder / 'run'}"]) == 0
     return folder / "run", evaluation.read_results(str(folder / "run"))
 
@@ -166,23 +239,48 @@ def test_every_run_has_a_curve_to_sixteen_contexts(finished):
     _, rows = finished
     for model in ("sinks", "no_sinks"):
         for how in ("rolling", "dense", "recompute"):
-            line = [r for r in rows if (r["model"], r["metric"]) == (model, "loss_at_position") and r["protocol"].startswith(how)]
+            line = [
+                r
+                for r in rows
+                if (r["model"], r["metric"]) == (model, "loss_at_position")
+                and r["protocol"].startswith(how)
+            ]
             width = T if how == "recompute" else T // 2
             assert [r["position"] for r in line] == list(range(0, 16 * T, width))
             assert all(r["low"] <= r["value"] <= r["high"] for r in line)
-            assert line[1]["protocol"] == f"{how} {width}-{2 * width - 1}" and line[0]["n"] == 2 * width and {r["split"] for r in line} == {"val"}
-        size = {how: [r["value"] for r in rows if (r["model"], r["metric"]) == (model, "cache_bytes") and how in r["protocol"]]
-                for how in ("rolling", "dense")}
-        assert set(size["rolling"]) == {2 * 2 * T * 32 * 4} and size["dense"] == [2 * 2 * 4 * 32 * 4 * (i + 1) for i in range(32)]
+            assert (
+                line[1]["protocol"] == f"{how} {width}-{2 * width - 1}"
+                and line[0]["n"] == 2 * width
+                and {r["split"] for r in line} == {"val"}
+            )
+        size = {
+            how: [
+                r["value"]
+                for r in rows
+                if (r["model"], r["metric"]) == (model, "cache_bytes") and how in r["protocol"]
+            ]
+            for how in ("rolling", "dense")
+        }
+        assert set(size["rolling"]) == {2 * 2 * T * 32 * 4} and size["dense"] == [
+            2 * 2 * 4 * 32 * 4 * (i + 1) for i in range(32)
+        ]
     assert {r["model"] for r in rows if r["task"] == "streaming"} == {"sinks", "no_sinks"}
-    assert {r["model"] for r in rows if r["metric"] == "sink_share" and r["task"] == "streaming"} == {"sinks"}
+    assert {
+        r["model"] for r in rows if r["metric"] == "sink_share" and r["task"] == "streaming"
+    } == {"sinks"}
 
 
 def test_within_the_context_nothing_differs_from_recompute(finished):
     """The yardstick of the comparison beyond it: there a difference of 0 would mean that nothing was measured."""
     _, rows = finished
-    gaps = {(r["metric"], r["protocol"], r["model"]): abs(r["value"]) for r in rows if r["protocol"].endswith("- recompute")}
-    assert len(gaps) == 8 and all((gap < 1e-5) == (key[0] == "loss_within_context") for key, gap in gaps.items())
+    gaps = {
+        (r["metric"], r["protocol"], r["model"]): abs(r["value"])
+        for r in rows
+        if r["protocol"].endswith("- recompute")
+    }
+    assert len(gaps) == 8 and all(
+        (gap < 1e-5) == (key[0] == "loss_within_context") for key, gap in gaps.items()
+    )
 
 
 def test_maps_are_kept_for_every_model_and_sentence_and_drawn(finished):
@@ -191,11 +289,25 @@ def test_maps_are_kept_for_every_model_and_sentence_and_drawn(finished):
     for model in ("untrained", "sinks", "no_sinks"):
         for sentence, text in enumerate(SENTENCES.split(";"), 1):
             kept = json.loads((folder / "attention" / f"{model}_{sentence}.jsonl").read_text())
-            assert "".join(kept["tokens"]) == text and np.array(kept["maps"]).shape == (2, 1, len(text), len(text) + 1)
+            assert "".join(kept["tokens"]) == text and np.array(kept["maps"]).shape == (
+                2,
+                1,
+                len(text),
+                len(text) + 1,
+            )
             assert (folder / f"attention_{model}_{sentence}.png").stat().st_size > 10_000
-            whole = [r for r in rows if (r["model"], r["metric"], r["protocol"]) == (model, "attention_entropy", f"sentence {sentence}")]
-            assert len(whole) == 1 and whole[0]["uniform"] == pytest.approx(sum(math.log(i) for i in range(1, len(text) + 1)) / len(text))
-    assert (folder / "streaming.png").stat().st_size > 10_000 and "Streams of 16" in (folder / "report.md").read_text()
+            whole = [
+                r
+                for r in rows
+                if (r["model"], r["metric"], r["protocol"])
+                == (model, "attention_entropy", f"sentence {sentence}")
+            ]
+            assert len(whole) == 1 and whole[0]["uniform"] == pytest.approx(
+                sum(math.log(i) for i in range(1, len(text) + 1)) / len(text)
+            )
+    assert (folder / "streaming.png").stat().st_size > 10_000 and "Streams of 16" in (
+        folder / "report.md"
+    ).read_text()
 
 
 @pytest.mark.parametrize("end,one_document", [(200, True), (100, False)])
@@ -211,9 +323,25 @@ def test_streams_lie_in_one_document_where_any_is_long_enough(tmp_path, end, one
 def test_wrong_requests_are_refused_in_words(tmp_path):
     """Each with the value and what to do, before anything is computed."""
     argv = make_runs(tmp_path, 100)
-    fails(lambda: evaluation.main([*argv, "--tasks=streaming", "--streaming=book"]), "16 x seq_len = 128", "100 tokens")
+    fails(
+        lambda: evaluation.main([*argv, "--tasks=streaming", "--streaming=book"]),
+        "16 x seq_len = 128",
+        "100 tokens",
+    )
     fails(lambda: evaluation.main([*argv, "--tasks=streaming"]), "streaming needs --streaming=")
     fails(lambda: evaluation.main([*argv, "--tasks=attention"]), "attention needs --sentences=")
-    fails(lambda: evaluation.main([*argv, "--tasks=attention", "--sentences=far too long a sentence"]), "23 tokens", "seq_len=8", "separated by ;")
-    fails(lambda: evaluation.main([*argv, "--tasks=attention", "--sentences=x"]), "'x' has 1 tokens")
-    fails(lambda: evaluation.main([*argv, "--tasks=streaming", "--streaming=book", "--n_streams=0"]), "n_streams must be at least 1, got 0")
+    fails(
+        lambda: evaluation.main(
+            [*argv, "--tasks=attention", "--sentences=far too long a sentence"]
+        ),
+        "23 tokens",
+        "seq_len=8",
+        "separated by ;",
+    )
+    fails(
+        lambda: evaluation.main([*argv, "--tasks=attention", "--sentences=x"]), "'x' has 1 tokens"
+    )
+    fails(
+        lambda: evaluation.main([*argv, "--tasks=streaming", "--streaming=book", "--n_streams=0"]),
+        "n_streams must be at least 1, got 0",
+    )

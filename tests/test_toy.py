@@ -1,4 +1,5 @@
 """The toy world: what its docstring promises, checked on records of several seeds."""
+
 import random
 import re
 from collections import Counter
@@ -68,8 +69,12 @@ def test_every_key_belongs_to_exactly_one_split():
 
 def test_the_splits_have_about_their_shares():
     """60 % train, 20 % verifier, 10 % val, 10 % test of the keys."""
-    share = {split: sum(toy.in_split(f"key {i}", split) for i in range(5000)) / 5000 for split in SPLITS}
-    assert share == pytest.approx({"train": 0.6, "verifier": 0.2, "val": 0.1, "test": 0.1}, abs=0.03)
+    share = {
+        split: sum(toy.in_split(f"key {i}", split) for i in range(5000)) / 5000 for split in SPLITS
+    }
+    assert share == pytest.approx(
+        {"train": 0.6, "verifier": 0.2, "val": 0.1, "test": 0.1}, abs=0.03
+    )
 
 
 def test_the_numbers_of_a_problem_are_in_one_split_alone():
@@ -86,7 +91,13 @@ def test_the_numbers_of_a_problem_are_in_one_split_alone():
 @pytest.mark.parametrize("make", [toy.instruction, toy.preference])
 def test_the_cast_of_a_tale_is_in_one_split_alone(make):
     """The prompt names the cast: a prompt of val or test must never be trained on."""
-    prompts = {split: {(row.get("messages") or row["prompt"])[0]["content"] for row in toy.records(make, split, 300, 0)} for split in SPLITS}
+    prompts = {
+        split: {
+            (row.get("messages") or row["prompt"])[0]["content"]
+            for row in toy.records(make, split, 300, 0)
+        }
+        for split in SPLITS
+    }
     for one in SPLITS:
         for other in SPLITS:
             assert one == other or not prompts[one] & prompts[other]
@@ -95,16 +106,25 @@ def test_the_cast_of_a_tale_is_in_one_split_alone(make):
 def test_instructions_and_pairs_of_one_split_share_their_casts():
     """Both stages cut by the same key, or DPO would train on prompts that SFT holds out."""
     for split, other in (("train", "test"), ("val", "train")):
-        asked = {row["messages"][0]["content"] for row in toy.records(toy.instruction, split, 300, 0)}
-        assert not asked & {row["prompt"][0]["content"] for row in toy.records(toy.preference, other, 300, 0)}
+        asked = {
+            row["messages"][0]["content"] for row in toy.records(toy.instruction, split, 300, 0)
+        }
+        assert not asked & {
+            row["prompt"][0]["content"] for row in toy.records(toy.preference, other, 300, 0)
+        }
 
 
-@pytest.mark.parametrize("make, split", [(toy.story, "train"), (toy.story, "val"), (toy.problem, "train"), (toy.problem, "test")])
+@pytest.mark.parametrize(
+    "make, split",
+    [(toy.story, "train"), (toy.story, "val"), (toy.problem, "train"), (toy.problem, "test")],
+)
 def test_every_calculation_is_right_and_never_negative(make, split):
     """A wrong sum in the data would be learnt; both the <<a+b=c>> note and the number after it count."""
     checked = 0
     for row in toy.records(make, split, 800, 1):
-        for a, op, b, left, op_again, right, noted, shown in LINE.findall(row if make is toy.story else row["answer"]):
+        for a, op, b, left, op_again, right, noted, shown in LINE.findall(
+            row if make is toy.story else row["answer"]
+        ):
             assert (a, op, b) == (left, op_again, right) and noted == shown
             assert int(shown) == VALUE[op](int(a), int(b)) >= 0
             checked += 1
@@ -187,24 +207,39 @@ def test_length_does_not_tell_chosen_from_rejected(seed):
     assert 0.4 < longer / (longer + shorter) < 0.6
 
 
-@pytest.mark.parametrize("response, verdict", [
-    ("Tom the cat found a red pen at the park. Tom gave Mia a hug.", (True, True)),
-    ("Tom the cat found a red pen at the park. Tom yelled at Mia and ran off.", (True, False)),
-    ("Tom the dog found a red pen at the park. Tom gave Mia a hug.", (False, True)),
-    ("Tom the cat found a red cup at the park. Tom gave Mia a hug.", (False, True)),
-    ("Mia the cat found a red pen at the park. Mia gave Tom a hug.", (False, True)),
-    ("Tom the dog found a red pen at the park. It was a bad day and all were sad.", (False, False)),
-    ("", (False, False)), ("pen. pen. pen.", (False, False)),
-    ("Tom the cat found a red pen at the park. Tom gave Mia a hug. Tom gave Mia a hug.", (True, False)),
-])
+@pytest.mark.parametrize(
+    "response, verdict",
+    [
+        ("Tom the cat found a red pen at the park. Tom gave Mia a hug.", (True, True)),
+        ("Tom the cat found a red pen at the park. Tom yelled at Mia and ran off.", (True, False)),
+        ("Tom the dog found a red pen at the park. Tom gave Mia a hug.", (False, True)),
+        ("Tom the cat found a red cup at the park. Tom gave Mia a hug.", (False, True)),
+        ("Mia the cat found a red pen at the park. Mia gave Tom a hug.", (False, True)),
+        (
+            "Tom the dog found a red pen at the park. It was a bad day and all were sad.",
+            (False, False),
+        ),
+        ("", (False, False)),
+        ("pen. pen. pen.", (False, False)),
+        (
+            "Tom the cat found a red pen at the park. Tom gave Mia a hug. Tom gave Mia a hug.",
+            (True, False),
+        ),
+    ],
+)
 def test_the_judge_by_hand(response, verdict):
     """The measure of the DPO stage, on cases worked out by reading; model output may be anything."""
-    assert tuple(toy.judge_tale("Tell a tale of Tom the cat and a pen.", response).values()) == verdict
+    assert (
+        tuple(toy.judge_tale("Tell a tale of Tom the cat and a pen.", response).values()) == verdict
+    )
 
 
 def test_the_crowd_of_the_sft_tales_is_as_careless_as_told():
     """About half rude and a third off topic: that is what DPO has to mend, so it must be there."""
-    verdicts = [toy.judge_tale(*(m["content"] for m in row["messages"])) for row in toy.records(toy.instruction, "train", 1200, 0)]
+    verdicts = [
+        toy.judge_tale(*(m["content"] for m in row["messages"]))
+        for row in toy.records(toy.instruction, "train", 1200, 0)
+    ]
     assert sum(v["kind"] for v in verdicts) / 1200 == pytest.approx(1 / 2, abs=0.06)
     assert sum(v["on_topic"] for v in verdicts) / 1200 == pytest.approx(2 / 3, abs=0.06)
 
@@ -228,11 +263,18 @@ def test_every_word_is_one_token_and_every_digit_too(make):
 
 def test_the_toy_tokenizer_is_the_same_on_every_machine():
     """Its words are collected from generated records: another order, and a checkpoint would be read with other ids."""
-    assert load_tokenizer("toy").spec() == load_tokenizer("toy").spec() and toy.words() == sorted(set(toy.words()))
+    assert load_tokenizer("toy").spec() == load_tokenizer("toy").spec() and toy.words() == sorted(
+        set(toy.words())
+    )
     assert load_tokenizer("toy").hash == "9d5b4d0ba5837d85"
 
 
 def test_a_world_too_small_for_the_request_says_so():
     """An endless search would look like a hang."""
     with pytest.raises(Exception, match="too small"):
-        toy.records(lambda rng: ("key 1", "the only record"), next(s for s in SPLITS if toy.in_split("key 1", s)), 2, 0)
+        toy.records(
+            lambda rng: ("key 1", "the only record"),
+            next(s for s in SPLITS if toy.in_split("key 1", s)),
+            2,
+            0,
+        )

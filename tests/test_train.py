@@ -1,4 +1,5 @@
 """The loop of train.py: the batch is the batch however it is cut, and no kill, signal or full disk changes the result."""
+
 import errno
 import json
 import math
@@ -20,7 +21,14 @@ from hypothesis import strategies as st
 import data
 import train
 from conftest import fails
-from checkpoint import checkpoint_files, lock, newest_checkpoint, read_checkpoint, read_state, weights_hash
+from checkpoint import (
+    checkpoint_files,
+    lock,
+    newest_checkpoint,
+    read_checkpoint,
+    read_state,
+    weights_hash,
+)
 from configurator import UserError
 from model import GPT, ModelConfig
 from ranks import Ranks
@@ -33,14 +41,20 @@ T = 16  # tokens of a row of the task below
 
 class Rows:
     """A task of random rows of which 1 to 16 tokens are supervised. before(split, first) is called ahead of each batch."""
+
     name, metrics, extra, tokens_per_row = "rows", ["loss"], {}, T
 
     def __init__(self, before=None, fingerprint="rows", n_val_rows=10, spoil=None):
-        self.before, self.fingerprint, self.n_val_rows, self.spoil = before, fingerprint, n_val_rows, spoil
+        self.before, self.fingerprint, self.n_val_rows, self.spoil = (
+            before,
+            fingerprint,
+            n_val_rows,
+            spoil,
+        )
         self.first = None
 
     def row(self, split: str, number: int):
-        random = torch.Generator().manual_seed(number + (10 ** 6 if split == "val" else 0))
+        random = torch.Generator().manual_seed(number + (10**6 if split == "val" else 0))
         row = torch.randint(50, (T + 1,), generator=random)
         targets, supervised = row[1:].clone(), (1, 16, 2, 11, 3)[number % 5]
         targets[supervised:] = -1
@@ -58,13 +72,31 @@ class Rows:
 
     def loss(self, model, batch: dict):
         nll = model(batch["idx"], batch["targets"])
-        return (self.spoil(self.first, nll) if self.spoil and torch.is_grad_enabled() else nll), {"loss": nll}
+        return (self.spoil(self.first, nll) if self.spoil and torch.is_grad_enabled() else nll), {
+            "loss": nll
+        }
 
 
 def config(folder, **changes) -> TrainConfig:
-    return TrainConfig(**{"out_dir": str(folder), "device": "cpu", "seq_len": T, "n_layer": 1, "n_head": 2, "d_model": 16, "d_ff": 24,
-                          "batch_tokens": 8 * T, "micro_batch": 4, "max_steps": 6, "eval_interval": 2, "eval_rows": 0, "log_interval": 1,
-                          "save_interval": 3} | changes)
+    return TrainConfig(
+        **{
+            "out_dir": str(folder),
+            "device": "cpu",
+            "seq_len": T,
+            "n_layer": 1,
+            "n_head": 2,
+            "d_model": 16,
+            "d_ff": 24,
+            "batch_tokens": 8 * T,
+            "micro_batch": 4,
+            "max_steps": 6,
+            "eval_interval": 2,
+            "eval_rows": 0,
+            "log_interval": 1,
+            "save_interval": 3,
+        }
+        | changes
+    )
 
 
 def tiny(cfg: TrainConfig, dtype=torch.float32) -> GPT:
@@ -95,15 +127,27 @@ TIMES = {"step_ms", "tokens_per_s", "eta_s"}
 
 def metrics(folder) -> list[dict]:
     """Rows of metrics.jsonl without what no two runs share."""
-    with open(Path(folder) / "metrics.jsonl") as f:  # every line must be whole: read_metrics would leave a torn one out
-        return [{key: value for key, value in json.loads(text).items() if key not in TIMES} for text in f]
+    with open(
+        Path(folder) / "metrics.jsonl"
+    ) as f:  # every line must be whole: read_metrics would leave a torn one out
+        return [
+            {key: value for key, value in json.loads(text).items() if key not in TIMES}
+            for text in f
+        ]
 
 
 def outcome(folder) -> dict:
     """All that must not depend on how a run was interrupted."""
     newest, best = newest_checkpoint(str(folder))[1], read_checkpoint(str(Path(folder) / "best.pt"))
-    return {"metrics": metrics(folder), "weights": newest["weights_hash"], "step": newest["step"], "best_value": newest["best"],
-            "best_step": best["step"], "best_weights": best["weights_hash"], "state": read_state(str(folder))}
+    return {
+        "metrics": metrics(folder),
+        "weights": newest["weights_hash"],
+        "step": newest["step"],
+        "best_value": newest["best"],
+        "best_step": best["step"],
+        "best_weights": best["weights_hash"],
+        "state": read_state(str(folder)),
+    }
 
 
 def snapshot(folder) -> dict:
@@ -135,7 +179,14 @@ def data_dir(tmp_path_factory):
 
 
 def smoke_argv(folder, data_dir, *more: str) -> list[str]:
-    return [SMOKE, f"--out_dir={folder}", f"--data_dir={data_dir}", "--device=cpu", "--log_interval=1", *more]
+    return [
+        SMOKE,
+        f"--out_dir={folder}",
+        f"--data_dir={data_dir}",
+        "--device=cpu",
+        "--log_interval=1",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +207,11 @@ def twenty(tmp_path_factory, data_dir):
     return outcome(folder)
 
 
-@pytest.fixture(scope="module", params=[{}, {"muon_lr": 1.0, "learning_rate": 0.02}], ids=["best_last", "best_early"])
+@pytest.fixture(
+    scope="module",
+    params=[{}, {"muon_lr": 1.0, "learning_rate": 0.02}],
+    ids=["best_last", "best_early"],
+)
 def six(request, tmp_path_factory):
     """The settings and the outcome of 6 uninterrupted steps of the tiny task. Validation is best at the end or, with rates
     too high on purpose, at step 2: then no later best.pt covers up that one was missed."""
@@ -170,12 +225,14 @@ def six(request, tmp_path_factory):
 def block_network(patch) -> None:
     def refuse(*args, **kwargs):
         raise AssertionError("a socket was opened")
+
     patch.setattr(socket, "socket", refuse)
     patch.setattr(socket, "create_connection", refuse)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The batch, however it is cut
+
 
 def gradients(folder, rows: int, micro_batch: int) -> list[dict]:
     """Gradients in float64 of two steps, as the optimizer gets them, and the logged rows of metrics."""
@@ -196,7 +253,13 @@ def assert_equal_gradients(found: list[dict], expected: list[dict]) -> None:
     assert len(found) == len(expected) == 2
     for step, (a, b) in enumerate(zip(found, expected)):
         for name in b:
-            torch.testing.assert_close(a[name], b[name], rtol=1e-7, atol=1e-10, msg=lambda text: f"step {step}, {name}: {text}")
+            torch.testing.assert_close(
+                a[name],
+                b[name],
+                rtol=1e-7,
+                atol=1e-10,
+                msg=lambda text: f"step {step}, {name}: {text}",
+            )
 
 
 def whole_batch_gradient(rows: int, mean_of_means: int = 0) -> dict:
@@ -205,12 +268,20 @@ def whole_batch_gradient(rows: int, mean_of_means: int = 0) -> dict:
     model = tiny(cfg, torch.float64)
     size = mean_of_means or rows
     parts = [task.batch("train", first, min(first + size, rows)) for first in range(0, rows, size)]
-    loss = sum(model(part["idx"], part["targets"]) / task.units(part) for part in parts) / len(parts)
+    loss = sum(model(part["idx"], part["targets"]) / task.units(part) for part in parts) / len(
+        parts
+    )
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-CASES = [(8, 8), (8, 4), (8, 1), (9, 4), (7, 2)]  # rows, micro_batch; on two ranks 9 by 4 is one micro-step here, two there
+CASES = [
+    (8, 8),
+    (8, 4),
+    (8, 1),
+    (9, 4),
+    (7, 2),
+]  # rows, micro_batch; on two ranks 9 by 4 is one micro-step here, two there
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +299,9 @@ def test_gradient_is_the_mean_over_all_supervised_tokens(rows, micro_batch, one_
     for size in (1, 2, 4):
         wrong = whole_batch_gradient(rows, size)
         away = math.sqrt(sum(float((wrong[name] - right[name]).square().sum()) for name in right))
-        assert away > 0.1 * math.sqrt(sum(float(g.square().sum()) for g in right.values())), "these rows would hide the bug"
+        assert away > 0.1 * math.sqrt(sum(float(g.square().sum()) for g in right.values())), (
+            "these rows would hide the bug"
+        )
 
 
 def test_gradients_do_not_depend_on_micro_batch(one_process):
@@ -248,14 +321,20 @@ def save_gradients(folder: str) -> None:
 def test_gradients_losses_and_validation_are_those_of_one_rank_on_two(tmp_path, one_process):
     """Adding a GPU must not change the run: same gradients (also with uneven shares), same logged losses, same validation."""
     script = tmp_path / "script.py"
-    script.write_text(f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(TESTS)!r}]\nimport torch\ntorch.set_num_threads(1)\n"
-                      f"import test_train\ntest_train.save_gradients({str(tmp_path)!r})\n")
+    script.write_text(
+        f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(TESTS)!r}]\nimport torch\ntorch.set_num_threads(1)\n"
+        f"import test_train\ntest_train.save_gradients({str(tmp_path)!r})\n"
+    )
     torchrun(script, cwd=tmp_path)
     for rows, micro_batch in CASES:
         single = one_process[rows, micro_batch]
         for rank in (0, 1):
             assert_equal_gradients(torch.load(tmp_path / f"{rows}_{micro_batch}_{rank}.pt"), single)
-    go(config(tmp_path / "single", max_steps=2, grad_clip=0.0), None, tiny(config("unused"), torch.float64))
+    go(
+        config(tmp_path / "single", max_steps=2, grad_clip=0.0),
+        None,
+        tiny(config("unused"), torch.float64),
+    )
     for mine, other in zip(metrics(tmp_path / "single"), metrics(tmp_path / "8_4"), strict=True):
         assert mine == pytest.approx(other, rel=1e-9)
 
@@ -270,8 +349,12 @@ def run_sharded(folder: str) -> None:
             for run, stop in (("whole", None), ("begun", 3), ("finished", None)):
                 cfg = config(f"{folder}/{name} {run}", fsdp=True, **fields)
                 model = tiny(cfg, torch.float64)
-                train.train(cfg, Rows(stop and at_step(stop, send(), first=ranks.rank * 4)), model, ranks)
-                assert all(p.to_local().numel() == p.numel() // 2 for p in model.blocks.parameters()), "a rank holds more than its half"
+                train.train(
+                    cfg, Rows(stop and at_step(stop, send(), first=ranks.rank * 4)), model, ranks
+                )
+                assert all(
+                    p.to_local().numel() == p.numel() // 2 for p in model.blocks.parameters()
+                ), "a rank holds more than its half"
 
 
 def test_fsdp_is_the_same_run_and_any_number_of_ranks_resumes_it(tmp_path):
@@ -283,8 +366,10 @@ def test_fsdp_is_the_same_run_and_any_number_of_ranks_resumes_it(tmp_path):
         cfg = config(tmp_path / f"{name} finished", **fields)
         go(cfg, Rows(at_step(3, send())), tiny(cfg, torch.float64))
     script = tmp_path / "script.py"
-    script.write_text(f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(TESTS)!r}]\nimport torch\ntorch.set_num_threads(1)\n"
-                      f"import test_train\ntest_train.run_sharded({str(tmp_path)!r})\n")
+    script.write_text(
+        f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(TESTS)!r}]\nimport torch\ntorch.set_num_threads(1)\n"
+        f"import test_train\ntest_train.run_sharded({str(tmp_path)!r})\n"
+    )
     torchrun(script, cwd=tmp_path)
     for name, fields in SHARDED.items():
         assert read_state(str(tmp_path / f"{name} begun")) == "preempted"
@@ -292,10 +377,22 @@ def test_fsdp_is_the_same_run_and_any_number_of_ranks_resumes_it(tmp_path):
         go(cfg, None, tiny(cfg, torch.float64))
         for run in ("whole", "begun", "finished"):
             assert read_state(str(tmp_path / f"{name} {run}")) == "done"
-            for mine, other in zip(metrics(tmp_path / f"{name} {run}"), metrics(tmp_path / f"{name} single"), strict=True):
-                assert mine == pytest.approx(other, rel=1e-6), (name, run)  # Muon orthogonalises in float32
-            final, single = (newest_checkpoint(str(tmp_path / f"{name} {r}"))[1] for r in (run, "single"))
-            assert all(torch.allclose(x, single["model"][key], rtol=1e-5, atol=1e-6) for key, x in final["model"].items())
+            for mine, other in zip(
+                metrics(tmp_path / f"{name} {run}"),
+                metrics(tmp_path / f"{name} single"),
+                strict=True,
+            ):
+                assert mine == pytest.approx(other, rel=1e-6), (
+                    name,
+                    run,
+                )  # Muon orthogonalises in float32
+            final, single = (
+                newest_checkpoint(str(tmp_path / f"{name} {r}"))[1] for r in (run, "single")
+            )
+            assert all(
+                torch.allclose(x, single["model"][key], rtol=1e-5, atol=1e-6)
+                for key, x in final["model"].items()
+            )
 
 
 def test_fsdp_refuses_what_it_cannot_do(tmp_path):
@@ -304,12 +401,33 @@ def test_fsdp_refuses_what_it_cannot_do(tmp_path):
     ranks = Ranks("cpu")
     ranks.world = 3
     model = tiny(config("unused"))
-    fails(lambda: train.distribute(train.TrainStep(model, Rows()), False, 8, config("unused", fsdp=True), ranks), "8 rows", "3 ranks", "batch_tokens")
+    fails(
+        lambda: train.distribute(
+            train.TrainStep(model, Rows()), False, 8, config("unused", fsdp=True), ranks
+        ),
+        "8 rows",
+        "3 ranks",
+        "batch_tokens",
+    )
 
 
 def torchrun(script, *argv: str, cwd) -> str:
-    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), *argv], cwd=cwd,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            str(script),
+            *argv,
+        ],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         out = process.communicate(timeout=150)[0]
     except subprocess.TimeoutExpired:
@@ -325,16 +443,27 @@ def test_evaluate_weighs_every_token_alike_and_not_every_batch():
     model = tiny(cfg, torch.float64)
     batches = [task.batch("val", i, i + 1) for i in range(9)]
     with torch.no_grad():
-        nll, units = [float(model(b["idx"], b["targets"])) for b in batches], [int(task.units(b)) for b in batches]
+        nll, units = (
+            [float(model(b["idx"], b["targets"])) for b in batches],
+            [int(task.units(b)) for b in batches],
+        )
     expected = sum(nll) / sum(units)
-    assert abs(sum(n / u for n, u in zip(nll, units)) / 9 - expected) > 0.001 * expected, "these rows would hide a mean of means"
+    assert abs(sum(n / u for n, u in zip(nll, units)) / 9 - expected) > 0.001 * expected, (
+        "these rows would hide a mean of means"
+    )
     for micro_batch in (1, 2, 4, 9, 100):
         cfg.micro_batch = micro_batch
-        assert train.evaluate(train.TrainStep(model, task), task, cfg, Ranks("cpu")) == {"loss": pytest.approx(expected, rel=1e-12)}
+        assert train.evaluate(train.TrainStep(model, task), task, cfg, Ranks("cpu")) == {
+            "loss": pytest.approx(expected, rel=1e-12)
+        }
         parts = []
         for rank in range(3):
             ranks = Ranks("cpu")
-            ranks.rank, ranks.world, ranks.sum = rank, 3, lambda values: parts.append(values) or values
+            ranks.rank, ranks.world, ranks.sum = (
+                rank,
+                3,
+                lambda values: parts.append(values) or values,
+            )
             train.evaluate(train.TrainStep(model, task), task, cfg, ranks)
         total = [sum(column) for column in zip(*parts)]
         assert total[0] / total[1] == pytest.approx(expected, rel=1e-12) and total[1] == sum(units)
@@ -345,7 +474,12 @@ def test_eval_rows_zero_means_all_and_more_than_there_are_means_all():
     seen = []
     for rows in (0, 99, 3):
         task = Rows(lambda split, first: seen.append(first))
-        train.evaluate(train.TrainStep(tiny(config("unused")), task), task, config("unused", eval_rows=rows, micro_batch=1), Ranks("cpu"))
+        train.evaluate(
+            train.TrainStep(tiny(config("unused")), task),
+            task,
+            config("unused", eval_rows=rows, micro_batch=1),
+            Ranks("cpu"),
+        )
     assert seen == [*range(10), *range(10), *range(3)]
 
 
@@ -353,8 +487,13 @@ def test_eval_rows_zero_means_all_and_more_than_there_are_means_all():
 @given(st.integers(0, 50), st.integers(1, 100), st.integers(1, 20), st.integers(1, 16))
 def test_ranks_partition_the_rows_of_every_step(step, rows, micro_batch, world):
     """Each row of the step once over all ranks and micro-steps, whatever divides: so the batch is the same on any machine."""
-    shares = [rows_of_rank(step, rows, micro_batch, SimpleNamespace(rank=rank, world=world)) for rank in range(world)]
-    assert [row for share in shares for first, end in share for row in range(first, end)] == [*range(step * rows, (step + 1) * rows)]
+    shares = [
+        rows_of_rank(step, rows, micro_batch, SimpleNamespace(rank=rank, world=world))
+        for rank in range(world)
+    ]
+    assert [row for share in shares for first, end in share for row in range(first, end)] == [
+        *range(step * rows, (step + 1) * rows)
+    ]
     assert all(0 < end - first <= micro_batch for share in shares for first, end in share)
     sizes = [sum(end - first for first, end in share) for share in shares]
     assert max(sizes) - min(sizes) <= 1 and (rows < world or min(sizes) > 0)
@@ -362,10 +501,15 @@ def test_ranks_partition_the_rows_of_every_step(step, rows, micro_batch, world):
 
 def test_fewer_rows_than_ranks_is_refused_with_a_batch_that_would_do(tmp_path):
     """A rank without rows would wait for ever in a collective; the advice in the message must be right."""
+
     def start(tokens):
         cfg, ranks = config(tmp_path / "run", batch_tokens=tokens), Ranks("cpu")
-        ranks.world, ranks.barrier = 4, lambda: (_ for _ in ()).throw(InterruptedError)  # as far as this, no further
+        ranks.world, ranks.barrier = (
+            4,
+            lambda: (_ for _ in ()).throw(InterruptedError),
+        )  # as far as this, no further
         train.run_loop(cfg, Rows(), tiny(cfg), ranks)
+
     fails(lambda: start(3 * T), f"batch_tokens={3 * T}", "3 rows", "4 ranks", f"at least {4 * T}")
     with pytest.raises(InterruptedError):
         start(4 * T)
@@ -378,11 +522,27 @@ def test_cuda_without_gpu_is_one_clear_line():
     assert "\n" not in fails(lambda: Ranks("cuda"), "device=cuda", "0 found", "--device=cpu")
 
 
-@pytest.mark.parametrize("fields", [{}, {"n_kv_head": 2}, {"d_ff": 96}, {"n_layer": 4}], ids=["plain", "gqa", "narrow", "deep"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"n_kv_head": 2}, {"d_ff": 96}, {"n_layer": 4}],
+    ids=["plain", "gqa", "narrow", "deep"],
+)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_estimate_of_activation_memory_is_near_what_autograd_keeps(fields, recompute):
     """An estimate that nobody compared with the truth is a guess: here every storage that the graph holds is counted once."""
-    model = GPT(ModelConfig(**{"vocab_size": 50, "seq_len": 64, "n_layer": 2, "n_head": 4, "d_model": 64, "d_ff": 192} | fields))
+    model = GPT(
+        ModelConfig(
+            **{
+                "vocab_size": 50,
+                "seq_len": 64,
+                "n_layer": 2,
+                "n_head": 4,
+                "d_model": 64,
+                "d_ff": 192,
+            }
+            | fields
+        )
+    )
     idx, kept = torch.randint(50, (8, 64)), {}
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -398,11 +558,15 @@ def test_the_estimate_of_activation_memory_is_near_what_autograd_keeps(fields, r
     estimated = train.activation_bytes(model.cfg, idx.numel(), 4, recompute)
     if recompute:  # the one layer in full exists only in the backward pass
         deeper = ModelConfig(**vars(model.cfg) | {"n_layer": model.cfg.n_layer + 1})
-        estimated -= train.activation_bytes(deeper, idx.numel(), 4, False) - train.activation_bytes(model.cfg, idx.numel(), 4, False)
+        estimated -= train.activation_bytes(deeper, idx.numel(), 4, False) - train.activation_bytes(
+            model.cfg, idx.numel(), 4, False
+        )
     assert 0.7 < measured / estimated < 1.45, (measured, estimated)
 
 
-def test_a_disk_that_cannot_hold_the_checkpoints_is_refused_before_the_first_step(tmp_path, monkeypatch):
+def test_a_disk_that_cannot_hold_the_checkpoints_is_refused_before_the_first_step(
+    tmp_path, monkeypatch
+):
     """Found after hours, the same fact costs hours."""
     monkeypatch.setattr(train.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     fails(lambda: go(config(tmp_path)), tmp_path, "free", "checkpoints")
@@ -415,12 +579,16 @@ def test_the_preflight_line_counts_weights_gradients_and_optimizer(tmp_path, cap
     model = tiny(cfg)
     text = train.preflight(cfg, Rows(), model, train.make_optimizers(model, cfg), Ranks("cpu"))
     wanted = 16 * model.num_params() + train.activation_bytes(model.cfg, 4 * T, 4, False)
-    assert f"about {wanted / 1e9:.2f} GB of memory" in text and f"{4 * 12 * model.num_params() / 1e9:.2f} GB of disk" in text
+    assert (
+        f"about {wanted / 1e9:.2f} GB of memory" in text
+        and f"{4 * 12 * model.num_params() / 1e9:.2f} GB of disk" in text
+    )
     assert f"{model.flops_per_token():.2e} FLOPs a token" in text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The smoke recipe
+
 
 def test_loss_falls_in_the_smoke_recipe(smoke):
     """From ln 380 (nothing known of 380 ids) to below 60 % of it in 30 steps; a loop that does not learn fails here."""
@@ -433,7 +601,10 @@ def test_loss_falls_in_the_smoke_recipe(smoke):
 def test_metrics_are_consistent(smoke, data_dir):
     """tokens, flops and speed are what tables are made of: each must follow from the others and from the configuration."""
     rows = data.read_metrics(str(smoke / "metrics.jsonl"))
-    steps, state = [row for row in rows if "loss" in row], json.loads((smoke / "state.json").read_text())
+    steps, state = (
+        [row for row in rows if "loss" in row],
+        json.loads((smoke / "state.json").read_text()),
+    )
     assert [row["step"] for row in steps] == [*range(30)]
     assert [row["step"] for row in rows if "val_loss" in row] == [0, 10, 20, 30]
     cfg = train.configurator.load(TrainConfig, smoke_argv(smoke, data_dir))
@@ -446,7 +617,11 @@ def test_metrics_are_consistent(smoke, data_dir):
         assert row["lr_share"] == train.lr_at(row["step"], cfg)
         assert 0 < row["grad_norm"] < 100 and "skipped" not in row
     assert 0.2 * state["seconds"] < 30 * steps[-1]["step_ms"] / 1000 <= state["seconds"]
-    assert state["val_loss"] == rows[-1]["val_loss"] and state["loss"] == steps[-1]["loss"] and state["step"] == 30
+    assert (
+        state["val_loss"] == rows[-1]["val_loss"]
+        and state["loss"] == steps[-1]["loss"]
+        and state["step"] == 30
+    )
 
 
 def test_a_finished_run_started_again_changes_nothing(smoke, data_dir, capsys):
@@ -461,19 +636,30 @@ def test_a_finished_run_started_again_changes_nothing(smoke, data_dir, capsys):
 def test_a_finished_run_is_refused_to_other_settings(smoke, data_dir):
     """The same folder for another experiment mixes two runs: refused with old -> new, and with both ways out."""
     before = snapshot(smoke)
-    fails(lambda: train.main(smoke_argv(smoke, data_dir, "--learning_rate=0.1", "--seed=5")),
-          "learning_rate: 0.003 -> 0.1", "seed: 1337 -> 5", "--out_dir", "--force")
+    fails(
+        lambda: train.main(smoke_argv(smoke, data_dir, "--learning_rate=0.1", "--seed=5")),
+        "learning_rate: 0.003 -> 0.1",
+        "seed: 1337 -> 5",
+        "--out_dir",
+        "--force",
+    )
     assert snapshot(smoke) == before
 
 
 def test_training_and_evaluation_open_no_socket(smoke, data_dir, monkeypatch):
     """Compute nodes have no network: the smoke run above was made with sockets blocked, now its evaluation is."""
     import eval as eval_py
+
     block_network(monkeypatch)
     with pytest.raises(AssertionError, match="socket"):
         socket.socket()
     before = read_checkpoint(str(smoke / "best.pt"))["weights_hash"]
-    assert eval_py.main([f"--out_dir={smoke}", f"--data_dir={data_dir}", "--tasks=val_loss", "--device=cpu"]) == 0
+    assert (
+        eval_py.main(
+            [f"--out_dir={smoke}", f"--data_dir={data_dir}", "--tasks=val_loss", "--device=cpu"]
+        )
+        == 0
+    )
     found = data.read_metrics(str(smoke / "results.jsonl"))
     os.remove(smoke / "results.jsonl")
     assert found and all(math.isfinite(row["value"]) for row in found) and before
@@ -486,16 +672,27 @@ def test_torchrun_of_the_smoke_recipe_has_the_losses_of_one_process(smoke, tmp_p
     assert read_state(str(tmp_path / "two")) == "done" and out.count("done at step 30") == 1
     for mine, other in zip(metrics(tmp_path / "two"), metrics(smoke), strict=True):
         assert mine == pytest.approx(other, rel=0.01)
-    assert torchrun(ROOT / "train.py", *smoke_argv(tmp_path / "two", data_dir), cwd=tmp_path).count("nothing to do") == 1
+    assert (
+        torchrun(ROOT / "train.py", *smoke_argv(tmp_path / "two", data_dir), cwd=tmp_path).count(
+            "nothing to do"
+        )
+        == 1
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Kills, signals, resume
 
+
 def start_and_signal(folder, data_dir, number, step: int = 12) -> int:
     """Exit code of train.py, signalled when its metrics show the step."""
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *smoke_argv(folder, data_dir, "--max_steps=20")],
-                               env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *smoke_argv(folder, data_dir, "--max_steps=20")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     end = time.monotonic() + 120
     while not any(row["step"] >= step for row in data.read_metrics(str(folder / "metrics.jsonl"))):
         assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
@@ -508,7 +705,10 @@ def start_and_signal(folder, data_dir, number, step: int = 12) -> int:
 def test_kill_9_and_resume_is_bitwise_the_uninterrupted_run(tmp_path, data_dir, twenty):
     """10 steps + kill + resume = 20 steps: losses, gradient norms, validations and final weights, to the last bit."""
     assert start_and_signal(tmp_path / "run", data_dir, signal.SIGKILL) == -signal.SIGKILL
-    assert read_state(str(tmp_path / "run")) == "running" and newest_checkpoint(str(tmp_path / "run"))[1]["step"] == 10
+    assert (
+        read_state(str(tmp_path / "run")) == "running"
+        and newest_checkpoint(str(tmp_path / "run"))[1]["step"] == 10
+    )
     assert train.main(smoke_argv(tmp_path / "run", data_dir, "--max_steps=20")) == 0
     assert outcome(tmp_path / "run") == twenty
 
@@ -528,7 +728,10 @@ def test_preemption_in_any_step_does_not_change_the_outcome(step, tmp_path, six)
     """Also in a step before a validation, before a save, and in the last one: same rows, same weights, same best.pt."""
     cfg = config(tmp_path / "run", **six.settings)
     first = go(cfg, Rows(at_step(step, send((signal.SIGTERM, signal.SIGUSR1)[step % 2]))))
-    assert first["state"] in ("preempted", "done") and newest_checkpoint(cfg.out_dir)[1]["step"] == first["step"] == step + 1
+    assert (
+        first["state"] in ("preempted", "done")
+        and newest_checkpoint(cfg.out_dir)[1]["step"] == first["step"] == step + 1
+    )
     if first["state"] == "preempted":
         assert go(cfg)["state"] == "done"
     assert outcome(cfg.out_dir) == six.outcome
@@ -550,7 +753,9 @@ def test_a_crash_in_any_step_does_not_change_the_outcome(step, tmp_path, six):
     assert outcome(cfg.out_dir) == six.outcome
 
 
-def test_a_crash_between_a_checkpoint_and_best_pt_does_not_lose_the_best(tmp_path, six, monkeypatch):
+def test_a_crash_between_a_checkpoint_and_best_pt_does_not_lose_the_best(
+    tmp_path, six, monkeypatch
+):
     """Two files are written; whichever comes first, the other must be made up for after a kill between them."""
     cfg, replace = config(tmp_path / "run", **six.settings), os.replace
 
@@ -559,7 +764,9 @@ def test_a_crash_between_a_checkpoint_and_best_pt_does_not_lose_the_best(tmp_pat
         if str(target).endswith(".pt"):
             raise KeyboardInterrupt
 
-    arm = at_step(six.best_step - 1, lambda: monkeypatch.setattr(os, "replace", crash_after_the_first))
+    arm = at_step(
+        six.best_step - 1, lambda: monkeypatch.setattr(os, "replace", crash_after_the_first)
+    )
     with pytest.raises(KeyboardInterrupt):
         go(cfg, Rows(arm))
     monkeypatch.setattr(os, "replace", replace)
@@ -590,14 +797,20 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
 def test_the_same_warning_twice_within_milliseconds_is_one_warning(tmp_path):
     """A signal to a whole job reaches torchrun too, which sends it on: the second must not cut off the save."""
     state = go(config(tmp_path / "run"), Rows(at_step(4, lambda: (send()(), send()()))))
-    assert state["state"] == "preempted" and newest_checkpoint(str(tmp_path / "run"))[1]["step"] == 5
+    assert (
+        state["state"] == "preempted" and newest_checkpoint(str(tmp_path / "run"))[1]["step"] == 5
+    )
 
 
 def test_signal_handlers_are_given_back(tmp_path):
     """The loop is called several times in one process (speedrun.py): afterwards Ctrl-C and TERM are the caller's again."""
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    before = [
+        signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    ]
     go(config(tmp_path / "run", max_steps=1))
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
+    assert [
+        signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    ] == before
 
 
 def test_a_torn_log_is_cut_and_no_step_appears_twice(tmp_path, six):
@@ -608,7 +821,9 @@ def test_a_torn_log_is_cut_and_no_step_appears_twice(tmp_path, six):
         f.write('{"step": 4, "val_loss": 1.0}\n{"step": 4, "loss": 1.0}\n{"step": 5, "lo')
     go(cfg)
     assert metrics(cfg.out_dir) == six.outcome["metrics"]
-    assert len({(row["step"], "loss" in row) for row in metrics(cfg.out_dir)}) == len(metrics(cfg.out_dir))
+    assert len({(row["step"], "loss" in row) for row in metrics(cfg.out_dir)}) == len(
+        metrics(cfg.out_dir)
+    )
 
 
 def preempted(folder, step: int = 3, **changes) -> TrainConfig:
@@ -618,12 +833,23 @@ def preempted(folder, step: int = 3, **changes) -> TrainConfig:
 
 
 def kept(folder) -> dict:
-    return {name: found for name, found in snapshot(folder).items() if name not in (".lock", "state.json")}
+    return {
+        name: found
+        for name, found in snapshot(folder).items()
+        if name not in (".lock", "state.json")
+    }
 
 
-@pytest.mark.parametrize("changes, words", [({"seed": 7}, "seed: 1337 -> 7"), ({"n_layer": 2}, "n_layer: 1 -> 2"),
-                                            ({"max_steps": 9}, "max_steps: 6 -> 9"), ({"sliding_window": 4}, "sliding_window: None -> 4"),
-                                            ({"dtype": "bfloat16"}, "dtype: 'auto' -> 'bfloat16'")])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"seed": 7}, "seed: 1337 -> 7"),
+        ({"n_layer": 2}, "n_layer: 1 -> 2"),
+        ({"max_steps": 9}, "max_steps: 6 -> 9"),
+        ({"sliding_window": 4}, "sliding_window: None -> 4"),
+        ({"dtype": "bfloat16"}, "dtype: 'auto' -> 'bfloat16'"),
+    ],
+)
 def test_resume_under_other_settings_is_refused_and_touches_nothing(changes, words, tmp_path):
     """Half a run of one recipe and half of another is a result of none: old and new value are named, the run is left as it was."""
     cfg = preempted(tmp_path / "run")
@@ -635,18 +861,37 @@ def test_resume_under_other_settings_is_refused_and_touches_nothing(changes, wor
 def test_harmless_settings_may_change_at_resume(tmp_path, six):
     """Logging, saving and the micro-batch belong to the machine; the weights end the same but for rounding."""
     cfg = preempted(tmp_path / "run", **six.settings)
-    assert go(config(cfg.out_dir, log_interval=2, save_interval=1, keep=4, micro_batch=8, **six.settings))["state"] == "done"
+    assert (
+        go(
+            config(
+                cfg.out_dir, log_interval=2, save_interval=1, keep=4, micro_batch=8, **six.settings
+            )
+        )["state"]
+        == "done"
+    )
     found = newest_checkpoint(cfg.out_dir)[1]
-    assert found["best"] == pytest.approx(six.outcome["best_value"], rel=1e-3) and len(checkpoint_files(cfg.out_dir)) == 4
+    assert (
+        found["best"] == pytest.approx(six.outcome["best_value"], rel=1e-3)
+        and len(checkpoint_files(cfg.out_dir)) == 4
+    )
 
 
 def test_force_starts_over(tmp_path):
     """--force is the way out that the refusal names: the old run leaves no row and no checkpoint behind."""
-    cfg = config(preempted(tmp_path / "run", step=4).out_dir, seed=7, max_steps=2, eval_interval=5, force=True)
+    cfg = config(
+        preempted(tmp_path / "run", step=4).out_dir,
+        seed=7,
+        max_steps=2,
+        eval_interval=5,
+        force=True,
+    )
     assert go(cfg)["state"] == "done"
     assert newest_step(cfg) == [2] and {row["step"] for row in metrics(cfg.out_dir)} == {0, 1, 2}
     assert newest_checkpoint(cfg.out_dir)[1]["train_config"]["seed"] == 7
-    assert not os.path.exists(tmp_path / "run/best.pt") or read_checkpoint(str(tmp_path / "run/best.pt"))["step"] <= 2
+    assert (
+        not os.path.exists(tmp_path / "run/best.pt")
+        or read_checkpoint(str(tmp_path / "run/best.pt"))["step"] <= 2
+    )
 
 
 def test_changed_data_is_refused_at_resume(tmp_path):
@@ -678,22 +923,33 @@ def test_a_second_process_in_the_folder_is_refused_and_the_first_is_not_disturbe
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints of a run
 
+
 def test_the_newest_checkpoints_and_the_best_are_kept_and_the_old_go_last(tmp_path, monkeypatch):
     """At every moment at least `keep` good files; the best survives although its own checkpoint is long gone."""
-    values, remove, removed = iter([9.0, 5.0, 3.0, 4.0, 6.0, 7.0, 8.0]), os.remove, []  # lowest at step 4
+    values, remove, removed = (
+        iter([9.0, 5.0, 3.0, 4.0, 6.0, 7.0, 8.0]),
+        os.remove,
+        [],
+    )  # lowest at step 4
     monkeypatch.setattr(train, "evaluate", lambda *args: {"loss": next(values)})
 
     def checked_remove(path):
         if os.path.basename(path).startswith("ckpt_") and path.endswith(".pt"):
             others = [other for other in checkpoint_files(os.path.dirname(path)) if other != path]
-            assert len(others) >= 3 and all(read_checkpoint(other) for other in others) and path < min(others)
+            assert (
+                len(others) >= 3
+                and all(read_checkpoint(other) for other in others)
+                and path < min(others)
+            )
             removed.append(os.path.basename(path))
         remove(path)
 
     monkeypatch.setattr(os, "remove", checked_remove)
     cfg = config(tmp_path / "run", max_steps=12, eval_interval=2, save_interval=2, keep=3)
     go(cfg)
-    assert newest_step(cfg) == [12, 10, 8] and removed == [f"ckpt_{step:07d}.pt" for step in (2, 4, 6)]
+    assert newest_step(cfg) == [12, 10, 8] and removed == [
+        f"ckpt_{step:07d}.pt" for step in (2, 4, 6)
+    ]
     assert read_checkpoint(str(tmp_path / "run/best.pt"))["step"] == 4
 
 
@@ -739,6 +995,7 @@ def test_leftovers_of_a_killed_save_are_ignored_and_removed(tmp_path, six):
 
 PLAIN = {"max_steps": 9, "eval_interval": 9}  # checkpoints at 3 and 6 without a best.pt beside them
 
+
 def test_a_full_disk_ends_the_run_with_path_and_sizes_and_the_old_checkpoint(tmp_path, monkeypatch):
     """torch says "unexpected pos 704 vs 598" and no more; the user must read which file, how much, and that all is safe."""
     cfg, save = config(tmp_path / "run", **PLAIN), torch.save
@@ -747,21 +1004,31 @@ def test_a_full_disk_ends_the_run_with_path_and_sizes_and_the_old_checkpoint(tmp
         def half(checkpoint, f):
             f.write(b"half of it")
             raise RuntimeError("unexpected pos 704 vs 598")
+
         monkeypatch.setattr(torch, "save", half)
 
     fails(lambda: go(cfg, Rows(at_step(4, fill_disk))), "ckpt_0000006.pt", "MB needed", "MB free")
     monkeypatch.setattr(torch, "save", save)
     assert newest_checkpoint(cfg.out_dir)[1]["step"] == 3 and leftovers(cfg.out_dir) == []
-    assert read_state(cfg.out_dir) == "failed" and "ckpt_0000006.pt" in (tmp_path / "run/state.json").read_text()
+    assert (
+        read_state(cfg.out_dir) == "failed"
+        and "ckpt_0000006.pt" in (tmp_path / "run/state.json").read_text()
+    )
     assert go(cfg)["state"] == "done"
 
 
 def test_a_disk_too_full_for_state_json_still_names_the_checkpoint(tmp_path, monkeypatch):
     """On a really full disk not even the state can be written; that second failure must not hide the first."""
+
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
+
     cfg = config(tmp_path / "run", **PLAIN)
-    fails(lambda: go(cfg, Rows(at_step(4, lambda: monkeypatch.setattr(os, "fsync", full)))), "ckpt_0000006.pt", "MB needed")
+    fails(
+        lambda: go(cfg, Rows(at_step(4, lambda: monkeypatch.setattr(os, "fsync", full)))),
+        "ckpt_0000006.pt",
+        "MB needed",
+    )
     monkeypatch.undo()
     assert newest_checkpoint(cfg.out_dir)[1]["step"] == 3 and leftovers(cfg.out_dir) == []
 
@@ -796,12 +1063,17 @@ def test_a_file_size_limit_ends_the_run_in_words(tmp_path):
 
     assert fork(child) == 0
     assert "ckpt_0000006.pt" in report.read_text() and "MB needed" in report.read_text()
-    assert newest_checkpoint(cfg.out_dir)[1]["step"] == 3 and leftovers(cfg.out_dir) == [] and read_state(cfg.out_dir) == "failed"
+    assert (
+        newest_checkpoint(cfg.out_dir)[1]["step"] == 3
+        and leftovers(cfg.out_dir) == []
+        and read_state(cfg.out_dir) == "failed"
+    )
     assert go(cfg)["state"] == "done"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers that are none
+
 
 def nan_loss(nll):
     return nll * math.nan
@@ -819,20 +1091,41 @@ def test_one_bad_step_is_skipped_counted_and_changes_no_weight(poison, clip, tmp
     """One bad batch in a long run: neither weights nor momentum may see it, and training goes on."""
     cfg, hashes = config(tmp_path / "run", grad_clip=clip, micro_batch=8), []
     model = tiny(cfg)
-    task = Rows(lambda split, first: hashes.append(weights_hash(model.state_dict())) if split == "train" else None,
-                spoil=lambda first, nll: poison(nll) if first == 2 * 8 else nll)
+    task = Rows(
+        lambda split, first: (
+            hashes.append(weights_hash(model.state_dict())) if split == "train" else None
+        ),
+        spoil=lambda first, nll: poison(nll) if first == 2 * 8 else nll,
+    )
     assert go(cfg, task, model)["state"] == "done"
     assert hashes[2] == hashes[3] and len(set(hashes)) == 5
-    assert [row.get("skipped") for row in metrics(cfg.out_dir) if "loss" in row] == [None, None, 1, 1, 1, 1]
-    assert "step 00002: non-finite gradient, step skipped (1 in a row, 1 in all)" in capsys.readouterr().out
+    assert [row.get("skipped") for row in metrics(cfg.out_dir) if "loss" in row] == [
+        None,
+        None,
+        1,
+        1,
+        1,
+        1,
+    ]
+    assert (
+        "step 00002: non-finite gradient, step skipped (1 in a row, 1 in all)"
+        in capsys.readouterr().out
+    )
     state = newest_checkpoint(cfg.out_dir)[1]["optimizers"]
-    assert state["state"] and all(x.isfinite().all() for values in state["state"].values() for x in values.values())
+    assert state["state"] and all(
+        x.isfinite().all() for values in state["state"].values() for x in values.values()
+    )
 
 
 def test_bad_steps_that_do_not_follow_each_other_do_not_end_the_run(tmp_path):
     """The limit is of steps in a row: a rare bad batch in a month of training is not a diverged run."""
     cfg = config(tmp_path / "run", max_bad_steps=2)
-    assert go(cfg, Rows(spoil=lambda first, nll: nan_loss(nll) if first // 8 in (0, 2, 4) else nll))["state"] == "done"
+    assert (
+        go(cfg, Rows(spoil=lambda first, nll: nan_loss(nll) if first // 8 in (0, 2, 4) else nll))[
+            "state"
+        ]
+        == "done"
+    )
     assert metrics(cfg.out_dir)[-2]["skipped"] == 3
 
 
@@ -840,11 +1133,23 @@ def test_bad_steps_in_a_row_end_the_run_with_the_batch_saved(tmp_path):
     """A diverged run must not burn its allocation: it ends in words, with the batch to look at and the last good checkpoint."""
     cfg = config(tmp_path / "run", max_bad_steps=2, max_steps=9)
     good = go(config(tmp_path / "good", max_steps=9), Rows(at_step(3, send())))
-    text = fails(lambda: go(cfg, Rows(spoil=lambda first, nll: nan_loss(nll) if first >= 4 * 8 else nll)), "2 steps in a row", "learning_rate")
+    text = fails(
+        lambda: go(cfg, Rows(spoil=lambda first, nll: nan_loss(nll) if first >= 4 * 8 else nll)),
+        "2 steps in a row",
+        "learning_rate",
+    )
     path = next(word.rstrip(",;") for word in text.split() if "bad_batch" in word)
     saved, task = torch.load(path, weights_only=True), Rows()
-    assert saved["step"] == 5 and torch.equal(saved["batches"][1]["idx"], task.batch("train", 5 * 8 + 4, 6 * 8)["idx"])
+    assert saved["step"] == 5 and torch.equal(
+        saved["batches"][1]["idx"], task.batch("train", 5 * 8 + 4, 6 * 8)["idx"]
+    )
     newest = newest_checkpoint(cfg.out_dir)[1]
-    assert newest["step"] == good["step"] == 4 and newest["weights_hash"] == newest_checkpoint(str(tmp_path / "good"))[1]["weights_hash"]
-    assert read_state(cfg.out_dir) == "failed" and "non-finite" in (tmp_path / "run/state.json").read_text()
+    assert (
+        newest["step"] == good["step"] == 4
+        and newest["weights_hash"] == newest_checkpoint(str(tmp_path / "good"))[1]["weights_hash"]
+    )
+    assert (
+        read_state(cfg.out_dir) == "failed"
+        and "non-finite" in (tmp_path / "run/state.json").read_text()
+    )
     assert go(cfg)["state"] == "done"  # with sound data it goes on from there
