@@ -1,28 +1,34 @@
-"""Configuration: a typed dataclass < config file(s) < --key=value.
+"""Configuration: dataclasses < config file(s) < --key=value.
 
-    cfg = load(TrainConfig, ["config/smoke.py", "--seed=7", "--compile"])
+    model, loop = load(["config/smoke.py", "--seed=7", "--compile"], ModelConfig, LoopConfig)
 
-A config file is plain Python that assigns some of the dataclass's fields; it runs in a namespace of its own. A key that
-is not a field, in a file or on the command line, is an error that names the nearest keys. A bare flag means True.
+The fields of the dataclasses are the keys, one flat set. A config file is plain Python that assigns
+some of them, in a namespace of its own. An unknown key is an error that names the nearest ones.
 """
 
-import dataclasses
+import ast
 import difflib
 import inspect
-import json
+import math
 import os
 import re
 import sys
 import types
 import typing
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+COMMENT = r"^\s+(\w+): [^#\n]*?#\s*(.*)$"  # behind a field of a dataclass
+WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 class UserError(ValueError):
-    """Something the user can mend. The text says what is wrong, with the value, and what to do; no traceback is shown."""
+    """This error is something the user can mend; its text is shown without a traceback."""
 
 
-def run(main) -> None:
-    """Call main(argv) as a program: a UserError becomes one message and exit code 2, a returned int the exit code."""
+def run(main: Callable) -> None:
+    """Call main(argv) as a program: a UserError ends it with one message and exit code 2."""
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
@@ -32,173 +38,173 @@ def run(main) -> None:
         sys.exit(130)
 
 
-def load(Config, argv: list[str], quiet: bool = True):
-    """Config instance from defaults, then the files in argv, then its --key=value flags; every fault is listed at once.
+def require(cfg: object, ranges: dict[str, str], choices: dict[str, tuple] | None = None) -> None:
+    """Raise one UserError that names every key of cfg with a value out of bounds.
 
-    Raises UserError for unknown keys, values of the wrong type and what Config.__post_init__ refuses.
+    ranges: interval -> keys, as {"[1, inf)": "max_steps keep", "[0, 1)": "momentum"}. choices:
+    key -> allowed values. None passes; of a tuple every item has the bounds.
+    """
+    faults = []
+    for interval, keys in ranges.items():
+        low, high = (float(end) for end in interval[1:-1].split(","))
+        excluded = [low] * interval.startswith("(") + [high] * interval.endswith(")")
+        words = f"in {interval}"
+        if math.isinf(high):
+            words = f"at least {low:g}" if interval.startswith("[") else f"above {low:g}"
+        for key in keys.split():
+            value = getattr(cfg, key)
+            items = value if isinstance(value, tuple) else (value,) if value is not None else ()
+            bad = [x for x in items if x in excluded or not low <= x <= high]
+            faults += [f"{key} must be {words}, got {x}" for x in bad]
+    for key, known in (choices or {}).items():
+        if getattr(cfg, key) not in known:
+            faults.append(f"{key} must be one of {', '.join(known)}, got {getattr(cfg, key)!r}")
+    if faults:
+        raise UserError("; ".join(faults))
+
+
+def load(argv: list[str], *parts: type, choose: tuple | None = None, quiet: bool = True) -> Any:
+    """Return an instance of each part: its defaults, then the files in argv, then the flags.
+
+    choose: (key, {value: further parts}), where the key's value decides which parts are added.
+    One part alone is returned as such. Raises UserError with all faults at once.
     """
     if "--help" in argv or "-h" in argv:
-        print(help_text(Config))
+        print(help_text(parts, choose))
         sys.exit(0)
-    types_of = field_types(Config)
-    values, origin, faults = {}, {}, []
     settings = [s for arg in argv if not arg.startswith("--") for s in read_file(arg)]
     settings += [read_flag(arg) for arg in argv if arg.startswith("--")]
+    others = {}  # keys of the parts that are not chosen -> the choice they belong to
+    if choose:
+        key, alternatives = choose
+        default = {f.name: f.default for part in parts for f in fields(part)}[key]
+        value = {name: value for name, value, _ in settings}.get(key, default)
+        if str(value) not in alternatives:
+            raise UserError(f"{key} must be one of {', '.join(alternatives)}, got {value!r}")
+        parts += tuple(alternatives[value])
+        for name, further in alternatives.items():
+            others |= dict.fromkeys(key_types(*further), f": it is a key of {key} {name}")
+    kinds, values, origin, faults = key_types(*parts), {}, {}, []
     for key, value, where in settings:
-        if key not in types_of:
-            faults.append(f"{where}: unknown key {key!r}{nearest(key, types_of)}")
+        if key not in kinds:
+            names = difflib.get_close_matches(key, kinds, n=3, cutoff=0.5)
+            hint = f" (did you mean {' or '.join(names)}?)" if names else ""
+            faults.append(f"{where}: unknown key {key!r}{others.get(key, hint)}")
             continue
         try:
             from_text = where == "command line" and isinstance(value, str)
-            values[key] = parse(value, types_of[key]) if from_text else check(value, types_of[key])
+            values[key] = parse(value, kinds[key]) if from_text else check(value, kinds[key])
             origin[key] = where
-        except (ValueError, OverflowError):
-            faults.append(f"{where}: {key}={value!r} is not of type {type_name(types_of[key])}")
+        except (ValueError, OverflowError, SyntaxError, KeyError):
+            kind = inspect.formatannotation(kinds[key])
+            faults.append(f"{where}: {key}={value!r} is not of type {kind}")
     if faults:
-        raise UserError(
-            "\n  ".join(["the configuration has faults:", *faults, "--help lists every key"])
-        )
-    try:
-        cfg = Config(**values)
-    except UserError as error:
+        raise UserError("\n  ".join(["the configuration has faults:", *faults, "see --help"]))
+    return build(parts, values, origin, quiet)
+
+
+def build(parts: tuple, values: dict, origin: dict[str, str], quiet: bool) -> Any:
+    """Return the instances, and print what differs from the defaults with its origin."""
+    made, faults = [], []
+    for part in parts:
+        try:
+            made.append(part(**{key: values[key] for key in key_types(part) if key in values}))
+        except UserError as error:
+            faults.append(str(error))
+    if faults:
         given = ", ".join(f"{key}={values[key]!r} ({origin[key]})" for key in values)
-        raise UserError(f"{error}\n  settings given: {given or 'none'}") from None
+        raise UserError(f"{'; '.join(faults)}\n  settings given: {given or 'none'}")
     if not quiet:
-        print_differences(cfg, origin)
-    return cfg
+        print("settings: defaults, but")
+        defaults = {field.name: field.default for part in parts for field in fields(part)}
+        for key, value in as_dict(*made).items():
+            if value != defaults[key]:
+                print(f"  {key} = {value!r}  ({origin.get(key, 'derived')})")
+    return made[0] if len(made) == 1 else made
 
 
 def read_file(path: str) -> list[tuple[str, object, str]]:
-    """(key, value, path) for every public name that the config file assigns; imported modules are no settings."""
+    """Return (key, value, path) for every public name that a config file assigns."""
     if not os.path.isfile(path):
         hint = " (a flag begins with --)" if "=" in path else ""
         raise UserError(f"config file {path!r} does not exist{hint}")
-    namespace = {"__file__": path}
+    names = {"__file__": path}
     try:
         with open(path, encoding="utf-8") as f:
-            exec(compile(f.read(), path, "exec"), namespace)
-    except Exception as error:  # whatever is wrong in somebody's config file is theirs to mend
-        raise UserError(
-            f"config file {path} does not run: {type(error).__name__}: {error}"
-        ) from None
-    return [
-        (key, value, path)
-        for key, value in namespace.items()
-        if not key.startswith("_") and not isinstance(value, types.ModuleType)
-    ]
+            exec(compile(f.read(), path, "exec"), names)
+    except Exception as error:  # whatever is wrong in a user's file is theirs to mend
+        kind = type(error).__name__
+        raise UserError(f"config file {path} does not run: {kind}: {error}") from None
+    public = {key: value for key, value in names.items() if not key.startswith("_")}
+    return [(k, v, path) for k, v in public.items() if not isinstance(v, types.ModuleType)]
 
 
 def read_flag(arg: str) -> tuple[str, object, str]:
-    key, equals, text = arg[2:].partition("=")  # on the first "=" only: the value may hold others
+    """Return (key, text, "command line") of --key=text; a bare flag has the value True."""
+    key, equals, text = arg[2:].partition("=")  # at the first "=": the text may hold others
     return key.replace("-", "_"), text if equals else True, "command line"
 
 
-def field_types(Config) -> dict[str, type]:
-    hints = typing.get_type_hints(Config)
-    return {field.name: hints[field.name] for field in dataclasses.fields(Config)}
+def key_types(*parts: type) -> dict[str, type]:
+    """Return the type of every key; a field with metadata key=False is none of the user's."""
+    kinds = {}
+    for part in parts:
+        hints = typing.get_type_hints(part)
+        for name in (field.name for field in fields(part) if field.metadata.get("key", True)):
+            assert name not in kinds, f"two parts have the key {name}"
+            kinds[name] = hints[name]
+    return kinds
 
 
-def options(kind) -> tuple:
-    """The alternatives of a type: int | None -> (int, NoneType)."""
-    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-
-
-def parse(text: str, kind):
-    """The value that text on a command line stands for. Raises ValueError where it is none of the type."""
-    if type(None) in options(kind) and text in ("None", "none", ""):
+def parse(text: str, kind: type) -> object:
+    """Return the value that a flag's text stands for; raise where it is not of the type."""
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if types.NoneType in kinds and text in ("None", "none", ""):
         return None
-    if str in options(kind):
+    if str in kinds:
         return text
-    if bool in options(kind):
-        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if text.lower() not in words:
-            raise ValueError(text)
-        return words[text.lower()]
-    for option in options(kind):
-        if typing.get_origin(option) is tuple:
-            items = filter(None, (item.strip(" '\"") for item in text.strip("()[] ").split(",")))
-            return tuple(parse(item, typing.get_args(option)[0]) for item in items)
-        if option in (int, float):
-            return check(option(text), kind)
-    raise ValueError(text)
+    if bool in kinds:
+        return WORDS[text.lower()]
+    if kind == tuple[str, ...]:
+        items = [item.strip(" '\"") for item in text.strip("()[] ").split(",")]
+        return tuple(item for item in items if item)
+    if typing.get_origin(kind) is tuple:
+        text = f"[{text.strip('()[] ')}]"
+    return check(ast.literal_eval(text.strip()), kind)
 
 
-def check(value, kind):
-    """value as the type wants it (an int becomes a float, a list a tuple); ValueError where it does not fit."""
-    for option in options(kind):
-        if option is type(None) and value is None:
-            return None
-        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            if value != value or value in (float("inf"), float("-inf")):
-                raise ValueError(value)
+def check(value: object, kind: type) -> object:
+    """Return a value as its type wants it, a list as a tuple; raise where it does not fit."""
+    for option in typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,):
+        if option is float and type(value) in (int, float) and math.isfinite(value):
             return float(value)
-        if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
+        if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
             return tuple(check(item, typing.get_args(option)[0]) for item in value)
-        if (
-            isinstance(option, type)
-            and isinstance(value, option)
-            and (option is bool or not isinstance(value, bool))
-        ):
+        if type(value) is option and option is not float:
             return value
     raise ValueError(value)
 
 
-def nearest(key: str, known) -> str:
-    names = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-    return f" (did you mean {' or '.join(names)}?)" if names else ""
+def help_text(parts: tuple, choose: tuple | None) -> str:
+    """Return the program's docstring and one line per key: name, default, type, its comment."""
+    lines = [(sys.modules["__main__"].__doc__ or "").strip(), ""]
+    lines += ["keys (--key=value, or assigned in a config file; a bare --key means True):"]
+    groups = {part: [] for part in parts}  # part -> the choices that add it
+    for value, further in (choose[1] if choose else {}).items():
+        for part in further:
+            groups.setdefault(part, []).append(value)
+    for part, values in groups.items():
+        of = f" (only with {choose[0]}={' or '.join(values)})" if values else ""
+        lines += ["", part.__doc__.partition("\n")[0] + of]
+        notes = dict(re.findall(COMMENT, inspect.getsource(part), re.M))
+        kinds = key_types(part)
+        defaults = {field.name: field.default for field in fields(part)}
+        for key, kind in kinds.items():
+            flag, name = f"  --{key}={defaults[key]!r}", inspect.formatannotation(kind)
+            lines.append(f"{flag:<34} {name:<14} {notes.get(key, '')}")
+    return "\n".join(lines)
 
 
-def type_name(kind) -> str:
-    return " | ".join(
-        "None"
-        if o is type(None)
-        else getattr(o, "__name__", str(o))
-        if typing.get_origin(o) is None
-        else str(o)
-        for o in options(kind)
-    )
-
-
-def comments(Config) -> dict[str, str]:
-    """The comment on the line of each field, read from the source of the dataclass and its bases."""
-    found = {}
-    for cls in reversed(Config.__mro__):
-        if dataclasses.is_dataclass(cls):
-            found.update(re.findall(r"^\s+(\w+): [^#\n]*?#\s*(.*)$", inspect.getsource(cls), re.M))
-    return found
-
-
-def help_text(Config) -> str:
-    """One line per key: name, type, default, comment."""
-    kinds, notes = field_types(Config), comments(Config)
-    lines = [
-        f"  --{field.name}={field.default!r}".ljust(34)
-        + f" {type_name(kinds[field.name]):<14} {notes.get(field.name, '')}"
-        for field in dataclasses.fields(Config)
-    ]
-    module = inspect.getmodule(Config).__doc__ or ""
-    return "\n".join(
-        [
-            module.strip(),
-            "",
-            "keys (--key=value, or assigned in a config file; a bare --key means True):",
-            *lines,
-        ]
-    )
-
-
-def print_differences(cfg, origin: dict[str, str]) -> None:
-    """What differs from the defaults and where it came from."""
-    print(f"{type(cfg).__name__}: defaults, but")
-    for field in dataclasses.fields(cfg):
-        if getattr(cfg, field.name) != field.default:
-            print(
-                f"  {field.name} = {getattr(cfg, field.name)!r}  ({origin.get(field.name, 'derived')})"
-            )
-
-
-def save(cfg, path: str) -> None:
-    """The resolved configuration as JSON."""
-    with open(path, "w", encoding="utf-8") as f:
-        json.dump(dataclasses.asdict(cfg), f, indent=1)
-        f.write("\n")
+def as_dict(*parts: object) -> dict:
+    """Return the keys of all parts with their values."""
+    return {key: getattr(part, key) for part in parts for key in key_types(type(part))}

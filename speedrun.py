@@ -1,38 +1,38 @@
 """The whole loop in one command: data -> pretrain -> SFT -> DPO -> verifier -> eval -> report.
 
-    python speedrun.py                                               # the toy world, minutes on two CPU cores
-    python speedrun.py config/h100_speedrun.py --nproc=4             # every stage under torchrun on 4 GPUs
-    python speedrun.py --stage=dpo --checkpoint=out/toy/sft          # one stage, from a checkpoint of your choice
+    python speedrun.py                                       # the toy world, minutes on 2 cores
+    python speedrun.py config/h100_speedrun.py --nproc=4     # every stage under torchrun, 4 GPUs
+    python speedrun.py --stage=dpo --checkpoint=out/toy/sft  # one stage, from this checkpoint
 
-Finished stages are skipped, so the same command goes on after a kill and does nothing after the end.
+Finished stages are skipped: after a kill the same command goes on, after the end it does nothing.
 """
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 
-import align
-import configurator
-import data
-import eval as evaluation
-import report
-import train
-from checkpoint import lock
-from configurator import UserError
-from train import PREEMPTED
+from configurator import UserError, load, require, run
+from runtime.files import write_json
+from runtime.run_folder import PREEMPTED, lock, read_state
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 STAGES = ("pretrain", "sft", "dpo", "verifier", "eval")
+# glibc keeps freed memory: else a new tensor pays a page fault for each 4 KB (docs/log.md).
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
+PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a child gets when its parent dies
 
 
 @dataclass
 class SpeedrunConfig:
+    """The stages and their recipes."""
+
     out_dir: str = "out/toy"  # one folder per stage goes into it, and results.jsonl, report.md
-    stage: str = (
-        "all"  # all, or one of pretrain, sft, dpo, verifier, eval (eval writes the report too)
-    )
+    stage: str = "all"  # all, or pretrain, sft, dpo, verifier, eval (eval writes the report too)
     checkpoint: str | None = None  # start the stage from this one instead of the stage before
     pretrain: str = "config/pretrain.py"  # recipe of each stage
     sft: str = "config/sft.py"
@@ -46,114 +46,99 @@ class SpeedrunConfig:
     force: bool = False  # start over: replaces what the stages have left in out_dir
     no_overwrite: bool = False  # skip what exists; this is what happens anyway unless --force
 
-    def __post_init__(self):
-        if self.stage not in ("all", *STAGES):
-            raise UserError(f"stage must be all or one of {', '.join(STAGES)}, got {self.stage!r}")
+    def __post_init__(self) -> None:
+        bounds = {"[1, inf)": "nproc max_steps", "[0, inf)": "seed"}
+        require(self, bounds, {"stage": ("all", *STAGES)})
         if self.checkpoint and self.stage not in STAGES[1:-1]:
-            raise UserError(
-                f"checkpoint is for --stage=sft, dpo or verifier; stage {self.stage!r} does not start from one"
-            )
+            raise UserError(f"checkpoint is for stage sft, dpo or verifier, not for {self.stage!r}")
         if self.force and self.no_overwrite:
             raise UserError("force and no_overwrite exclude each other")
 
 
-def run_stage(cfg: SpeedrunConfig, stage: str, checkpoint: str | None) -> int:
-    """One training stage, in this process or under torchrun. -> exit code"""
-    module = train if stage == "pretrain" else align
-    args = [
-        getattr(cfg, stage),
-        f"--out_dir={os.path.join(cfg.out_dir, stage)}",
-        f"--data_dir={cfg.data_dir}",
-        f"--seed={cfg.seed}",
-    ]
-    args += [f"--init_from={checkpoint}"] if stage != "pretrain" else []
-    args += [f"--max_steps={cfg.max_steps}"] if cfg.max_steps else []
-    args += ["--force"] if cfg.force else []
-    if cfg.nproc == 1:
-        return module.main(args)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={cfg.nproc}",
-        module.__file__,
-        *args,
-    ]
-    process = subprocess.Popen(command)
-    asked = []
+class Programs:
+    """This process starts one program after the other and passes a request to stop on to it."""
 
-    def ask(
-        number, frame
-    ):  # once, and as TERM: torchrun dies of USR1, and a second TERM ends its wait for the save
-        if not asked:
-            asked.append(process.send_signal(signal.SIGTERM))
+    def __init__(self) -> None:
+        self.process, self.stopping = None, False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self.stop)
 
-    before = [(number, signal.signal(number, ask)) for number in (signal.SIGTERM, signal.SIGUSR1)]
-    code = process.wait()
-    for number, handler in before:
-        signal.signal(number, handler)
-    return PREEMPTED if train.read_state(os.path.join(cfg.out_dir, stage)) == "preempted" else code
+    def stop(self, number: int, frame: object) -> None:
+        """Pass on the first request, as SIGTERM: torchrun dies of SIGUSR1, or of a second one."""
+        if self.process and not self.stopping:
+            self.process.send_signal(signal.SIGTERM)
+        self.stopping = True
 
+    def run(self, command: list[str], at_our_death: int = signal.SIGKILL) -> int:
+        """Run a Python program and return its exit code, or PREEMPTED when it was to stop."""
+        if self.stopping:
+            return PREEMPTED
+        path = f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
+        env, bind = {**KEEP_MEMORY, **os.environ, "PYTHONPATH": path}, None
+        if sys.platform == "linux":
+            bind = partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, at_our_death)
+        self.process = subprocess.Popen([sys.executable, *command], env=env, preexec_fn=bind)
+        if self.stopping:  # asked a moment ago
+            self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait()
+        if code and self.stopping:
+            return PREEMPTED
+        return code if code >= 0 else 128 - code  # killed by a signal: as a shell says it
 
-def run_stages(cfg: SpeedrunConfig) -> int:
-    checkpoint = cfg.checkpoint
-    for stage in STAGES[:-1]:
-        if cfg.stage in ("all", stage):
-            print(f"\n=== {stage} ===", flush=True)
-            code = run_stage(
-                cfg,
-                stage,
-                checkpoint or os.path.join(cfg.out_dir, STAGES[max(0, STAGES.index(stage) - 1)]),
-            )
-            if code:
-                return code
-            checkpoint = None
-    if cfg.stage in ("all", "eval"):
+    def run_stage(self, cfg: SpeedrunConfig, stage: str, start: str | None) -> int:
+        """Run one training stage, from a checkpoint if any, and return its exit code."""
+        folder = os.path.join(cfg.out_dir, stage)
+        program = os.path.join(HERE, "align.py" if start else "train.py")
+        command = [program, getattr(cfg, stage), f"--out_dir={folder}"]
+        command += [f"--data_dir={cfg.data_dir}", f"--seed={cfg.seed}"]
+        command += [f"--init_from={start}"] if start else []
+        command += [f"--max_steps={cfg.max_steps}"] if cfg.max_steps else []
+        command += ["--force"] if cfg.force else []
+        if cfg.nproc == 1:
+            return self.run(command)
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cfg.nproc}"]
+        code = self.run(torchrun + command, signal.SIGTERM)
+        return PREEMPTED if read_state(folder) == "preempted" else code  # torchrun's code is 1
+
+    def run_stages(self, cfg: SpeedrunConfig) -> int:
+        """Run what is asked for, and return the first exit code that is not 0."""
+        start = None
+        for stage in STAGES[:-1]:
+            if cfg.stage in ("all", stage):
+                print(f"\n=== {stage} ===", flush=True)
+                code = self.run_stage(cfg, stage, cfg.checkpoint or start)
+                if code:
+                    return code
+            start = os.path.join(cfg.out_dir, stage)
+        if cfg.stage not in ("all", "eval"):
+            return 0
         print("\n=== eval ===", flush=True)
-        keep = "--force" if cfg.force else "--no_overwrite"
-        code = evaluation.main(
-            [
-                *filter(None, [cfg.eval]),
-                f"--out_dir={cfg.out_dir}",
-                f"--data_dir={cfg.data_dir}",
-                keep,
-            ]
-        )
-        return code or report.main([f"--out_dir={cfg.out_dir}", keep])
-    return 0
-
-
-def stop(number, frame):
-    sys.exit(PREEMPTED)  # between the training loops, which save first
+        out_dir, keep = f"--out_dir={cfg.out_dir}", "--force" if cfg.force else "--no_overwrite"
+        command = [os.path.join(HERE, "eval.py"), out_dir, f"--data_dir={cfg.data_dir}", keep]
+        code = self.run(command + [cfg.eval] * bool(cfg.eval))
+        return code or self.run(["-P", "-m", "evals.report", out_dir, keep])
 
 
 def main(argv: list[str]) -> int:
-    cfg = configurator.load(SpeedrunConfig, argv, quiet=False)
-    began, state, code = time.perf_counter(), "failed", 1
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, stop)
+    """Run the stages under the lock of their folder, and say what came of it."""
+    cfg = load(argv, SpeedrunConfig, quiet=False)
+    began, code = time.perf_counter(), 1
+    programs, state_path = Programs(), os.path.join(cfg.out_dir, "state.json")
     with lock(cfg.out_dir):
-        data.write_json(os.path.join(cfg.out_dir, "state.json"), {"state": "running"})
+        write_json(state_path, {"state": "running"})
         try:
-            code = run_stages(cfg)
-            state = {0: "done", PREEMPTED: "preempted"}.get(code, "failed")
-        except SystemExit as end:
-            code = end.code
-            state = "preempted" if code == PREEMPTED else "failed"
-            raise
+            code = programs.run_stages(cfg)
         finally:
-            data.write_json(os.path.join(cfg.out_dir, "state.json"), {"state": state})
-    advice = (
-        "run the same command again to go on"
-        if state != "done"
-        else f"read {os.path.join(cfg.out_dir, 'report.md')}"
-        if cfg.stage in ("all", "eval")
-        else f"stage {cfg.stage} is in {cfg.out_dir}"
-    )
+            state = {0: "done", PREEMPTED: "preempted"}.get(code, "failed")
+            write_json(state_path, {"state": state})
+    advice = "run the same command again to go on"
+    if state == "done":
+        advice = f"stage {cfg.stage} is in {cfg.out_dir}"
+        if cfg.stage in ("all", "eval"):
+            advice = f"read {os.path.join(cfg.out_dir, 'report.md')}"
     print(f"\nspeedrun: {state} after {(time.perf_counter() - began) / 60:.1f} min; {advice}")
     return code
 
 
 if __name__ == "__main__":
-    configurator.run(main)
+    run(main)

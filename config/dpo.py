@@ -1,4 +1,7 @@
-"""DPO on the toy world, with RPO's term on the chosen answers: without it these became less likely too, and the tales worse (LOG.md)."""
+"""DPO on the toy world, with RPO's term on the chosen answers.
+
+Without that term these became less likely too, and the tales worse (docs/log.md).
+"""
 
 mode = "dpo"
 out_dir = "out/toy/dpo"

@@ -1,9 +1,10 @@
-"""DPO on the toy world's word problems: the SFT model's own right samples against its wrong ones, on SFT's problems and 4,000 new ones.
+"""DPO on the toy world's word problems: the SFT model's own right samples against its wrong ones.
 
     python align.py config/dpo_problems.py --init_from=out/toy/sft
 
-Greedy exact match over SFT, 2,000 test problems, seeds 1337, 1, 2: +13.2, +5.4, +8.3 points; with --beta=1e-6, which switches the preference term off,
-+13.3, +5.8, +8.6: it is the likelihood of the right samples that helps (LOG.md).
+The problems are those of SFT and 4,000 new ones. Greedy exact match over SFT, 2,000 test problems,
+seeds 1337, 1, 2: +13.2, +5.4, +8.3 points. With --beta=1e-6, which switches the preference term
+off: +13.3, +5.8, +8.6. So it is the likelihood of the right samples that helps (docs/log.md).
 """
 
 mode = "dpo"
@@ -12,7 +13,7 @@ init_from = "out/toy/sft"
 on_policy = True
 n_samples = 8
 temperature = 1.0  # enough wrong samples to learn from
-rpo_alpha = 20.0  # with 1 or 5 exact match falls below that of SFT (LOG.md)
+rpo_alpha = 20.0  # with 1 or 5 exact match falls below that of SFT (docs/log.md)
 muon_lr = 0.003
 learning_rate = 3e-4
 momentum = 0.9

@@ -1,9 +1,10 @@
-"""Training speed on one GPU: tokens/s, share of the card's peak (MFU) and peak memory by batch, sinks on and off, Muon, MoE, nanoGPT beside us.
+"""Training speed on one GPU, by batch: tokens/s, share of the card's peak (MFU), peak memory.
 
-    python bench.py config/h100_bench.py --nanogpt=PATH [--compile=False]
+    python -m bench config/h100_bench.py --nanogpt=PATH [--compile=False]
 
-h100 has nanoGPT's parameters layer by layer (203M); h100_recipe is the model of config/h100_pretrain.py (253M), beside 16 layers of nanoGPT.
-Expected result: not yet run.
+With and without sinks, with Muon, as MoE, and nanoGPT beside us. h100 has nanoGPT's parameters
+layer by layer (203M). h100_recipe is the model of config/h100_pretrain.py (253M), beside 16 layers
+of nanoGPT. Expected result: not yet run.
 """
 
 tasks = ("train",)

@@ -12,7 +12,8 @@ data = "hh-rlhf"
 dtype = "bfloat16"
 compile = True
 optimizer = "adamw"
-learning_rate = 1e-6  # SmolLM2-135M/360M: beta 0.5, LR 1e-6, 10 % warm-up (alignment-handbook recipes/smollm2/dpo)
+# SmolLM2-135M/360M: beta 0.5, LR 1e-6, 10 % warm-up (alignment-handbook recipes/smollm2/dpo)
+learning_rate = 1e-6
 beta = 0.5
 schedule = "cosine"
 warmup_frac = 0.1

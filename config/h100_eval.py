@@ -1,6 +1,8 @@
-"""Evaluation of the 253M model: perplexity protocols on WikiText-2, GSM8K, SST-2, DialogSum, held-out HH-RLHF pairs. About 10 minutes, not yet run.
+"""Evaluation of the 253M model. About 10 minutes, not yet run.
 
-python eval.py config/h100_eval.py
+    python eval.py config/h100_eval.py
+
+Perplexity protocols on WikiText-2, GSM8K, SST-2, DialogSum, held-out HH-RLHF pairs.
 """
 
 out_dir = "out/h100"

@@ -1,11 +1,13 @@
 """Pretraining of the 253M model on one node of H100s.
 
-    python data.py --stage=all                                            # on the login node
-    torchrun --nproc_per_node=4 train.py config/h100_pretrain.py          # or 1, 2, 8: the same global batches
+    python data.py --stage=all                                      # on the login node
+    torchrun --nproc_per_node=4 train.py config/h100_pretrain.py    # 1, 2, 8: the same batches
     sbatch slurm/pretrain.sh config/h100_pretrain.py
 
-Parameters: embedding 50,304 x 1,024 = 51.5M (tied), 12 x (4 x 1,024^2 + 3 x 1,024 x 4,096) = 201.3M: 252.8M.
-FLOPs per token: 6 x 252.8M + 12 x 12 x 1,024 x 1,024 = 1.67 G. Tokens: 2,400 x 262,144 = 629M; 1.05e18 FLOPs in all.
+Parameters: embedding 50,304 x 1,024 = 51.5M (tied), and
+12 x (4 x 1,024^2 + 3 x 1,024 x 4,096) = 201.3M: 252.8M.
+FLOPs per token: 6 x 252.8M + 12 x 12 x 1,024 x 1,024 = 1.67 G.
+Tokens: 2,400 x 262,144 = 629M; 1.05e18 FLOPs in all.
 Time: at 50 % of 989 TFLOP/s on one H100 about 35 min. Expected result: not yet run.
 """
 

@@ -1,7 +1,10 @@
-"""The whole loop at 253M parameters on one node of H100s. Not yet run; the arithmetic of each stage is in its own recipe.
+"""The whole loop at 253M parameters on one node of H100s.
 
-python data.py --stage=all                                       # on the login node, needs the network
-sbatch slurm/speedrun.sh config/h100_speedrun.py                 # or: python speedrun.py config/h100_speedrun.py --nproc=4
+    python data.py --stage=all                              # on the login node, needs the network
+    sbatch slurm/speedrun.sh config/h100_speedrun.py
+    python speedrun.py config/h100_speedrun.py --nproc=4    # or this, without Slurm
+
+Not yet run; the arithmetic of each stage is in its own recipe.
 """
 
 out_dir = "out/h100"

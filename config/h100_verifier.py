@@ -2,7 +2,8 @@
 
     python align.py config/h100_verifier.py --init_from=out/h100/dpo
 
-Samples 8 solutions for each of the 1,900 problems of train that SFT left out. Where none is right it says so. Expected: not yet run.
+Samples 8 solutions for each of the 1,900 problems of train that SFT left out. Where none is right
+it says so. Expected: not yet run.
 """
 
 mode = "verifier"

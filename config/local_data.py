@@ -1,13 +1,16 @@
-"""Real data from local files, for machines without network: English text, Alpaca, HH-RLHF pairs, GSM8K, WikiText-2, SST-2, DialogSum.
+"""Real data from local files, for machines without network.
 
     python data.py config/local_data.py --local_dir=FOLDER --tokenizer=FOLDER/gpt2.tiktoken
 
-FOLDER holds the files named below; each has the schema of the hub data set that it stands for. About a minute on 2 CPU cores.
+English text, Alpaca, HH-RLHF pairs, GSM8K, WikiText-2, SST-2, DialogSum. FOLDER holds the files
+named below; each has the schema of the hub data set that it stands for. About a minute on 2 CPU
+cores.
 """
 
 sources = (
-    "pretrain/english=pretrain/wikipedia_articles.txt.gz;pretrain/wikipedia_leads.txt.gz;pretrain/openstax_books_ccby.txt.gz;"
-    "pretrain/openstax_books_ccbyncsa.txt.gz;pretrain/novels_1of3.txt.gz;pretrain/novels_2of3.txt.gz;pretrain/novels_3of3.txt.gz;"
+    "pretrain/english=pretrain/wikipedia_articles.txt.gz;pretrain/wikipedia_leads.txt.gz;"
+    "pretrain/openstax_books_ccby.txt.gz;pretrain/openstax_books_ccbyncsa.txt.gz;"
+    "pretrain/novels_1of3.txt.gz;pretrain/novels_2of3.txt.gz;pretrain/novels_3of3.txt.gz;"
     "pretrain/tinystories_4k.txt.gz",
     "sft/alpaca=alpaca_52k.jsonl.gz",
     "sft/hh-chosen=hh_rlhf_harmless_base_test.jsonl.gz",
@@ -16,7 +19,8 @@ sources = (
     "dpo/polite=preference_raschka_1100.jsonl",
     "verifier/gsm8k=gsm8k_train.jsonl.gz",
     "eval/gsm8k-test=gsm8k_test.jsonl",
-    "eval/gsm8k-published=gsm8k_example_model_solutions.jsonl.gz",  # answers to the test questions: to judge, never to train on
+    # answers to the test questions: to judge, never to train on
+    "eval/gsm8k-published=gsm8k_example_model_solutions.jsonl.gz",
     "eval/wikitext-2=wikitext2_raw_test.txt.gz",
     "eval/wikitext-2-valid=wikitext2_raw_valid.txt.gz",
     "eval/sst2=sst2_dev.tsv",

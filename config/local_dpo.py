@@ -1,4 +1,4 @@
-"""DPO of the small local model on HH-RLHF, helpfulness and politeness pairs, minutes on 2 CPU cores.
+"""DPO of the small local model on HH-RLHF, helpfulness and politeness pairs; minutes on 2 cores.
 
 python align.py config/local_dpo.py --init_from=out/local/sft
 """
@@ -8,7 +8,7 @@ out_dir = "out/local/dpo"
 init_from = "out/local/sft"
 data = "hh-rlhf,helpful,polite"
 optimizer = "adamw"
-rpo_alpha = 1.0  # without it and at 1e-4 the held-out loss rose (LOG.md)
+rpo_alpha = 1.0  # without it and at 1e-4 the held-out loss rose (docs/log.md)
 learning_rate = (
     3e-4  # 300 x SmolLM2-135M's 1e-6: this model sees 60 small batches, not 2 epochs of 60k pairs
 )

@@ -1,11 +1,14 @@
-"""Evaluation of the small local model on WikiText-2 (test), GSM8K, SST-2, DialogSum and held-out HH-RLHF pairs.
+"""Evaluation of the small local model.
 
-python eval.py config/local_eval.py
+    python eval.py config/local_eval.py
+
+WikiText-2 (test), GSM8K, SST-2, DialogSum and held-out HH-RLHF pairs.
 """
 
 out_dir = "out/local"
 data = "english"
-text = "wikitext-2"  # the test split; about five minutes a model on 2 cores: five protocols over 290,000 tokens
+# the test split; about five minutes a model on 2 cores: five protocols over 290,000 tokens
+text = "wikitext-2"
 problems = "gsm8k-test"
 pairs = "hh-rlhf,helpful,polite"
 chats = "alpaca"

@@ -1,9 +1,10 @@
-"""A small model on real English text, minutes on 2 CPU cores: shows that the whole path works on real data, not that it is good.
+"""A small model on real English text, minutes on 2 CPU cores.
 
     python data.py config/local_data.py --local_dir=FOLDER --tokenizer=FOLDER/gpt2.tiktoken
     python train.py config/local_pretrain.py
 
-10M parameters, 8.0M of them in the tied embedding; 1.6M of 25M tokens. Measured runs: LOG.md.
+It shows that the whole path works on real data, not that it is good. 10M parameters, 8.0M of them
+in the tied embedding; 1.6M of 25M tokens. Measured runs: docs/log.md.
 """
 
 out_dir = "out/local/pretrain"

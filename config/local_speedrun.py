@@ -1,5 +1,6 @@
-"""The whole loop on real data, small, on 2 CPU cores. First: python data.py config/local_data.py --local_dir=FOLDER --tokenizer=FOLDER/gpt2.tiktoken
+"""The whole loop on real data, small, on 2 CPU cores.
 
+python data.py config/local_data.py --local_dir=FOLDER --tokenizer=FOLDER/gpt2.tiktoken
 python speedrun.py config/local_speedrun.py
 """
 

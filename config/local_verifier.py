@@ -1,7 +1,9 @@
-"""The verifier of the small local model on GSM8K, minutes on 2 CPU cores. A model of this size solves none of it: expect the note
-that there is nothing to rerank; what this recipe shows is that the stage runs on the real problems.
+"""The verifier of the small local model on GSM8K, minutes on 2 CPU cores.
 
     python align.py config/local_verifier.py --init_from=out/local/dpo
+
+A model of this size solves none of it: expect the note that there is nothing to rerank. What this
+recipe shows is that the stage runs on the real problems.
 """
 
 mode = "verifier"

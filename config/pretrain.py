@@ -1,4 +1,7 @@
-"""Pretraining on the toy world, the first stage of the default speedrun: 0.9M parameters, 130 x 4,096 = 0.53M tokens."""
+"""Pretraining on the toy world, the first stage of the default speedrun.
+
+0.9M parameters, 130 x 4,096 = 0.53M tokens.
+"""
 
 out_dir = "out/toy/pretrain"
 seq_len = 128
@@ -8,7 +11,7 @@ d_model = 128
 batch_tokens = 4096
 micro_batch = 32
 max_steps = 130
-momentum = 0.9  # 0.95 averages over more steps than so short a run can wait for (LOG.md)
+momentum = 0.9  # 0.95 averages over more steps than so short a run can wait for (docs/log.md)
 learning_rate = 5e-3
 eval_interval = 65
 save_interval = 65

@@ -1,4 +1,4 @@
-"""Smoke test of the training loop: a 0.2M-parameter model, 30 steps on the toy world, seconds on a laptop.
+"""Smoke test of the training loop: 0.2M parameters, 30 steps on the toy world, seconds.
 
 python train.py config/smoke.py
 torchrun --nproc_per_node=2 train.py config/smoke.py --out_dir=out/smoke2

@@ -1,9 +1,9 @@
-# Sourced by the scripts here. Gives nproc (GPUs of this node, or NPROC), launch (what starts that many processes), out_dir_of and
-# run: start a program, let it save when Slurm or a user wants it to stop, requeue the job until it is done.
+# Sourced by the scripts here. Gives nproc, launch (what starts so many processes), out_dir_of and run.
 # Exit codes: 0 done, 75 stopped before the end (the same command goes on), else the program's own.
-export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" HF_DATASETS_OFFLINE="${HF_DATASETS_OFFLINE:-1}"
-export PYTHONUNBUFFERED=1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}"  # seconds torchrun lets us save
-if [ -d .venv/bin ]; then export PATH="$PWD/.venv/bin:$PATH"; fi
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" HF_DATASETS_OFFLINE="${HF_DATASETS_OFFLINE:-1}"
+export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:--1}"  # see speedrun.py
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}"  # torchrun lets us save
+[ ! -d .venv/bin ] || export PATH="$PWD/.venv/bin:$PATH"
 pid="" signal="" restarts="${SLURM_RESTART_COUNT:-0}"
 job="${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID:-}_}${SLURM_ARRAY_TASK_ID:-${SLURM_JOB_ID:-}}"
 [ "${SLURM_TASK_PID:-}" = $$ ] || job=""  # no batch job: an interactive allocation cannot be requeued
@@ -38,7 +38,7 @@ listen() {  # by default Slurm tells of a preemption job steps only, by SIGTERM:
   sleep 2  # if Slurm ends the whole job, it has ended this process by now
   if [ "${heard:-0}" = 99 ]; then kill -USR1 $$ 2>/dev/null || true; fi
 }
-run() {  # COMMAND...
+run() {  # COMMAND...: let it save when it is to stop, requeue the job until it is done
   local rc=0 old new=none; old="$(cat "$out_dir/state.json" 2>/dev/null || true)"
   if [ -n "$job" ]; then check_progress; listen & fi
   echo "slurm: $* ($nproc processes, ${job:+job $job, restart $restarts, }$(hostname))"; rm -f "$out_dir/DONE"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Evaluation of a run folder, in one process on one GPU; requeued, it goes on behind the results it has.
+# Evaluation of a run folder, in one process on one GPU. Requeued, it goes on behind its results.
 #
-#   sbatch slurm/eval.sh --out_dir=out/toy --no_overwrite                 # from the repository root
-#   sbatch -A account -p partition slurm/eval.sh ...                      # --gres=none for a CPU node
-#   bash slurm/eval.sh --out_dir=out/toy                                  # the same without Slurm
+#   sbatch slurm/eval.sh --out_dir=out/toy --no_overwrite      # from the repository root
+#   sbatch -A account -p partition slurm/eval.sh ...           # --gres=none for a CPU node
+#   bash slurm/eval.sh --out_dir=out/toy                       # the same without Slurm
 #SBATCH --job-name=eval
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
@@ -15,7 +15,8 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@300
 set -euo pipefail
-if [ -f "$(dirname "$0")/common.sh" ]; then cd "$(dirname "$0")/.."; else cd "$SLURM_SUBMIT_DIR"; fi  # Slurm runs a copy of this file
+here="$(dirname "$0")/.."  # but Slurm runs a copy of this file
+if [ -f "$here/slurm/common.sh" ]; then cd "$here"; else cd "$SLURM_SUBMIT_DIR"; fi
 NPROC=1
 . slurm/common.sh
 if [ "$restarts" != 0 ]; then set -- "$@" --no_overwrite; fi

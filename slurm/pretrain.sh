@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Pretraining on one node: one process per GPU, resumed after every requeue until it is done.
 #
-#   sbatch slurm/pretrain.sh config/h100_pretrain.py --max_steps=100      # from the repository root
-#   sbatch -A account -p partition --gres=gpu:4 slurm/pretrain.sh ...     # four GPUs; --gres=none for a CPU node
-#   bash slurm/pretrain.sh config/smoke.py                                # the same without Slurm
+#   sbatch slurm/pretrain.sh config/h100_pretrain.py --max_steps=100  # from the repository root
+#   sbatch -A account -p partition --gres=gpu:4 slurm/pretrain.sh ... # 4 GPUs; none: a CPU node
+#   bash slurm/pretrain.sh config/smoke.py                            # the same without Slurm
 #SBATCH --job-name=pretrain
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
@@ -15,7 +15,8 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@300
 set -euo pipefail
-if [ -f "$(dirname "$0")/common.sh" ]; then cd "$(dirname "$0")/.."; else cd "$SLURM_SUBMIT_DIR"; fi  # Slurm runs a copy of this file
+here="$(dirname "$0")/.."  # but Slurm runs a copy of this file
+if [ -f "$here/slurm/common.sh" ]; then cd "$here"; else cd "$SLURM_SUBMIT_DIR"; fi
 . slurm/common.sh
 out_dir="$(out_dir_of out/pretrain "$@")"
 run "${launch[@]}" train.py "$@"

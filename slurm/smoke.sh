@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Smoke test of an installation: two processes on the CPU train a tiny model on the toy world, in about a minute, without network.
+# Smoke test of an installation: two processes on the CPU train a tiny model on the toy world, in
+# about a minute, without network.
 #
 #   sbatch slurm/smoke.sh                                                 # from the repository root
 #   sbatch -A account -p partition slurm/smoke.sh --max_steps=60
@@ -14,7 +15,8 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@120
 set -euo pipefail
-if [ -f "$(dirname "$0")/common.sh" ]; then cd "$(dirname "$0")/.."; else cd "$SLURM_SUBMIT_DIR"; fi  # Slurm runs a copy of this file
+here="$(dirname "$0")/.."  # but Slurm runs a copy of this file
+if [ -f "$here/slurm/common.sh" ]; then cd "$here"; else cd "$SLURM_SUBMIT_DIR"; fi
 NPROC="${NPROC:-2}"
 set -- config/smoke.py --device=cpu --out_dir=out/smoke_slurm --force "$@"
 . slurm/common.sh

@@ -1,35 +1,29 @@
-"""Tests run from any folder, on one thread."""
+"""Tests run on one thread, so that two suites can share a machine."""
 
-import os
-import sys
-from pathlib import Path
+import socket
 
 import pytest
 import torch
+from corpus_helpers import real
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from corpus.tokenizer import load_tokenizer
+
 torch.set_num_threads(1)
 
-from configurator import UserError  # after the path is set
+
+@pytest.fixture(scope="session")
+def gpt2():
+    """GPT-2's tokenizer, where its ranks are."""
+    return load_tokenizer(real("gpt2.tiktoken"))
 
 
-def fails(call, *words: str) -> str:
-    """The text of the UserError of call(), which must hold each of the words."""
-    with pytest.raises(UserError) as caught:
-        call()
-    for word in words:
-        assert str(word) in str(caught.value)
-    return str(caught.value)
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every attempt to open a socket fails the test."""
 
+    def refuse(*args, **keys):
+        raise AssertionError("a socket was opened")
 
-def fork(call) -> int:
-    """Process id of a child that runs call() and exits 0, or 1 where it raises."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            call()
-            code = 0
-        finally:
-            os._exit(code)
-    return pid
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)

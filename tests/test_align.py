@@ -1,4 +1,4 @@
-"""SFT, DPO and verifier: which tokens count, what each loss is, and that a killed run goes on as if nothing had been."""
+"""SFT, DPO and verifier: which tokens count, what each loss is, and that kills change nothing."""
 
 import copy
 import json
@@ -10,74 +10,33 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from helpers import ASSISTANT, BYTE, END, PAD, ROOT, SYSTEM, USER, fails, save_start, tiny
 
 import align
-import data
-import problems
-import tasks
-from checkpoint import checkpoint_files, load_checkpoint, model_from, save_checkpoint
 from configurator import UserError
-from model import GPT, ModelConfig
-from toy import chat
-from ranks import Ranks
-from train import TrainStep
+from corpus.chat import TEMPLATE, render, render_prompt, user_turn
+from corpus.shards import write_shard
+from corpus.toy import chat
+from inference import solutions
+from inference.scoring import score_solutions
+from model import GPT
+from runtime.checkpoint import checkpoint_files, load_checkpoint, model_from
+from runtime.files import read_jsonl, read_log, write_jsonl
+from runtime.world import World
+from train import LoopConfig, TrainStep
 
-ROOT = Path(__file__).resolve().parent.parent
-BYTE = data.load_tokenizer("byte")
-EOS, SYSTEM, USER, ASSISTANT, END, PAD = range(256, 262)
 LN2 = math.log(2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Small things that the tests share
-
-
-def tiny(seed: int = 0, **changes) -> GPT:
-    """A small model with every parameter random: as initialised, its blocks would add nothing."""
-    torch.manual_seed(seed)
-    sizes = {
-        "vocab_size": 262,
-        "seq_len": 64,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_kv_head": 2,
-        "d_model": 32,
-        "d_ff": 64,
-    }
-    model = GPT(ModelConfig(**{**sizes, **changes}))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.15 * torch.randn_like(p))
-    return model
-
-
-def save_start(folder: Path, model: GPT, **changes) -> str:
-    """A checkpoint as the loop writes it. -> its folder"""
-    entries = {
-        "model": model.state_dict(),
-        "model_config": asdict(model.cfg),
-        "train_config": {},
-        "step": 7,
-        "best": 1.0,
-        "task": "pretrain",
-        "data": "none",
-        "rng": torch.get_rng_state(),
-        "optimizers": [],
-        "tokenizer": BYTE.spec(),
-        **changes,
-    }
-    save_checkpoint(str(folder / "ckpt_0000007.pt"), entries)
-    return str(folder)
-
 
 CHATS = [
     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bc"}]},
@@ -85,7 +44,7 @@ CHATS = [
 ]
 PAIRS = [
     {
-        "prompt": data.user(f"question {i}"),
+        "prompt": user_turn(f"question {i}"),
         "chosen": "good " * (1 + i % 3),
         "rejected": "bad" * (1 + i % 4),
     }
@@ -97,37 +56,43 @@ PROBLEMS = [{"question": f"1+{i}?", "answer": f"1+{i}={1 + i}\n#### {1 + i}"} fo
 def world(folder: Path, chats=CHATS, pairs=PAIRS, problems=PROBLEMS) -> str:
     """Records for every mode; the same ones for training and validation. -> data_dir"""
     for split in ("train", "val"):
-        data.write_jsonl(str(folder / "mini" / f"sft_{split}.jsonl"), chats)
-        data.write_jsonl(str(folder / "mini" / f"dpo_{split}.jsonl"), pairs)
+        write_jsonl(str(folder / "mini" / f"sft_{split}.jsonl"), chats)
+        write_jsonl(str(folder / "mini" / f"dpo_{split}.jsonl"), pairs)
     for split in ("verifier", "val"):
-        data.write_jsonl(str(folder / "mini" / f"problems_{split}.jsonl"), problems)
-    data.write_jsonl(
+        write_jsonl(str(folder / "mini" / f"problems_{split}.jsonl"), problems)
+    write_jsonl(
         str(folder / "mini" / "problems_train.jsonl"),
         [{**row, "question": f"SFT: {row['question']}"} for row in problems],
     )
     return str(folder)
 
 
-def config(tmp_path: Path, mode: str, data_dir: str = "", **changes) -> align.AlignConfig:
+def config(tmp_path: Path, mode: str, data_dir: str = "", **changes) -> list:
+    """The parts of the configuration: loop, align, mode and, but for sft, sampling."""
     out = tmp_path / mode
     out.mkdir(exist_ok=True)
-    return align.AlignConfig(
-        **{
-            "mode": mode,
-            "init_from": "start",
-            "data": "mini",
-            "data_dir": data_dir or world(tmp_path / "data"),
-            "out_dir": str(out),
-            "device": "cpu",
-            "dtype": "float32",
-            "micro_batch": 4,
-            **changes,
-        }
-    )
+    values = {
+        "mode": mode,
+        "init_from": "start",
+        "data": "mini",
+        "data_dir": data_dir or world(tmp_path / "data"),
+        "out_dir": str(out),
+        "device": "cpu",
+        "dtype": "float32",
+        "micro_batch": 4,
+        **changes,
+    }
+    parts = []
+    for part in (LoopConfig, align.AlignConfig, *align.MODES[mode]):
+        names = [field.name for field in fields(part)]
+        parts.append(part(**{name: values.pop(name) for name in names if name in values}))
+    assert not values, f"no keys of {mode}: {values}"
+    return parts
 
 
-def build(cfg: align.AlignConfig, model: GPT):
-    return align.TASKS[cfg.mode](cfg, model, BYTE, Ranks("cpu", "float32"))
+def build(parts: list, model: GPT):
+    setup = align.Setup(model, BYTE, World("cpu", "float32"), *parts)
+    return align.TASKS[setup.align.mode](setup)
 
 
 @pytest.fixture
@@ -138,7 +103,7 @@ def double():
 
 
 def plain_logprobs(model: GPT, ids: list[int]) -> torch.Tensor:
-    """log p of every id but the first, by a full log_softmax, without packing, padding or chunks: (n - 1,)"""
+    """log p of every id but the first, by a full log_softmax, with gradients: (n - 1,)"""
     x = model.hidden(torch.tensor([ids[:-1]]))[0]
     logp = F.log_softmax((x @ model.head.weight.T)[:, : model.cfg.vocab_size], dim=-1)
     return logp[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
@@ -146,42 +111,39 @@ def plain_logprobs(model: GPT, ids: list[int]) -> torch.Tensor:
 
 def gradients(loss: torch.Tensor, model: GPT) -> dict[str, torch.Tensor]:
     grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-    return {
-        name: torch.zeros_like(p) if g is None else g
-        for (name, p), g in zip(model.named_parameters(), grads)
-    }
+    found = {}
+    for (name, p), grad in zip(model.named_parameters(), grads, strict=True):
+        found[name] = torch.zeros_like(p) if grad is None else grad
+    return found
 
 
 def assert_same_gradients(a: dict, b: dict, atol: float):
     for name in a:
-        torch.testing.assert_close(
-            a[name], b[name], rtol=0, atol=atol, msg=lambda text: f"{name}: {text}"
-        )
-    assert any(x.abs().max() > 1e-3 for x in a.values()), (
-        "gradients are all zero: the comparison shows nothing"
-    )
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol, msg=f"{name} differs")
+    assert any(x.abs().max() > 1e-3 for x in a.values()), "gradients are all zero: nothing is shown"
 
 
 def supervised(batch: dict, key: str) -> list[tuple[tuple[int, ...], int]]:
     """(ids of the document read so far, label) wherever a packed batch has a label of this kind."""
     found = []
-    for idx, docs, labels in zip(
-        batch["idx"].tolist(), batch["docs"].tolist(), batch[key].tolist()
-    ):
+    rows = (batch["idx"].tolist(), batch["docs"].tolist(), batch[key].tolist())
+    for idx, docs, labels in zip(*rows, strict=True):
         for t, label in enumerate(labels):
             if label >= 0:
-                found.append(
-                    (tuple(i for i, d in zip(idx[: t + 1], docs[: t + 1]) if d == docs[t]), label)
-                )
+                read = [i for i, d in zip(idx[: t + 1], docs[: t + 1], strict=True) if d == docs[t]]
+                found.append((tuple(read), label))
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Masks, as literal arrays
 
 
 def test_two_chats_in_one_row_as_literal_arrays(tmp_path):
-    """Only the assistant's words and the <|end|> after them are targets, each at the place before it; padding has no document."""
+    """Only the assistant's words and the <|end|> after them are targets, each one place before.
+
+    Padding has no document.
+    """
     task = build(config(tmp_path, "sft", seq_len=12), tiny())
     batch = task.batch("val", 0, 1)
     assert batch["idx"].tolist() == [
@@ -193,7 +155,7 @@ def test_two_chats_in_one_row_as_literal_arrays(tmp_path):
 
 
 def test_every_assistant_turn_of_a_long_chat_is_supervised_and_nothing_else(tmp_path):
-    """In a chat of several turns the model learns all of its turns, no word of the system or the user."""
+    """Of a chat of several turns the model learns all its own, no word of system or user."""
     turns = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     chats = [{"messages": [{"role": role, "content": text} for role, text in turns]}]
     batch = build(
@@ -208,8 +170,8 @@ def test_every_assistant_turn_of_a_long_chat_is_supervised_and_nothing_else(tmp_
 
 
 def test_a_pair_as_literal_arrays(tmp_path):
-    """Chosen rows come first, each padded on the right; targets stand on the answer and its <|end|> alone."""
-    pairs = [{"prompt": data.user("p"), "chosen": "ab", "rejected": "c"}]
+    """Chosen rows come first, padded on the right; targets are the answer and its <|end|> alone."""
+    pairs = [{"prompt": user_turn("p"), "chosen": "ab", "rejected": "c"}]
     task = build(config(tmp_path, "dpo", world(tmp_path / "data", pairs=pairs), seq_len=6), tiny())
     batch = task.batch("val", 0, 1)
     assert batch["idx"].tolist() == [
@@ -217,6 +179,7 @@ def test_a_pair_as_literal_arrays(tmp_path):
         [USER, 112, END, ASSISTANT, 99, PAD],
     ]
     assert batch["targets"].tolist() == [[-1, -1, -1, 97, 98, END], [-1, -1, -1, 99, END, -1]]
+    assert batch["lengths"].tolist() == [[3], [2]]
     assert batch["reference"].shape == (2, 1) and task.units(batch) == 1
 
 
@@ -225,7 +188,10 @@ QUESTION = (USER, 113, END, ASSISTANT)  # "q"
 
 @pytest.fixture
 def judged(tmp_path, monkeypatch):
-    """A verifier task of one problem, "q" with the answer "r", and the sampled solutions "x" (right) and "yz" (wrong)."""
+    """A verifier task of one problem, "q" with the answer "r".
+
+    The sampled solutions are "x" (right) and "yz" (wrong).
+    """
     rows = [
         {
             "question": "q",
@@ -236,19 +202,22 @@ def judged(tmp_path, monkeypatch):
             ],
         }
     ]
-    monkeypatch.setattr(problems, "solve", lambda *args: copy.deepcopy(rows))
-    cfg = config(
+    monkeypatch.setattr(align, "solve", lambda *args: copy.deepcopy(rows))
+    parts = config(
         tmp_path,
         "verifier",
         world(tmp_path / "data", problems=[{"question": "q", "answer": "r"}]),
         seq_len=32,
     )
-    return build(cfg, tiny(score_head=True))
+    return build(parts, tiny(score_head=True))
 
 
 def test_verifier_labels_stand_on_every_token_of_the_solution_the_last_included(judged):
-    """The score after a token of the solution judges what has been read; evaluation reads the one after the last token, so that one
-    must be trained, and the one after the bare question need not be."""
+    """The score after a token of the solution judges what has been read.
+
+    Evaluation reads the one after the last token, so that one must be trained; the one after the
+    bare question need not be.
+    """
     labels = supervised(judged.batch("val", 0, judged.n_val_rows), "labels")
     assert sorted(labels) == sorted(
         [
@@ -262,7 +231,7 @@ def test_verifier_labels_stand_on_every_token_of_the_solution_the_last_included(
 
 
 def test_verifier_language_model_targets_stand_on_reference_solutions_only(judged):
-    """Wrong samples are no texts to imitate: the language-model loss sees the reference solution and nothing sampled."""
+    """Wrong samples are no texts to imitate: the language-model loss sees nothing sampled."""
     assert supervised(judged.batch("val", 0, judged.n_val_rows), "targets") == [
         (QUESTION, 114),
         ((*QUESTION, 114), END),
@@ -273,7 +242,7 @@ def test_the_last_supervised_label_of_every_document_is_end(tmp_path, judged):
     """A model that is never taught <|end|> never stops: the most reported fault of chat tuning."""
     sft = build(config(tmp_path, "sft", seq_len=12), tiny())
     dpo = build(config(tmp_path, "dpo"), tiny())
-    for packed in (sft.train, judged.train):
+    for packed in (sft.packed["train"], judged.packed["train"]):
         last = [
             [t for t in document["targets"] if t >= 0][-1]
             for document in packed.documents
@@ -282,12 +251,15 @@ def test_the_last_supervised_label_of_every_document_is_end(tmp_path, judged):
         assert last and set(last) == {END}
     rows = dpo.tensors("train", range(len(PAIRS)))["targets"].tolist()
     assert {[t for t in row if t >= 0][-1] for row in rows} == {END} and len(rows) == 2 * len(PAIRS)
-    labels = supervised(judged.batch("train", 0, len(judged.train.rows)), "labels")
+    labels = supervised(judged.batch("train", 0, len(judged.packed["train"].rows)), "labels")
     assert {context[len(QUESTION) :] for context, _ in labels} >= {(120,), (121, 122)}
 
 
 def test_prompts_are_never_supervised(tmp_path, judged):
-    """The loss on the question would teach the model to ask; every target is preceded by <|assistant|> and its answer so far."""
+    """The loss on the question would teach the model to ask.
+
+    Every target is preceded by <|assistant|> and its answer so far.
+    """
     sft = build(config(tmp_path, "sft", seq_len=12), tiny())
     dpo = build(config(tmp_path, "dpo"), tiny())
     for batch, key in (
@@ -300,75 +272,46 @@ def test_prompts_are_never_supervised(tmp_path, judged):
             for context in contexts
         )
     batch = dpo.tensors("train", range(len(PAIRS)))
-    for idx, targets, pair in zip(batch["idx"], batch["targets"], dpo.pairs["train"]):
-        n = len(pair[0])
+    chosen = [x[: len(PAIRS)] for x in (batch["idx"], batch["targets"])]
+    for idx, targets, pair in zip(*chosen, dpo.pairs["train"], strict=True):
+        n = len(pair.prompt)
         assert targets[: n - 1].max() == -1 and targets[n - 1] >= 0 and idx[n - 1] == ASSISTANT
 
 
 def test_the_shown_sample_marks_exactly_the_supervised_part(tmp_path, capsys):
-    """A mask lost in a refactor is seen in the first lines of the log, if these show the mask and its share."""
+    """A mask lost in a refactor is seen in the log, if this shows the mask and its share."""
     build(config(tmp_path, "sft", seq_len=12), tiny())
     said = capsys.readouterr().out
-    assert (
-        "<|user|>a<|end|><|assistant|>[[bc<|end|>]]" in said and f"{5 / 13:.0%} of tokens" in said
-    )
+    assert "<|user|>a<|end|><|assistant|>[[bc<|end|>]]" in said
+    assert f"{5 / 13:.0%} of tokens" in said
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Packing
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.integers(1, 60).flatmap(
-        lambda space: st.tuples(st.just(space), st.lists(st.integers(1, space), max_size=60))
-    )
-)
-def test_packing_keeps_every_item_once_within_the_space_and_wastes_little(case):
-    """A lost document is lost data, an overfull row is a crash, and many half-empty rows are wasted compute. Best-fit decreasing needs at
-    most 11/9 of the least number of groups plus one, and first-fit is never below that least number."""
-    space, lengths = case
-    groups = align.pack(lengths, space)
-    assert sorted(item for group in groups for item in group) == list(range(len(lengths)))
-    assert all(0 < sum(lengths[item] for item in group) <= space for group in groups)
-    free = []
-    for length in lengths:
-        place = next((i for i, left in enumerate(free) if left >= length), None)
-        if place is None:
-            free.append(space - length)
-        else:
-            free[place] -= length
-    assert len(groups) <= 11 / 9 * len(free) + 1
-
-
-def test_packing_fills_rows_that_fit_exactly():
-    """Items that complement each other share a row: 6 + 4 and 7 + 3 need two rows of 10."""
-    assert sorted(map(sorted, align.pack([6, 7, 3, 4], 10))) == [[0, 3], [1, 2]]
 
 
 @pytest.mark.parametrize("mode,what", [("sft", "chats"), ("dpo", "pairs")])
 def test_documents_longer_than_a_row_are_dropped_aloud(tmp_path, capsys, mode, what):
-    """A document cut in the middle would be taught without its end; one dropped in silence would be missed by nobody."""
+    """A document cut in the middle would be taught without its end.
+
+    One dropped in silence would be missed by nobody.
+    """
     chats = [*CHATS, chat("long", "x" * 100)]
-    pairs = [*PAIRS, {"prompt": data.user("long"), "chosen": "y" * 100, "rejected": "z"}]
+    pairs = [*PAIRS, {"prompt": user_turn("long"), "chosen": "y" * 100, "rejected": "z"}]
     task = build(
         config(tmp_path, mode, world(tmp_path / "data", chats=chats, pairs=pairs), seq_len=50),
         tiny(),
     )
     said = capsys.readouterr().out
-    assert (
-        f"{mode} train {what}: 1 of {len(chats if mode == 'sft' else pairs)} are longer than seq_len=50"
-        in said
-    )
-    assert len(task.train.documents if mode == "sft" else task.pairs["train"]) == len(
-        CHATS if mode == "sft" else PAIRS
-    )
+    n = len(CHATS if mode == "sft" else PAIRS)
+    assert f"{mode} train {what}: 1 of {n + 1} are longer than seq_len=50" in said
+    assert len(task.packed["train"].documents if mode == "sft" else task.pairs["train"]) == n
 
 
 def test_a_document_that_fits_exactly_is_kept(tmp_path, capsys):
     """n ids take n - 1 places: the limit itself is no reason to drop."""
     task = build(config(tmp_path, "sft", seq_len=6), tiny())
-    assert len(task.train.documents) == 2 and "dropped" not in capsys.readouterr().out
+    assert len(task.packed["train"].documents) == 2 and "dropped" not in capsys.readouterr().out
     with pytest.raises(UserError):
         build(
             config(tmp_path, "sft", world(tmp_path / "other", chats=CHATS[:1]), seq_len=5), tiny()
@@ -388,20 +331,20 @@ def test_nothing_left_after_dropping_is_an_error_in_words(tmp_path, mode):
         ({"sinks": True, "n_kv_head": 2}, 1e-10),
         ({"sinks": False, "n_kv_head": 4}, 1e-10),
         ({"sinks": True, "n_kv_head": 1, "sliding_window": 5}, 1e-10),
-        ({"n_expert": 4, "d_expert": 32}, 1e-4),
+        ({"n_expert": 4, "d_expert": 32}, 1e-4),  # the router's scores are float32
     ],
-)  # the router's scores are float32
+)
 def test_packed_loss_and_gradients_are_the_sum_of_separate_ones(tmp_path, double, changes, atol):
-    """Documents in one row must not see each other, in the loss or in any gradient; with the mask left out they would."""
+    """Documents in one row must not see each other, in the loss or in any gradient."""
     chats = [chat("one", "first answer"), chat("second question", "no"), chat("3", "third")]
     model = tiny(**changes)
     task = build(config(tmp_path, "sft", world(tmp_path / "data", chats=chats), seq_len=60), model)
-    assert len(task.train.rows) == 1 and len(task.train.documents) == 3
+    assert len(task.packed["train"].rows) == 1 and len(task.packed["train"].documents) == 3
     batch = task.batch("train", 0, 1)
     packed = task.loss(model, batch)[1]["loss"]
     separate = 0.0
     for record in chats:
-        ids, flags = data.render(record["messages"], BYTE)
+        ids, flags = render(record["messages"], BYTE)
         separate = separate - plain_logprobs(model, ids)[torch.tensor(flags[1:])].sum()
     assert packed.item() == pytest.approx(separate.item(), abs=atol)
     assert_same_gradients(gradients(packed, model), gradients(separate, model), atol)
@@ -412,7 +355,7 @@ def test_packed_loss_and_gradients_are_the_sum_of_separate_ones(tmp_path, double
 
 
 def test_hidden_states_without_a_label_get_no_gradient_from_the_losses(double):
-    """Neither the likelihood of SFT nor the log-probs of DPO may push on the words of the prompt or on padding."""
+    """Neither SFT's likelihood nor DPO's log-probs may push on the prompt or on padding."""
     model = tiny()
     targets = torch.tensor([[-1, -1, 5, 260, -1]])
     for sum_of in (lambda x: model.nll(x, targets), lambda x: model.logprobs(x, targets).sum()):
@@ -421,12 +364,12 @@ def test_hidden_states_without_a_label_get_no_gradient_from_the_losses(double):
         assert (grad[0].abs().amax(-1) > 0).tolist() == [False, False, True, True, False]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # DPO
 
 
 def test_dpo_starts_at_ln_2(tmp_path):
-    """Policy and reference are the same weights, so every margin is 0 and the loss ln 2, to float32's accuracy."""
+    """Policy and reference are the same weights: every margin is 0 and the loss ln 2."""
     model = tiny()
     task = build(config(tmp_path, "dpo"), model)
     for split in ("train", "val"):
@@ -436,7 +379,9 @@ def test_dpo_starts_at_ln_2(tmp_path):
         assert sums["rewards/margins"].item() / len(PAIRS) == pytest.approx(0, abs=1e-5)
 
 
-PLAIN = {  # loss of a pair from the answers' log-ratios (chosen, rejected), policy log-probs and lengths, as the papers write it
+# loss of a pair, as the papers write it, from the log-ratios of its answers (chosen, rejected), the
+# policy's log-probs and the lengths
+PLAIN = {
     "sigmoid": ({}, lambda r, p, n: -F.logsigmoid(0.3 * (r[0] - r[1]))),
     "cDPO": (
         {"label_smoothing": 0.1},
@@ -456,9 +401,13 @@ PLAIN = {  # loss of a pair from the answers' log-ratios (chosen, rejected), pol
 }
 
 
+def answer_logprobs(model: GPT, prompt: list[int], answers: list) -> list[torch.Tensor]:
+    return [plain_logprobs(model, prompt + answer)[-len(answer) :].sum() for answer in answers]
+
+
 @pytest.mark.parametrize("variant", PLAIN)
 def test_loss_and_gradients_equal_those_of_two_models_side_by_side(tmp_path, double, variant):
-    """The cached reference, the padding and the chunks are economies, not another method: so are the paper's two models."""
+    """The cached reference, the padding and the chunks are economies, not another method."""
     changes, loss_of = PLAIN[variant]
     start = tiny()
     task = build(config(tmp_path, "dpo", beta=0.3, **changes), start)
@@ -466,19 +415,14 @@ def test_loss_and_gradients_equal_those_of_two_models_side_by_side(tmp_path, dou
     loss = task.loss(policy, task.batch("val", 0, len(PAIRS)))[0]
     plain = 0.0
     for record in PAIRS:
-        prompt = data.render_prompt(record["prompt"], BYTE)
+        prompt = render_prompt(record["prompt"], BYTE)
         answers = [[*record[key].encode(), END] for key in ("chosen", "rejected")]
-        of = lambda model: [
-            plain_logprobs(model, prompt + answer)[-len(answer) :].sum() for answer in answers
-        ]
-        logps = of(policy)
-        plain = plain + loss_of(
-            [a - b for a, b in zip(logps, of(reference))], logps, list(map(len, answers))
-        )
-    assert (
-        loss.item() == pytest.approx(plain.item(), abs=1e-10)
-        and abs(loss.item() / len(PAIRS) - LN2) > 0.05
-    )
+        logps = answer_logprobs(policy, prompt, answers)
+        before = answer_logprobs(reference, prompt, answers)
+        ratios = [a - b for a, b in zip(logps, before, strict=True)]
+        plain = plain + loss_of(ratios, logps, list(map(len, answers)))
+    assert loss.item() == pytest.approx(plain.item(), abs=1e-10)
+    assert abs(loss.item() / len(PAIRS) - LN2) > 0.05
     assert_same_gradients(gradients(loss, policy), gradients(plain, policy), 1e-10)
 
 
@@ -493,8 +437,8 @@ def log_sigmoid(x: float) -> float:
 
 
 def of_kind(**changes):
-    cfg = align.AlignConfig(mode="dpo", init_from="x", **changes)
-    return align.DPO_LOSSES[cfg.loss_type](POLICY, REFERENCE, LENGTHS, cfg).tolist()
+    cfg = align.DPOConfig(**changes)
+    return align.preference_loss(POLICY, REFERENCE, LENGTHS, cfg).tolist()
 
 
 def test_sigmoid_loss_is_equation_7_of_the_dpo_paper():
@@ -509,7 +453,7 @@ def test_label_smoothing_mixes_in_the_swapped_pair():
 
 
 def test_ipo_is_a_squared_distance_on_means_per_token():
-    """(d - 1 / (2 tau))^2 with log-probs averaged over the answer, so that long answers do not dominate."""
+    """(d - 1 / (2 tau))^2, with log-probs averaged over the answer: long ones do not dominate."""
     d = [(-5 / 2 + 7 / 4) - (-6 / 2 + 6.5 / 4), (-8 / 4 + 6 / 3) - (-7 / 4 + 7.5 / 3)]
     assert of_kind(loss_type="ipo", beta=0.4) == pytest.approx(
         [(x - 1 / (2 * 0.4)) ** 2 for x in d], rel=1e-6
@@ -517,36 +461,30 @@ def test_ipo_is_a_squared_distance_on_means_per_token():
 
 
 def test_simpo_has_a_target_margin_and_no_reference():
-    """-log s(beta (mean log pi_w - mean log pi_l) - gamma), gamma given as a share of beta; the reference must not enter."""
+    """-log s(beta (mean log pi_w - mean log pi_l) - gamma), gamma given as a share of beta."""
     wanted = [
         -log_sigmoid(2.0 * (-5 / 2 + 7 / 4) - 2.0 * 0.3),
         -log_sigmoid(2.0 * (-8 / 4 + 6 / 3) - 2.0 * 0.3),
     ]
     assert of_kind(loss_type="simpo", beta=2.0, simpo_gamma=0.3) == pytest.approx(wanted, rel=1e-6)
-    cfg = align.AlignConfig(mode="dpo", init_from="x", loss_type="simpo")
-    assert torch.equal(
-        *(
-            align.DPO_LOSSES["simpo"](POLICY, reference, LENGTHS, cfg)
-            for reference in (REFERENCE, 5 * REFERENCE)
-        )
-    )
+    cfg = align.DPOConfig(loss_type="simpo")
+    losses = [
+        align.preference_loss(POLICY, reference, LENGTHS, cfg)
+        for reference in (REFERENCE, 5 * REFERENCE)
+    ]
+    assert torch.equal(*losses), "the reference must not enter"
 
 
 @pytest.fixture
 def by_hand(tmp_path, monkeypatch):
-    """task.loss on the literal log-probs above. Answers have 2, 4 (chosen) and 4, 3 (rejected) supervised tokens."""
+    """task.loss on the literal log-probs and lengths above."""
 
     def compute(**changes):
         task = build(config(tmp_path, "dpo"), tiny())
         vars(task.cfg).update(changes)
-        targets = torch.full((4, 8), -1)
-        for row, n in enumerate(LENGTHS.flatten().tolist()):
-            targets[row, 3 : 3 + n] = 1
         with monkeypatch.context() as patch:
             patch.setattr(align, "sequence_logprobs", lambda model, batch: POLICY)
-            return task.loss(
-                tiny(), {"idx": torch.zeros(4, 8), "targets": targets, "reference": REFERENCE}
-            )
+            return task.loss(tiny(), {"reference": REFERENCE, "lengths": LENGTHS})
 
     return compute
 
@@ -555,18 +493,20 @@ def test_rpo_adds_the_mean_nll_of_the_chosen_answer(by_hand):
     """L_DPO - alpha log pi_w / |y_w|: the term that keeps the chosen answer likely."""
     objective, sums = by_hand(beta=0.2, rpo_alpha=0.7)
     wanted = sum(-log_sigmoid(0.2 * d) for d in MARGINS) - 0.7 * (-5 / 2 - 8 / 4)
-    assert objective.item() == pytest.approx(wanted, rel=1e-6) and sums[
-        "loss"
-    ].item() == pytest.approx(wanted, rel=1e-6)
+    assert objective.item() == pytest.approx(wanted, rel=1e-6)
+    assert sums["loss"].item() == pytest.approx(wanted, rel=1e-6)
 
 
 def test_rpo_may_start(tmp_path):
-    """The loss with RPO's term does not begin at ln 2 and need not: only its DPO part does. The program itself recommends --rpo_alpha=1."""
+    """The loss with RPO's term need not begin at ln 2: only its DPO part does.
+
+    The program itself recommends --rpo_alpha=1.
+    """
     build(config(tmp_path, "dpo", rpo_alpha=1.0), tiny())
 
 
 def test_metrics_have_the_names_and_signs_users_know_from_trl(by_hand):
-    """rewards are beta (log pi - log ref); an accuracy is 1 where the chosen one is higher; all are sums over the pairs."""
+    """Rewards are beta (log pi - log ref); an accuracy is 1 where the chosen one is higher."""
     _, sums = by_hand(beta=0.2)
     sums = {key: x.item() for key, x in sums.items()}
     assert list(sums) == align.DPO.metrics
@@ -590,185 +530,119 @@ def test_rewards_carry_no_gradient(tmp_path):
 
 
 def test_log_probs_count_the_answer_only(tmp_path):
-    """With the prompt counted, DPO becomes a weighted SFT on prompts; a mask of any negative value is the same mask."""
+    """With the prompt counted, DPO becomes a weighted SFT on prompts.
+
+    A mask of any negative value is the same mask; the lengths are those of the answers.
+    """
     model = tiny()
     task = build(config(tmp_path, "dpo"), model)
     batch = task.tensors("val", range(len(PAIRS)))
     got = align.sequence_logprobs(model, batch)
     for n, record in enumerate(PAIRS):
-        prompt = data.render_prompt(record["prompt"], BYTE)
+        prompt = render_prompt(record["prompt"], BYTE)
         for row, key in enumerate(("chosen", "rejected")):
             answer = [*record[key].encode(), END]
-            assert got[row, n].item() == pytest.approx(
-                plain_logprobs(model, prompt + answer)[-len(answer) :].sum().item(), abs=1e-3
-            )
+            (wanted,) = answer_logprobs(model, prompt, [answer])
+            assert got[row, n].item() == pytest.approx(wanted.item(), abs=1e-3)
+            assert batch["lengths"][row, n] == len(answer)
     masked = torch.where(batch["targets"] < 0, -7, batch["targets"])
     assert torch.equal(align.sequence_logprobs(model, {**batch, "targets": masked}), got)
     masked[:, 0] = batch["idx"][:, 1]
     assert not torch.equal(align.sequence_logprobs(model, {**batch, "targets": masked}), got)
 
 
-def reference_files(cfg) -> list[str]:
-    return sorted(name for name in os.listdir(cfg.out_dir) if name.startswith("reference_"))
+def files_of(parts: list, kind: str) -> list[str]:
+    """Names of the files in the run folder that begin so."""
+    return sorted(name for name in os.listdir(parts[0].out_dir) if name.startswith(kind))
 
 
 def test_reference_log_probs_are_read_from_the_file_the_second_time(tmp_path):
-    """They are paid for once: the second start gets what the file holds, even where somebody has changed it."""
-    cfg, model = config(tmp_path, "dpo", loss_type="ipo"), tiny()
-    first = build(cfg, model)
-    (name,) = reference_files(cfg)
+    """They are paid for once: the second start gets what the file holds, whatever that is."""
+    parts, model = config(tmp_path, "dpo", loss_type="ipo"), tiny()
+    first = build(parts, model)
+    (name,) = files_of(parts, "reference_")
     fresh = align.sequence_logprobs(model, first.tensors("train", range(len(PAIRS)))).detach()
     torch.testing.assert_close(first.reference["train"], fresh, rtol=0, atol=1e-4)
-    again = build(cfg, model)
+    again = build(parts, model)
     assert all(
         torch.equal(again.reference[split], first.reference[split]) for split in ("train", "val")
     )
     torch.save(
-        {split: x + 17 for split, x in first.reference.items()}, os.path.join(cfg.out_dir, name)
+        {split: x + 17 for split, x in first.reference.items()},
+        os.path.join(parts[0].out_dir, name),
     )
-    assert torch.equal(build(cfg, model).reference["val"], first.reference["val"] + 17)
-    assert reference_files(cfg) == [name]
+    assert torch.equal(build(parts, model).reference["val"], first.reference["val"] + 17)
+    assert files_of(parts, "reference_") == [name]
 
 
 def test_other_weights_or_other_pairs_have_another_reference_file(tmp_path):
     """A stale reference would be a silent other objective."""
-    cfg = config(tmp_path, "dpo")
-    build(cfg, tiny())
-    build(cfg, tiny(seed=1))
-    assert len(reference_files(cfg)) == 2
-    world(Path(cfg.data_dir), pairs=PAIRS[1:])
-    build(cfg, tiny())
-    assert len(reference_files(cfg)) == 3
+    parts = config(tmp_path, "dpo")
+    build(parts, tiny())
+    build(parts, tiny(seed=1))
+    assert len(files_of(parts, "reference_")) == 2
+    world(Path(parts[0].data_dir), pairs=PAIRS[1:])
+    build(parts, tiny())
+    assert len(files_of(parts, "reference_")) == 3
 
 
 def test_simpo_computes_no_reference(tmp_path):
     """A method without a reference does not pay for one."""
-    cfg = config(tmp_path, "dpo", loss_type="simpo")
-    task = build(cfg, tiny())
-    assert (
-        task.reference is None
-        and not reference_files(cfg)
-        and torch.equal(task.batch("train", 0, 3)["reference"], torch.zeros(2, 3))
-    )
+    parts = config(tmp_path, "dpo", loss_type="simpo")
+    task = build(parts, tiny())
+    assert task.reference is None and not files_of(parts, "reference_")
+    assert torch.equal(task.batch("train", 0, 3)["reference"], torch.zeros(2, 3))
 
 
 def test_a_broken_reference_is_caught_before_the_first_step(tmp_path):
-    """If policy and reference are computed differently the loss does not start at ln 2, and the run must not start either."""
-    cfg, model = config(tmp_path, "dpo"), tiny()
-    reference = build(cfg, model).reference
+    """If policy and reference are computed differently, the run must not start."""
+    parts, model = config(tmp_path, "dpo"), tiny()
+    reference = build(parts, model).reference
     reference["train"][0] += 5
-    torch.save(reference, os.path.join(cfg.out_dir, reference_files(cfg)[0]))
+    torch.save(reference, os.path.join(parts[0].out_dir, files_of(parts, "reference_")[0]))
     with pytest.raises(AssertionError, match="not at ln 2"):
-        build(cfg, model)
-
-
-@pytest.fixture(scope="module")
-def merging():
-    """A BPE tokenizer with merges across the words of a pair."""
-    ranks = {bytes([i]): i for i in range(256)} | {
-        merge: 256 + i for i, merge in enumerate((b"ab", b" a", b" ab", b"aa"))
-    }
-    return data.Tokenizer("merging", ranks, "test")
-
-
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(*[st.text("ab \n<|end|>", max_size=12)] * 3)
-def test_chosen_and_rejected_have_identical_prompt_ids(merging, prompt, chosen, rejected):
-    """A token that merges across the border would give the two answers different prompts; text that spells <|end|> ends nothing."""
-    ids = tasks.pair_ids(
-        {"prompt": data.user(prompt), "chosen": chosen, "rejected": rejected}, merging
-    )
-    assert ids[0] == [merging.user, *merging.encode(prompt), merging.end, merging.assistant]
-    assert ids[1] == [*merging.encode(chosen), merging.end] and ids[2] == [
-        *merging.encode(rejected),
-        merging.end,
-    ]
-    assert ids[0].count(merging.end) == ids[1].count(merging.end) == ids[2].count(merging.end) == 1
+        build(parts, model)
 
 
 def test_both_rows_of_a_pair_begin_with_the_same_prompt(tmp_path):
     """The tensors too: row i and row i + B differ after the prompt only."""
     task = build(config(tmp_path, "dpo"), tiny())
     batch = task.batch("train", 0, len(PAIRS))
-    prompts = (
-        batch["targets"].lt(0).long().cumprod(-1).sum(-1) + 1
-    )  # ids before the first supervised one
+    # ids before the first supervised one
+    prompts = batch["targets"].lt(0).long().cumprod(-1).sum(-1) + 1
     chosen, rejected = batch["idx"].chunk(2)
     assert torch.equal(*prompts.chunk(2))
-    assert all(torch.equal(a[:n], b[:n]) for a, b, n in zip(chosen, rejected, prompts.tolist()))
-
-
-def test_notes_say_in_words_what_the_curves_show(tmp_path):
-    """Users ask whether a falling chosen log-prob is a bug and do not notice a saturated accuracy."""
-    task = build(config(tmp_path, "dpo"), tiny())
-    notes = task.notes(
-        {"val_logps/chosen": -20.0, "val_rewards/accuracies": 1.0}, {"val_logps/chosen": -10.0}
-    )
-    assert len(notes) == 2 and "less likely" in notes[0] and "saturated" in notes[1]
-    assert (
-        task.notes(
-            {"val_logps/chosen": -5.0, "val_rewards/accuracies": 0.7}, {"val_logps/chosen": -10.0}
-        )
-        == []
-    )
-
-
-def test_habits_that_go_wrong_are_said_in_words():
-    """What users notice weeks later in samples: no stop, repetition, longer and longer answers."""
-    good = {"stop_rate": 0.9, "length": 20.0, "repetition": 0.02}
-    assert align.habit_notes(good, good) == []
-    notes = align.habit_notes(good, {"stop_rate": 0.1, "length": 48.0, "repetition": 0.8})
-    assert [
-        "stop by themselves" in notes[0],
-        "repetition: 2% -> 80%" in notes[1],
-        "length" in notes[2],
-    ] == [True] * 3 and len(notes) == 3
+    for a, b, n in zip(chosen, rejected, prompts[: len(PAIRS)].tolist(), strict=True):
+        assert torch.equal(a[:n], b[:n])
 
 
 def test_a_dpo_run_made_to_collapse_says_so(tmp_path, capsys):
     """A learning rate a thousand times too high: the notes must appear in the run's own output."""
-    start = save_start(tmp_path / "start", tiny(), template=data.TEMPLATE, task="sft")
+    start = save_start(tmp_path / "start", tiny(), template=TEMPLATE, task="sft")
     data_dir = world(tmp_path / "data")
-    align.main(
-        [
-            "--mode=dpo",
-            f"--init_from={start}",
-            "--data=mini",
-            f"--data_dir={data_dir}",
-            f"--out_dir={tmp_path / 'run'}",
-            "--device=cpu",
-            "--optimizer=adamw",
-            "--learning_rate=1.0",
-            "--grad_clip=0",
-            "--batch_tokens=1024",
-            "--micro_batch=8",
-            "--max_steps=30",
-            "--eval_interval=15",
-            "--save_interval=30",
-            "--dtype=float32",
-        ]
-    )
+    argv = [f"--init_from={start}", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'run'}"]
+    argv += ["--mode=dpo", "--data=mini", "--device=cpu", "--dtype=float32", "--optimizer=adamw"]
+    argv += ["--learning_rate=1.0", "--grad_clip=0", "--batch_tokens=1024", "--micro_batch=8"]
+    argv += ["--max_steps=30", "--eval_interval=15", "--save_interval=30"]
+    assert align.main(argv) == 0
     said = capsys.readouterr().out
-    assert (
-        "greedy answers to held-out prompts, before -> after" in said
-        and "NOTE the chosen answers became less likely too" in said
-    )
+    assert "greedy answers to held-out prompts, before -> after" in said
+    assert "NOTE the chosen answers became less likely too" in said
     assert "NOTE the text collapses into repetition" in said, said[-1500:]
     assert set(json.loads((tmp_path / "run" / "answers.json").read_text())) == {"before", "after"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Replay, and pairs from samples
 
 
 def test_replayed_rows_are_whole_rows_of_text_at_their_share_and_chats_are_all_seen(tmp_path):
-    """Half of the rows: every second is text, supervised throughout; the others are the chats that a run without replay sees."""
+    """Half of the rows: every second is text, supervised throughout.
+
+    The others are the chats that a run without replay sees.
+    """
     data_dir = Path(world(tmp_path / "data"))
-    data.write_shard(
-        str(data_dir / "text" / "train_000.bin"), np.arange(200, dtype="<u4") % 50, BYTE
-    )
+    write_shard(str(data_dir / "text" / "train_000.bin"), np.arange(200, dtype="<u4") % 50, BYTE)
     task = build(
         config(tmp_path, "sft", str(data_dir), seq_len=12, replay=0.5, replay_data="text"), tiny()
     )
@@ -776,84 +650,42 @@ def test_replayed_rows_are_whole_rows_of_text_at_their_share_and_chats_are_all_s
     batch, chats = task.batch("train", 0, 8), plain.batch("train", 0, 4)
     for key in chats:
         assert torch.equal(batch[key][::2], chats[key])
-    assert (
-        torch.equal(batch["targets"][1::2, :-1], batch["idx"][1::2, 1:])
-        and (batch["docs"][1::2] == 0).all()
-        and batch["idx"][1::2].max() < 50
-    )
-    assert torch.equal(
-        batch["idx"], torch.cat([task.batch("train", i, i + 1)["idx"] for i in range(8)])
-    ), "rows depend on the micro-batch"
-    assert torch.equal(task.batch("val", 0, 1)["targets"], plain.batch("val", 0, 1)["targets"]), (
-        "validation counts responses only"
-    )
+    text = {key: x[1::2] for key, x in batch.items()}
+    assert torch.equal(text["targets"][:, :-1], text["idx"][:, 1:])
+    assert (text["docs"] == 0).all() and text["idx"].max() < 50
+    alone = torch.cat([task.batch("train", i, i + 1)["idx"] for i in range(8)])
+    assert torch.equal(batch["idx"], alone), "rows depend on the micro-batch"
+    val, plain_val = task.batch("val", 0, 1), plain.batch("val", 0, 1)
+    assert torch.equal(val["targets"], plain_val["targets"]), "validation counts responses only"
     assert task.fingerprint != plain.fingerprint
 
 
 def test_a_finished_run_with_replay_started_again_is_done(tmp_path, capsys):
-    """What is replayed by default comes from the checkpoint: the second start must resolve it as the first did."""
+    """What is replayed by default comes from the checkpoint, at the second start too."""
     start = save_start(tmp_path / "start", tiny(), train_config={"data": "text"})
     data_dir = Path(world(tmp_path / "data"))
-    data.write_shard(
-        str(data_dir / "text" / "train_000.bin"), np.arange(200, dtype="<u4") % 50, BYTE
-    )
-    argv = [
-        "--mode=sft",
-        f"--init_from={start}",
-        "--data=mini",
-        f"--data_dir={data_dir}",
-        f"--out_dir={tmp_path / 'run'}",
-        "--device=cpu",
-        "--dtype=float32",
-        "--replay=0.5",
-        "--batch_tokens=128",
-        "--max_steps=2",
-        "--n_answers=0",
-    ]
+    write_shard(str(data_dir / "text" / "train_000.bin"), np.arange(200, dtype="<u4") % 50, BYTE)
+    argv = [f"--init_from={start}", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'run'}"]
+    argv += ["--mode=sft", "--data=mini", "--device=cpu", "--dtype=float32", "--replay=0.5"]
+    argv += ["--batch_tokens=128", "--max_steps=2", "--n_answers=0"]
     assert align.main(argv) == 0 and "done at step 2" in capsys.readouterr().out
     assert align.main(argv) == 0 and "is done: nothing to do" in capsys.readouterr().out
 
 
-def test_pairs_of_samples_are_right_against_wrong_and_no_sample_is_used_twice():
-    """Cut-off samples are left out: their missing end is what a model would learn from."""
-    solutions = [
-        ("a", True, True),
-        ("b", True, False),
-        ("a", True, True),
-        ("c", True, True),
-        ("d", False, False),
-        ("e", True, False),
-        ("f", True, False),
-    ]
-    row = {
-        "question": "q",
-        "solutions": [
-            {"text": t, "stopped": stopped, "correct": right} for t, stopped, right in solutions
-        ],
-    }
-    assert data.solution_pairs(row) == [
-        {"prompt": data.user("q"), "chosen": "a", "rejected": "b"},
-        {"prompt": data.user("q"), "chosen": "c", "rejected": "e"},
-    ]
-
-
 def test_dpo_on_its_own_samples(tmp_path, monkeypatch, capsys):
-    """Problems become pairs; where every sample is wrong, it says so instead of training on nothing."""
-    monkeypatch.setattr(problems, "generate", canned(["#### 1", "#### 2", "none"]))
+    """Problems become pairs; where every sample is wrong, it says so."""
+    monkeypatch.setattr(solutions, "generate", canned(["#### 1", "#### 2", "none"]))
     task = build(config(tmp_path, "dpo", on_policy=True, n_samples=3), tiny())
-    assert {BYTE.decode(chosen[:-1]) for _, chosen, _ in task.pairs["train"]} == {
-        "#### 1",
-        "#### 2",
-    } and "pairs of a right and a wrong sample" in capsys.readouterr().out
-    asked = {
-        split: {BYTE.decode(prompt).count("SFT: ") for prompt, *_ in task.pairs[split]}
-        for split in ("train", "val")
-    }
-    assert asked == {
-        "train": {0, 1},
-        "val": {0},
-    }  # SFT's problems and those that it never saw; held-out ones for validation
-    monkeypatch.setattr(problems, "generate", canned(["#### 99"]))
+    texts = {BYTE.decode(pair.chosen[:-1]) for pair in task.pairs["train"]}
+    assert texts == {"#### 1", "#### 2"}
+    assert "pairs of a right and a wrong sample" in capsys.readouterr().out
+    asked = {}
+    for split in ("train", "val"):
+        prompts = [BYTE.decode(pair.prompt) for pair in task.pairs[split]]
+        asked[split] = {prompt.count("SFT: ") for prompt in prompts}
+    # SFT's problems and those that it never saw; held-out ones for validation
+    assert asked == {"train": {0, 1}, "val": {0}}
+    monkeypatch.setattr(solutions, "generate", canned(["#### 99"]))
     with pytest.raises(UserError, match="both a right and a wrong sample"):
         build(config(tmp_path, "dpo", on_policy=True, n_samples=3, seed=5), tiny())
 
@@ -867,28 +699,18 @@ def test_dpo_on_its_own_samples(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_training_on_an_evaluation_problem_is_refused(tmp_path, mode, file):
-    """In another case and spacing too, and where only the published solutions to the test questions are at hand."""
+    """In another case and spacing too, and where only published solutions are at hand."""
     data_dir = Path(world(tmp_path / "data", chats=[*CHATS, chat(PROBLEMS[3]["question"], "4")]))
-    data.write_jsonl(
+    write_jsonl(
         str(data_dir / "exam" / file),
         [{"question": f"  {PROBLEMS[3]['question'].upper()} ", "answer": "#### 4"}],
     )
-    with pytest.raises(
-        UserError, match="1 of [36] training records of mini ask a question of .*exam"
-    ):
+    words = r"1 of [36] training records of mini ask a question of .*exam"
+    with pytest.raises(UserError, match=words):
         build(config(tmp_path, mode, str(data_dir)), tiny(score_head=mode == "verifier"))
 
 
-def test_a_solution_level_verifier_has_one_label_a_solution():
-    """The ablation of Cobbe et al.: the judgement at the end alone."""
-    tokens, solution = (
-        align.Verifier.document("q", [120, 121, END], -1, 1, BYTE, level)["labels"]
-        for level in ("token", "solution")
-    )
-    assert tokens == [-1] * 5 + [1] * 3 and solution == [-1] * 7 + [1]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Verifier
 
 
@@ -902,7 +724,10 @@ def canned(texts):
 
 
 def test_verifier_loss_is_binary_cross_entropy_over_solution_tokens():
-    """-log s(score) where the solution is right, -log s(-score) where it is wrong, summed; unlabelled tokens are out, whatever their score."""
+    """-log s(score) where the solution is right, -log s(-score) where it is wrong, summed.
+
+    Unlabelled tokens are out, whatever their score.
+    """
     scores = torch.tensor([[2.0, -1.0, 9.0], [0.5, 3.0, -9.0]])
     labels = torch.tensor([[1, 0, -1], [0, 1, -1]])
     wanted = -log_sigmoid(2.0) - log_sigmoid(1.0) - log_sigmoid(-0.5) - log_sigmoid(3.0)
@@ -918,81 +743,74 @@ def alone(verifier, ids, n_prompt: int):
 def test_the_verifier_task_adds_both_losses_of_separate_documents(judged):
     """Score loss plus lm_coef times language-model loss; packed documents do not see each other."""
     model = tiny(seed=3, score_head=True)
-    objective, sums = judged.loss(model, judged.batch("val", 0, judged.n_val_rows))
-    scores_of = lambda ids: alone(model, ids, len(QUESTION))
-    bce = sum(
-        -log_sigmoid(sign * scores_of(context)[-1].item())
-        for context, label in supervised(judged.batch("val", 0, judged.n_val_rows), "labels")
-        for sign in [1 if label else -1]
-    )
+    batch = judged.batch("val", 0, judged.n_val_rows)
+    objective, sums = judged.loss(model, batch)
+    bce = 0.0
+    for context, label in supervised(batch, "labels"):
+        score = alone(model, context, len(QUESTION))[-1].item()
+        bce -= log_sigmoid(score if label else -score)
     lm = -plain_logprobs(model, [*QUESTION, 114, END])[-2:].sum().item()
-    assert sums["loss"].item() == pytest.approx(bce, rel=1e-4) and sums[
-        "lm_loss"
-    ].item() == pytest.approx(lm, rel=1e-4)
+    assert sums["loss"].item() == pytest.approx(bce, rel=1e-4)
+    assert sums["lm_loss"].item() == pytest.approx(lm, rel=1e-4)
     assert objective.item() == pytest.approx(bce + lm, rel=1e-4)
     judged.cfg.lm_coef = 0.25
-    assert judged.loss(model, judged.batch("val", 0, judged.n_val_rows))[0].item() == pytest.approx(
-        bce + 0.25 * lm, rel=1e-4
-    )
+    assert judged.loss(model, batch)[0].item() == pytest.approx(bce + 0.25 * lm, rel=1e-4)
 
 
 def test_verifier_scores_are_trained_where_evaluation_reads_them(judged):
-    """A score read at a token that never had a label is the output of an untrained unit: the reranking would be noise."""
+    """A score read at a token that never had a label would be noise."""
     verifier, solution = tiny(seed=3, score_head=True), {"ids": [121, 122, END], "text": "yz"}
-    problems.score_solutions(verifier, BYTE, [{"question": "q", "solutions": [solution]}])
+    score_solutions(verifier, BYTE, [{"question": "q", "solutions": [solution]}])
     ids = [*QUESTION, *solution["ids"]]
     scores = alone(verifier, ids, len(QUESTION)).tolist()
     (read,) = [
         t for t, score in enumerate(scores) if score == pytest.approx(solution["score"], abs=1e-5)
     ]
-    trained = {
-        context
-        for context, _ in supervised(judged.batch("train", 0, len(judged.train.rows)), "labels")
-    }
+    labels = supervised(judged.batch("train", 0, len(judged.packed["train"].rows)), "labels")
+    trained = {context for context, _ in labels}
     assert tuple(ids[: read + 1]) in trained
 
 
 def test_samples_are_labelled_by_their_final_answer(tmp_path, monkeypatch):
-    """Right is what GSM8K counts as right: the number after ####, whatever the way to it; no number is wrong."""
-    monkeypatch.setattr(problems, "generate", canned(["nonsense\n#### 1", "1+0=1\n#### 2", "1"]))
-    cfg = config(
+    """Right is what GSM8K counts as right: the number after ####, whatever the way to it."""
+    monkeypatch.setattr(solutions, "generate", canned(["nonsense\n#### 1", "1+0=1\n#### 2", "1"]))
+    parts = config(
         tmp_path,
         "verifier",
         world(tmp_path / "data", problems=PROBLEMS[:1]),
         n_samples=3,
         seq_len=64,
     )
-    task = build(cfg, tiny(score_head=True))
+    task = build(parts, tiny(score_head=True))
     labels = {
         BYTE.decode([i for i in d["ids"] if i < 256]).removeprefix("1+0?"): max(d["labels"])
-        for d in task.train.documents
+        for d in task.packed["train"].documents
     }
     assert labels == {"nonsense\n#### 1": 1, "1+0=1\n#### 2": 0, "1": 0, "1+0=1\n#### 1": -1}
 
 
 def test_samples_are_kept_and_read_by_the_second_start(tmp_path, monkeypatch):
-    """Sampling is the expensive part; a restart must neither pay for it again nor train on other samples."""
-    monkeypatch.setattr(problems, "generate", canned(["#### 1", "#### 2"]))
-    cfg, model = config(tmp_path, "verifier", n_samples=2), tiny(score_head=True)
-    first = build(cfg, model)
-    files = sorted(name for name in os.listdir(cfg.out_dir) if name.startswith("samples_"))
-    assert len(files) == 2 and len(data.read_jsonl(os.path.join(cfg.out_dir, files[1]))) == len(
-        PROBLEMS
-    )
+    """A restart must neither pay for the samples again nor train on others."""
+    monkeypatch.setattr(solutions, "generate", canned(["#### 1", "#### 2"]))
+    parts, model = config(tmp_path, "verifier", n_samples=2), tiny(score_head=True)
+    first = build(parts, model)
+    files = files_of(parts, "samples_")
+    assert len(files) == 2
+    assert len(read_jsonl(os.path.join(parts[0].out_dir, files[1]))) == len(PROBLEMS)
 
     def again(*args, **kwargs):
         raise AssertionError("sampled again")
 
-    monkeypatch.setattr(problems, "generate", again)
-    assert build(cfg, model).fingerprint == first.fingerprint
+    monkeypatch.setattr(solutions, "generate", again)
+    assert build(parts, model).fingerprint == first.fingerprint
     with pytest.raises(AssertionError, match="sampled again"):
-        build(config(tmp_path, "verifier", cfg.data_dir, n_samples=2, temperature=0.5), model)
+        build(config(tmp_path, "verifier", parts[0].data_dir, n_samples=2, temperature=0.5), model)
     with pytest.raises(AssertionError, match="sampled again"):
-        build(cfg, tiny(seed=1, score_head=True))
+        build(parts, tiny(seed=1, score_head=True))
 
 
 def test_the_score_head_is_the_only_new_parameter(tmp_path):
-    """The verifier begins as the model it was made from, and its scores as that model's log-likelihood of the solution."""
+    """The verifier begins as its starting model, and its scores as that one's log-likelihoods."""
     start = load_checkpoint(save_start(tmp_path / "start", tiny()))
     model = model_from(start, score_head=True)
     state = model.state_dict()
@@ -1003,23 +821,23 @@ def test_the_score_head_is_the_only_new_parameter(tmp_path):
 
 
 def test_the_scores_of_long_solutions_begin_small(tmp_path, monkeypatch):
-    """Log-likelihoods of -100 taken as logits would be a loss of 100 for every right solution; narrow ones are taken as they are."""
-    monkeypatch.setattr(
-        problems,
-        "generate",
-        canned(["#### 1", "a much longer way to the answer, with words and words\n#### 2"]),
-    )
+    """Log-likelihoods of -100 taken as logits would be a loss of 100 for every right solution.
+
+    Narrow ones are taken as they are.
+    """
+    long = "a much longer way to the answer, with words and words\n#### 2"
+    monkeypatch.setattr(solutions, "generate", canned(["#### 1", long]))
     model = tiny(score_head=True)
     model.score.weight.data.zero_()
     task = build(config(tmp_path, "verifier", n_samples=2, seq_len=128), model)
-    solutions = [
-        (d["ids"][:-1], sum(label >= 0 for label in d["labels"]))
-        for d in task.train.documents
-        if max(d["labels"]) >= 0
-    ]
-    scores = torch.tensor([alone(model, ids, len(ids) - n)[-1].item() for ids, n in solutions])
+    judged = [d for d in task.packed["train"].documents if max(d["labels"]) >= 0]
+    scores = []
+    for d in judged:
+        n = sum(label >= 0 for label in d["labels"])
+        scores.append(alone(model, d["ids"][:-1], len(d["ids"]) - 1 - n)[-1].item())
+    scores = torch.tensor(scores)
     assert scores.std(correction=0).item() == pytest.approx(2.0, abs=0.01)
-    monkeypatch.setattr(problems, "generate", canned(["#### 1", "#### 2"]))
+    monkeypatch.setattr(solutions, "generate", canned(["#### 1", "#### 2"]))
     fresh = GPT(tiny(score_head=True).cfg)  # every id is about equally likely
     build(config(tmp_path, "verifier", n_samples=2, seq_len=128), fresh)
     assert fresh.score_loglik.item() == 1
@@ -1030,13 +848,13 @@ def test_the_scores_of_long_solutions_begin_small(tmp_path, monkeypatch):
     [(["no"], True), (["#### 1", "#### 2", "#### 3", "#### 4", "#### 5", "#### 6"], False)],
 )
 def test_nothing_to_rerank_is_said_aloud(tmp_path, monkeypatch, capsys, texts, said):
-    """With no right sample at all (or only right ones) no verifier can help, and the user should hear it before the training."""
-    monkeypatch.setattr(problems, "generate", canned(texts))
+    """With no right sample, or only right ones, no verifier can help: the user should hear it."""
+    monkeypatch.setattr(solutions, "generate", canned(texts))
     build(config(tmp_path, "verifier", n_samples=6), tiny(score_head=True))
     assert ("nothing to rerank" in capsys.readouterr().out) is said
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The program
 
 
@@ -1055,9 +873,9 @@ def flags(tmp_path: Path, mode: str, **changes) -> list[str]:
         "log_interval": 1,
         "batch_tokens": 256,
         "micro_batch": 4,
-        "n_samples": 2,
         "max_new_tokens": 4,
         "optimizer": "adamw",
+        **({} if mode == "sft" else {"n_samples": 2}),
         **changes,
     }
     return [f"--{key}={value}" for key, value in values.items()]
@@ -1065,33 +883,28 @@ def flags(tmp_path: Path, mode: str, **changes) -> list[str]:
 
 @pytest.mark.parametrize("mode", ["sft", "dpo", "verifier"])
 def test_each_mode_leaves_a_checkpoint_that_says_where_it_comes_from(tmp_path, mode):
-    """Tokenizer, template and the hash of the starting weights travel with the weights; a finished run is left alone."""
+    """Tokenizer, template and the hash of the starting weights travel with the weights.
+
+    A finished run is left alone.
+    """
     world(tmp_path / "data")
     start = load_checkpoint(save_start(tmp_path / "start", tiny()))
     assert align.main(flags(tmp_path, mode)) == 0
     saved = load_checkpoint(str(tmp_path / f"out_{mode}"))
-    assert (saved["task"], saved["step"], saved["template"], saved["tokenizer"]) == (
-        mode,
-        4,
-        data.TEMPLATE,
-        BYTE.spec(),
-    )
+    assert (saved["task"], saved["step"]) == (mode, 4)
+    assert (saved["template"], saved["tokenizer"]) == (TEMPLATE, BYTE.spec())
     assert saved["init_from"]["weights_hash"] == start["weights_hash"] != saved["weights_hash"]
     model_from(saved)
-    rows = data.read_metrics(str(tmp_path / f"out_{mode}" / "metrics.jsonl"))
-    assert {key for row in rows for key in row} >= {
-        *align.TASKS[mode].metrics,
-        *(f"val_{key}" for key in align.TASKS[mode].metrics),
-    }
-    before = {path: path.read_bytes() for path in sorted((tmp_path / f"out_{mode}").iterdir())}
+    out, names = tmp_path / f"out_{mode}", align.TASKS[mode].metrics
+    keys = {key for row in read_log(str(out / "metrics.jsonl")) for key in row}
+    assert keys >= {*names, *(f"val_{name}" for name in names)}
+    before = {path: path.read_bytes() for path in sorted(out.iterdir())}
     assert align.main(flags(tmp_path, mode)) == 0
-    assert {
-        path: path.read_bytes() for path in sorted((tmp_path / f"out_{mode}").iterdir())
-    } == before
+    assert {path: path.read_bytes() for path in sorted(out.iterdir())} == before
 
 
 def test_a_resumed_dpo_refuses_a_starting_checkpoint_that_has_changed(tmp_path):
-    """The starting weights are the reference: resuming with others would go on with another objective without a word."""
+    """The starting weights are the reference: with others the objective would be another."""
     world(tmp_path / "data")
     save_start(tmp_path / "start", tiny())
     align.main(flags(tmp_path, "dpo"))
@@ -1102,34 +915,68 @@ def test_a_resumed_dpo_refuses_a_starting_checkpoint_that_has_changed(tmp_path):
         align.main(flags(tmp_path, "dpo"))
 
 
-def fails(argv: list[str], *words: str):
-    with pytest.raises(UserError) as caught:
-        align.main(argv)
-    for word in words:
-        assert str(word) in str(caught.value)
+def refused(argv: list[str], *words: str) -> None:
+    fails(lambda: align.main(argv), *words)
 
 
 def test_missing_start_and_unknown_choices_are_errors_in_words(tmp_path):
-    """A typing mistake costs a sentence, not a traceback, and is found before anything is loaded."""
-    fails(["--mode=sft"], "init_from is missing")
-    fails(["--mode=ppo", "--init_from=x"], "mode must be one of sft, dpo, verifier", "'ppo'")
-    fails(
+    """A typing mistake costs a sentence, and is found before anything is loaded."""
+    refused(["--mode=sft"], "init_from is missing")
+    refused(["--mode=ppo", "--init_from=x"], "mode must be one of sft, dpo, verifier", "'ppo'")
+    refused(
         ["--mode=dpo", "--init_from=x", "--loss_type=hinge"],
         "loss_type must be one of sigmoid, ipo, simpo",
         "'hinge'",
     )
-    fails(
+    refused(
         ["--mode=dpo", "--init_from=x", "--beta=0", "--label_smoothing=0.5"],
         "beta must be above 0",
         "label_smoothing must be in [0, 0.5)",
     )
-    fails(["--mode=dpo", "--init_from=x", "--betta=0.2"], "unknown key 'betta'", "beta")
+    refused(["--mode=dpo", "--init_from=x", "--betta=0.2"], "unknown key 'betta'", "beta")
+
+
+@pytest.mark.parametrize(
+    "mode, flag, words",
+    [
+        ("sft", "--beta=3", "unknown key 'beta'"),
+        ("sft", "--n_samples=2", "unknown key 'n_samples'"),
+        ("dpo", "--replay=0.5", "unknown key 'replay'"),
+        ("verifier", "--rpo_alpha=1", "unknown key 'rpo_alpha'"),
+        ("dpo", "--level=token", "unknown key 'level'"),
+    ],
+)
+def test_a_key_of_another_mode_is_refused(mode, flag, words):
+    """It would have no effect, and whoever sets it believes that it has one."""
+    refused([f"--mode={mode}", "--init_from=x", flag], words)
+
+
+@pytest.mark.parametrize(
+    "mode, flag",
+    [
+        ("sft", "--replay=1"),
+        ("sft", "--seq_len=0"),
+        ("sft", "--n_answers=-1"),
+        ("dpo", "--simpo_gamma=-1"),
+        ("dpo", "--rpo_alpha=-1"),
+        ("dpo", "--max_new_tokens=0"),
+        ("verifier", "--n_samples=0"),
+        ("verifier", "--n_problems=0"),
+        ("verifier", "--temperature=-1"),
+        ("verifier", "--lm_coef=-1"),
+        ("verifier", "--level=word"),
+    ],
+)
+def test_every_number_has_its_bounds(mode, flag):
+    """A value that no run can have is found before anything is loaded, and named."""
+    key, _, value = flag[2:].partition("=")
+    refused([f"--mode={mode}", "--init_from=x", flag], f"{key} must be", value)
 
 
 def test_a_checkpoint_that_does_not_exist_is_an_error_in_words(tmp_path):
     """The message says where the program has looked."""
     world(tmp_path / "data")
-    fails(flags(tmp_path, "sft"), "no checkpoint at", tmp_path / "start")
+    refused(flags(tmp_path, "sft"), "no checkpoint at", tmp_path / "start")
     assert not (tmp_path / "out_sft").exists()
 
 
@@ -1141,33 +988,31 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(tmp_path):
         tiny(),
         tokenizer={"name": "byte", "hash": "0123456789abcdef", "vocab_size": 262},
     )
-    fails(flags(tmp_path, "sft"), "tokenizer", "0123456789abcdef")
+    refused(flags(tmp_path, "sft"), "tokenizer", "0123456789abcdef")
 
 
 def test_a_checkpoint_of_another_template_is_refused(tmp_path):
-    """Template of training and of use must agree; a mismatch costs half the accuracy and no error anywhere."""
+    """Template of training and of use must agree: a mismatch costs accuracy without a word."""
     world(tmp_path / "data")
     save_start(tmp_path / "start", tiny(), template="chat-0")
-    fails(flags(tmp_path, "sft"), "chat-0", data.TEMPLATE)
+    refused(flags(tmp_path, "sft"), "chat-0", TEMPLATE)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Killed and resumed
 
 TIMES = ("step_ms", "tokens_per_s", "eta_s")
 
 
-def metrics(folder: Path) -> list[dict]:
-    return [
-        {key: value for key, value in row.items() if key not in TIMES}
-        for row in data.read_metrics(str(folder / "metrics.jsonl"))
-    ]
+def untimed(folder: Path) -> list[dict]:
+    """The metrics without the times."""
+    rows = read_log(str(folder / "metrics.jsonl"))
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
 def last_step(folder: Path) -> int:
-    return max(
-        (row["step"] for row in data.read_metrics(str(folder / "metrics.jsonl"))), default=-1
-    )
+    rows = read_log(str(folder / "metrics.jsonl"))
+    return max((row["step"] for row in rows), default=-1)
 
 
 @pytest.mark.slow
@@ -1176,21 +1021,18 @@ def last_step(folder: Path) -> int:
 )
 @pytest.mark.parametrize("mode, recompute", [("sft", True), ("dpo", False), ("verifier", False)])
 def test_the_compiled_objective_equals_the_eager_one(tmp_path, monkeypatch, mode, recompute):
-    """The H100 recipes compile forward pass and objective as one module: loss and gradients may not change."""
-    monkeypatch.setattr(problems, "generate", canned(["#### 1", "#### 2"]))
+    """The H100 recipes compile both as one module: loss and gradients may not change."""
+    monkeypatch.setattr(solutions, "generate", canned(["#### 1", "#### 2"]))
     model = tiny(score_head=mode == "verifier")
-    task = build(config(tmp_path, mode, seq_len=64, n_samples=2, rpo_alpha=1.0), model)
+    changes = {"sft": {}, "dpo": {"rpo_alpha": 1.0}, "verifier": {"n_samples": 2}}[mode]
+    task = build(config(tmp_path, mode, seq_len=64, **changes), model)
     model.recompute, batch, found = recompute, task.batch("train", 0, 2), []
     for step in (TrainStep(model, task), torch.compile(TrainStep(model, task), dynamic=False)):
         model.zero_grad()
         objective, _ = step(batch)
         objective.backward()
-        found.append(
-            [
-                objective.detach(),
-                *(p.grad.clone() for p in model.parameters() if p.grad is not None),
-            ]
-        )
+        grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found.append([objective.detach(), *grads])
     for eager, compiled in zip(*found, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
 
@@ -1198,17 +1040,12 @@ def test_the_compiled_objective_equals_the_eager_one(tmp_path, monkeypatch, mode
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["sft", "dpo", "verifier"])
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, mode):
-    """kill -9 at any moment costs the steps since the last checkpoint and changes nothing else, to the last bit."""
+    """kill -9 costs the steps since the last checkpoint and changes nothing else, to the bit."""
     chats = [chat(f"question {i}", "answer " * (1 + i % 5)) for i in range(40)]
-    world(
-        tmp_path / "data",
-        chats=chats,
-        pairs=[
-            {**pair, "prompt": data.user(f"{i} {n}")}
-            for n in range(6)
-            for i, pair in enumerate(PAIRS)
-        ],
-    )
+    pairs = []
+    for n in range(6):
+        pairs += [{**pair, "prompt": user_turn(f"{i} {n}")} for i, pair in enumerate(PAIRS)]
+    world(tmp_path / "data", chats=chats, pairs=pairs)
     save_start(tmp_path / "start", tiny(d_model=64, seq_len=64))
     options = {
         "max_steps": 20,
@@ -1232,9 +1069,8 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, mode):
     try:
         limit = time.time() + 120
         while last_step(broken) < 12:
-            assert process.poll() is None and time.time() < limit, (
-                process.stderr.read().decode() if process.poll() is not None else "too slow"
-            )
+            assert process.poll() is None, process.stderr.read().decode()
+            assert time.time() < limit, "too slow"
             time.sleep(0.005)
     finally:
         process.send_signal(signal.SIGKILL)
@@ -1244,10 +1080,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, mode):
     assert json.loads((broken / "state.json").read_text())["state"] == "running"
 
     assert align.main(flags(tmp_path, mode, out_dir=broken, **options)) == 0
-    assert metrics(broken) == metrics(whole) and last_step(whole) == 20
+    assert untimed(broken) == untimed(whole) and last_step(whole) == 20
     a, b = (load_checkpoint(str(folder)) for folder in (whole, broken))
-    assert (
-        a["step"] == b["step"] == 20
-        and re.fullmatch("[0-9a-f]{16}", a["weights_hash"])
-        and a["weights_hash"] == b["weights_hash"]
-    )
+    assert a["step"] == b["step"] == 20 and a["weights_hash"] == b["weights_hash"]
+    assert re.fullmatch("[0-9a-f]{16}", a["weights_hash"])

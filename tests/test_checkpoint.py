@@ -1,34 +1,29 @@
-"""checkpoint.py: what is saved comes back, what is damaged is refused in words, and a kill leaves the last good file."""
+"""Checkpoints: what is saved comes back, and what is damaged is refused in words."""
 
 import errno
-import json
 import os
 import random
 import signal
-import sys
 import time
 import zipfile
-from conftest import fails, fork
 from dataclasses import asdict
 
 import pytest
 import torch
+from helpers import fails, fork, wait
 
-import checkpoint as checkpoint_py
-from checkpoint import (
+from configurator import UserError
+from model import GPT, ModelConfig
+from runtime.checkpoint import (
     FORMAT,
     checkpoint_files,
     load_checkpoint,
-    lock,
     model_from,
     newest_checkpoint,
     read_checkpoint,
-    read_state,
     save_checkpoint,
     weights_hash,
 )
-from configurator import UserError
-from model import GPT, ModelConfig
 
 SMALL = {"vocab_size": 50, "seq_len": 8, "n_layer": 1, "n_head": 2, "d_model": 16, "d_ff": 24}
 
@@ -71,12 +66,13 @@ def raw_of(path) -> bytes:
         return f.read()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Files
 
 
 def test_round_trip_returns_every_value(tmp_path):
-    """Weights, step, optimizer state, RNG and text come back bitwise; nothing is added but format and weights hash."""
+    """Weights, step, optimizer state, RNG and text come back bitwise; nothing is added but format
+    and weights hash."""
     optimizer = {
         "state": {0: {"momentum_buffer": torch.randn(3, 4)}},
         "param_groups": [{"lr": 0.1, "params": [0]}],
@@ -112,47 +108,48 @@ class Bomb:
         return os.mkdir, (str(self.marker),)
 
 
-def damage_of(kind: str, path, marker) -> None:
-    raw = raw_of(path)
+def zip_of_text(path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", "hello")
+
+
+def bomb(path, marker, **how) -> None:
+    torch.save({"format": FORMAT, "model": {}, "x": Bomb(marker)}, path, **how)
+
+
+def flip_a_bit(path, raw: bytes) -> None:
     half = len(raw) // 2
-    match kind:
-        case "truncated":
-            overwrite(path, raw[:half])
-        case "one byte short":
-            overwrite(path, raw[:-1])
-        case "empty":
-            overwrite(path, b"")
-        case "zeros":
-            overwrite(path, bytes(len(raw)))
-        case "zeros at the end":
-            overwrite(path, raw[:half] + bytes(len(raw) - half))
-        case "one flipped bit":
-            overwrite(path, raw[:half] + bytes([raw[half] ^ 1]) + raw[half + 1 :])
-        case "text":
-            overwrite(path, b"<html>404 Not Found</html>\n" * 100)
-        case "missing":
-            os.remove(path)
-        case "folder":
-            os.remove(path), os.mkdir(path)
-        case "pickle bomb":
-            torch.save({"format": FORMAT, "model": {}, "x": Bomb(marker)}, path)
-        case "old pickle bomb":
-            torch.save(
-                {"format": FORMAT, "model": {}, "x": Bomb(marker)},
-                path,
-                _use_new_zipfile_serialization=False,
-            )
-        case "foreign list":
-            torch.save([1, 2], path)
-        case "foreign state dict":
-            torch.save(small().state_dict(), path)
-        case "foreign format":
-            torch.save({"format": "pt", "model": {}}, path)
-        case "foreign zip":
-            with zipfile.ZipFile(path, "w") as archive:
-                archive.writestr("a.txt", "hello")
-        case "newer":
-            torch.save({**read_checkpoint(path), "format": FORMAT + 1}, path)
+    overwrite(path, raw[:half] + bytes([raw[half] ^ 1]) + raw[half + 1 :])
+
+
+DAMAGES = {  # kind -> what is done to (path, its bytes, the marker that a bomb leaves)
+    "truncated": lambda path, raw, marker: overwrite(path, raw[: len(raw) // 2]),
+    "one byte short": lambda path, raw, marker: overwrite(path, raw[:-1]),
+    "empty": lambda path, raw, marker: overwrite(path, b""),
+    "zeros": lambda path, raw, marker: overwrite(path, bytes(len(raw))),
+    "zeros at the end": lambda path, raw, marker: overwrite(
+        path, raw[: len(raw) // 2] + bytes(len(raw) - len(raw) // 2)
+    ),
+    "one flipped bit": lambda path, raw, marker: flip_a_bit(path, raw),
+    "text": lambda path, raw, marker: overwrite(path, b"<html>404 Not Found</html>\n" * 100),
+    "missing": lambda path, raw, marker: os.remove(path),
+    "folder": lambda path, raw, marker: (os.remove(path), os.mkdir(path)),
+    "pickle bomb": lambda path, raw, marker: bomb(path, marker),
+    "old pickle bomb": lambda path, raw, marker: bomb(
+        path, marker, _use_new_zipfile_serialization=False
+    ),
+    "foreign list": lambda path, raw, marker: torch.save([1, 2], path),
+    "foreign state dict": lambda path, raw, marker: torch.save(small().state_dict(), path),
+    "foreign format": lambda path, raw, marker: torch.save({"format": "pt", "model": {}}, path),
+    "foreign zip": lambda path, raw, marker: zip_of_text(path),
+    "newer": lambda path, raw, marker: torch.save(
+        {**read_checkpoint(path), "format": FORMAT + 1}, path
+    ),
+}
+
+
+def damage_of(kind: str, path, marker) -> None:
+    DAMAGES[kind](path, raw_of(path), marker)
 
 
 DAMAGE = {
@@ -177,7 +174,8 @@ DAMAGE = {
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_file_that_is_no_good_checkpoint_is_refused_by_name_and_reason(kind, tmp_path):
-    """Whatever lies there, the user reads which file and why, no traceback; a pickle in it does not run."""
+    """Whatever lies there, the user reads which file and why, no traceback; a pickle in it does not
+    run."""
     path, marker = write(tmp_path, 1), tmp_path / "marker"
     damage_of(kind, path, marker)
     text = fails(lambda: read_checkpoint(path), path, DAMAGE[kind])
@@ -186,7 +184,8 @@ def test_a_file_that_is_no_good_checkpoint_is_refused_by_name_and_reason(kind, t
 
 
 def test_torch_alone_would_load_the_flipped_bit(tmp_path):
-    """The reason for the CRC check: without it the damage of the test above goes unnoticed. If torch learns it, drop ours."""
+    """The reason for the CRC check: without it the damage of the test above goes unnoticed. If
+    torch learns it, drop ours."""
     path = write(tmp_path, 1)
     good = read_checkpoint(path)
     damage_of("one flipped bit", path, None)
@@ -197,7 +196,8 @@ def test_torch_alone_would_load_the_flipped_bit(tmp_path):
 
 
 def test_no_flipped_byte_anywhere_gives_other_weights_or_a_traceback(tmp_path):
-    """Headers, directory and padding of the archive are files too: a flip is refused in words or changes nothing."""
+    """Headers, directory and padding of the archive are files too: a flip is refused in words or
+    changes nothing."""
     path = write(tmp_path, 1)
     raw, good, refused = raw_of(path), read_checkpoint(path), 0
     places = random.Random(0)
@@ -220,12 +220,13 @@ def test_no_flipped_byte_anywhere_gives_other_weights_or_a_traceback(tmp_path):
     assert refused > 100
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The newest good one
 
 
 def test_newest_checkpoint_falls_back_to_the_one_before_aloud(tmp_path):
-    """A damaged newest file costs one interval of training, not the run, and the user hears of it."""
+    """A damaged newest file costs one interval of training, not the run, and the
+    user hears of it."""
     write(tmp_path, 10), write(tmp_path, 20), write(tmp_path, 30)
     damage_of("one flipped bit", path_of(tmp_path, 30), None)
     damage_of("truncated", path_of(tmp_path, 20), None)
@@ -236,7 +237,8 @@ def test_newest_checkpoint_falls_back_to_the_one_before_aloud(tmp_path):
 
 
 def test_newest_checkpoint_orders_by_step_and_ignores_leftovers(tmp_path):
-    """Step 100 is newer than 20, whatever was written last; a torn .tmp or best.pt is never "the newest"."""
+    """Step 100 is newer than 20, whatever was written last; a torn .tmp or best.pt is never "the
+    newest"."""
     write(tmp_path, 100), write(tmp_path, 20)
     for name in ("ckpt_0000200.pt.123.tmp", "best.pt", "ckpt_0000300.txt"):
         overwrite(tmp_path / name, b"torn")
@@ -245,14 +247,15 @@ def test_newest_checkpoint_orders_by_step_and_ignores_leftovers(tmp_path):
 
 
 def test_nothing_there_is_none_and_all_damaged_is_an_error(tmp_path):
-    """A new run starts; a run whose files are all broken must not silently start over and delete what could be rescued."""
+    """A new run starts; a run whose files are all broken must not silently start over and delete
+    what could be rescued."""
     assert newest_checkpoint(tmp_path) is None and newest_checkpoint(tmp_path / "absent") is None
     for step in (1, 2):
         damage_of("zeros", write(tmp_path, step), None)
     fails(lambda: newest_checkpoint(tmp_path, lambda text: None), "none of the 2", tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Saving
 
 
@@ -277,7 +280,8 @@ def test_non_finite_weights_are_refused_and_the_old_file_stays(value, tmp_path):
 def test_a_full_disk_is_told_with_path_and_sizes_and_leaves_the_old_file(
     error, tmp_path, monkeypatch
 ):
-    """torch reports a full disk as "unexpected pos": the message must name path, megabytes needed and free."""
+    """torch reports a full disk as "unexpected pos": the message must name path, megabytes needed
+    and free."""
     path = write(tmp_path, 1)
     before = raw_of(path)
 
@@ -295,7 +299,8 @@ def test_a_full_disk_is_told_with_path_and_sizes_and_leaves_the_old_file(
 
 
 def test_a_file_size_limit_is_handled_like_a_full_disk(tmp_path):
-    """A quota or `ulimit -f` is the real thing, not a mock: torch's own writer fails in the middle of the file."""
+    """A quota or `ulimit -f` is the real thing, not a mock: torch's own writer fails in the middle
+    of the file."""
     import resource
 
     path = write(tmp_path, 1)
@@ -317,12 +322,9 @@ def test_a_file_size_limit_is_handled_like_a_full_disk(tmp_path):
     assert raw_of(path) == before and os.listdir(tmp_path) == [os.path.basename(path)]
 
 
-def wait(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def kill_while_saving(folder, kills: int) -> None:
-    """Kill -9, at random moments, a child that saves steps 1, 2, ... in a loop and keeps two files; check after each kill."""
+    """Kill -9, at random moments, a child that saves steps 1, 2, ... in a loop and keeps two files;
+    check after each kill."""
     chance, last = random.Random(1), 0
     more = {
         "ballast": torch.zeros(300_000)
@@ -366,12 +368,13 @@ def test_fifty_kills_while_saving_leave_loadable_checkpoints(tmp_path):
     kill_while_saving(tmp_path, 50)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Hash, model, reference
 
 
 def test_weights_hash_depends_on_every_name_and_every_byte():
-    """The hash stands for the weights in results and resume tests: no change may keep it, no order may change it."""
+    """The hash stands for the weights in results and resume tests: no change may keep it, no order
+    may change it."""
     state = {
         "a": torch.randn(3, 5),
         "b": torch.arange(4),
@@ -392,7 +395,8 @@ def test_weights_hash_depends_on_every_name_and_every_byte():
 
 
 def test_weights_hash_is_of_values_not_of_memory_layout():
-    """A transposed view holds the same weights as its copy: hash what is saved, not how it lies in memory."""
+    """A transposed view holds the same weights as its copy: hash what is saved, not how it lies in
+    memory."""
     x = torch.randn(4, 6)
     assert (
         weights_hash({"x": x.t()})
@@ -410,7 +414,8 @@ def test_model_from_gives_back_the_same_model():
 
 @pytest.mark.parametrize("change", ["missing", "extra", "renamed", "prefixed"])
 def test_model_from_is_strict_about_keys(change):
-    """strict=False with a renamed key trains on from random weights; it must be an error that names the key."""
+    """strict=False with a renamed key trains on from random weights; it must be an error that names
+    the key."""
     saved = content()
     state = saved["model"]
     key = next(k for k in state if "qkv" in k)
@@ -430,12 +435,13 @@ def test_model_from_refuses_other_shapes():
     """Weights of another width never fit, neither by broadcasting nor in part."""
     saved = content()
     saved["model_config"]["d_ff"] = 32
-    with pytest.raises((UserError, RuntimeError), match="size mismatch|does not fit"):
+    with pytest.raises((UserError, RuntimeError), match=r"size mismatch|does not fit"):
         model_from(saved)
 
 
 def test_score_head_adds_only_its_own_weight():
-    """The verifier starts from a language model: all its weights, and a new head; nothing else may be missing."""
+    """The verifier starts from a language model: all its weights, and a new head; nothing else may
+    be missing."""
     saved = content()
     model = model_from(saved, score_head=True)
     assert set(model.state_dict()) - set(saved["model"]) == {"score.weight", "score_loglik"}
@@ -464,93 +470,9 @@ def test_load_checkpoint_takes_a_folder_a_file_or_a_run_name(tmp_path, monkeypat
 
 
 def test_load_checkpoint_says_what_it_tried(tmp_path, monkeypatch):
-    """A typing error in a name is the usual reason: the message repeats it and says what would have been right."""
+    """A typing error in a name is the usual reason: the message repeats it and says what would have
+    been right."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     for ref in ("nosuch", "empty", str(tmp_path / "a.pt")):
-        fails(lambda: load_checkpoint(ref), repr(ref), "file", "folder", "out/")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Run folder
-
-
-def test_a_locked_folder_refuses_a_second_process_and_names_the_first(tmp_path):
-    """Two writers in one folder destroy each other's checkpoints; the user needs to know whom to wait for."""
-    with lock(tmp_path):
-        report = tmp_path / "report"
-
-        def child():
-            try:
-                with lock(tmp_path):
-                    pass
-            except UserError as error:
-                report.write_text(str(error))
-
-        assert wait(fork(child)) == 0
-        assert (
-            f"process {os.getpid()} on {os.uname().nodename}" in report.read_text()
-            and str(tmp_path) in report.read_text()
-        )
-    with lock(tmp_path):  # free again after the with
-        pass
-
-
-def test_a_lock_dies_with_its_process(tmp_path):
-    """After kill -9 nobody can clean up: a lock that outlives its owner would need a human before every requeue."""
-    ready, go = os.pipe()
-
-    def child():
-        with lock(tmp_path):
-            os.write(go, b"x")
-            time.sleep(60)
-
-    pid = fork(child)
-    os.read(ready, 1)
-    fails(lambda: lock(tmp_path).__enter__(), f"process {pid} ")
-    os.kill(pid, signal.SIGKILL)
-    assert wait(pid) == -signal.SIGKILL
-    with lock(tmp_path):
-        assert f"process {os.getpid()} " in (tmp_path / ".lock").read_text()
-        assert str(pid) not in (tmp_path / ".lock").read_text().split()
-
-
-def test_the_lock_names_the_slurm_job(tmp_path, monkeypatch):
-    """On a cluster the process id alone does not tell whose run it is."""
-    monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    with lock(tmp_path):
-        fails(lambda: lock(tmp_path).__enter__(), "job 4711")
-
-
-def test_a_run_folder_that_is_a_file_is_one_clear_line(tmp_path):
-    """--out_dir=notes.txt is a slip of the hand; it must end in words and leave the file as it is."""
-    (tmp_path / "notes.txt").write_text("mine")
-    fails(lambda: lock(str(tmp_path / "notes.txt")).__enter__(), "notes.txt")
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-
-
-def test_state_is_read_or_none(tmp_path):
-    """A missing, torn or foreign state.json means "no run has been here", never a traceback before training."""
-    assert read_state(tmp_path) is None
-    (tmp_path / "state.json").write_text(json.dumps({"state": "preempted"}))
-    assert read_state(tmp_path) == "preempted"
-    for text in ("", '{"state": "do', "{}", "[]", "\0\0"):
-        (tmp_path / "state.json").write_text(text)
-        assert read_state(tmp_path) is None, text
-
-
-def test_provenance_holds_what_a_result_needs():
-    """A number without commit, dirt, torch version, device and command cannot be reproduced."""
-    found = checkpoint_py.provenance()
-    assert (
-        found["torch"] == torch.__version__
-        and found["device"]
-        and found["command"] == " ".join(sys.argv)
-    )
-    assert isinstance(found["dirty"], bool) and isinstance(found["commit"], str)
-
-
-def test_provenance_needs_no_git(tmp_path, monkeypatch):
-    """Compute nodes and containers often have no git: the commit is then unknown, but training must start."""
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert checkpoint_py.provenance()["torch"] == torch.__version__
+        fails(lambda ref=ref: load_checkpoint(ref), repr(ref), "file", "folder", "out/")

@@ -1,31 +1,38 @@
 """Properties of configurator.py, on a small dataclass of its own."""
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
+import typing
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import align
 import configurator
+import data
+import sample
+import train
 from configurator import UserError, load
+from evals.base import EvalConfig
+from runtime.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
-class Base:
+class Config:
+    """The keys."""
+
     out_dir: str = "out/x"  # run folder
     seed: int = 7  # initial weights
-
-
-@dataclass
-class Config(Base):
     learning_rate: float = 1e-3  # peak, per step
     n_layer: int = 4  # blocks
     window: int | None = None  # tokens; None = all
@@ -55,35 +62,36 @@ def file(tmp_path):
 
 def refusal(argv) -> str:
     with pytest.raises(UserError) as error:
-        load(Config, argv)
+        load(argv, Config)
     return str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Order and types
 
 
 def test_nothing_given_gives_the_defaults():
     """The dataclass is the one place where defaults stand."""
-    assert load(Config, []) == Config()
+    assert load([], Config) == Config()
 
 
 @pytest.mark.parametrize("flags_first", [True, False])
 def test_defaults_then_files_in_order_then_flags(file, flags_first):
-    """A flag wins over every file wherever it stands; of two files the later wins; the rest stays."""
+    """A flag wins over every file wherever it stands; of two files the later wins;
+    the rest stays."""
     files = [
         file("seed = 1\nn_layer = 1\nlearning_rate = 0.1", "a.py"),
         file("n_layer = 2\nlearning_rate = 0.2", "b.py"),
     ]
     flags = ["--learning_rate=0.3"]
-    cfg = load(Config, flags + files if flags_first else files + flags)
+    cfg = load(flags + files if flags_first else files + flags, Config)
     assert (cfg.out_dir, cfg.seed, cfg.n_layer, cfg.learning_rate) == ("out/x", 1, 2, 0.3)
-    assert load(Config, ["--seed=1", "--seed=2"]).seed == 2
+    assert load(["--seed=1", "--seed=2"], Config).seed == 2
 
 
 def test_a_bare_flag_is_true_and_a_dash_is_an_underscore():
     """--compile and --learning-rate are what people type."""
-    cfg = load(Config, ["--compile", "--auto", "--learning-rate=0.5"])
+    cfg = load(["--compile", "--auto", "--learning-rate=0.5"], Config)
     assert cfg.compile is True and cfg.auto is True and cfg.learning_rate == 0.5
 
 
@@ -122,8 +130,9 @@ def test_a_bare_flag_is_true_and_a_dash_is_an_underscore():
     ],
 )
 def test_a_flag_is_read_as_the_type_of_its_field(flag, key, value):
-    """Types come from the dataclass, so "7" is text for a folder and a number for a seed; only the first = splits."""
-    got = getattr(load(Config, [flag]), key)
+    """Types come from the dataclass, so "7" is text for a folder and a number for a seed; only the
+    first = splits."""
+    got = getattr(load([flag], Config), key)
     assert got == value and type(got) is type(value)
 
 
@@ -142,21 +151,22 @@ def test_a_flag_is_read_as_the_type_of_its_field(flag, key, value):
     ],
 )
 def test_a_file_assigns_python_values(file, line, key, value):
-    """An int does for a float, a list for a tuple; imported modules and _private names are no settings."""
-    got = getattr(load(Config, [file(line)]), key)
+    """An int does for a float, a list for a tuple; imported modules and _private names are no
+    settings."""
+    got = getattr(load([file(line)], Config), key)
     assert got == value and type(got) is type(value)
 
 
 @given(st.text())
 def test_any_text_survives_the_command_line(text):
     """Paths with spaces, =, quotes, unicode or -- reach the program as typed."""
-    assert load(Config, [f"--out_dir={text}"]).out_dir == text
+    assert load([f"--out_dir={text}"], Config).out_dir == text
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False), st.integers())
 def test_numbers_survive_the_command_line(x, i):
     """repr and back, to the last bit."""
-    cfg = load(Config, [f"--learning_rate={x!r}", f"--seed={i}"])
+    cfg = load([f"--learning_rate={x!r}", f"--seed={i}"], Config)
     assert cfg.learning_rate == x and cfg.seed == i
 
 
@@ -167,12 +177,13 @@ def test_a_file_runs_in_a_namespace_of_its_own(file):
     assert "NameError" in refusal([file("seed = UserError")])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Refusals
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_ones(file):
-    """A misspelt key that passes silently costs a whole run, from a file as from the command line."""
+    """A misspelt key that passes silently costs a whole run, from a file as from
+    the command line."""
     path = file("lerning_rate = 1e-3")
     message = refusal([path])
     assert (
@@ -323,7 +334,7 @@ def test_code_in_a_value_is_never_executed(tmp_path, key):
         f"`touch {marker}`",
     ):
         try:
-            cfg = load(Config, [f"--{key}={code}"])
+            cfg = load([f"--{key}={code}"], Config)
         except UserError:
             continue
         assert key in ("out_dir", "init_from", "tasks") and isinstance(
@@ -343,7 +354,7 @@ def test_what_the_dataclass_refuses_is_shown_with_the_settings_given(file):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # What is shown and saved
 
 
@@ -351,7 +362,7 @@ def test_what_the_dataclass_refuses_is_shown_with_the_settings_given(file):
 def test_help_lists_every_key_with_type_default_and_comment(capsys, flag):
     """The dataclass is the manual; help comes before any complaint about the other arguments."""
     with pytest.raises(SystemExit) as end:
-        load(Config, ["--bogus", flag])
+        load(["--bogus", flag], Config)
     assert end.value.code == 0
     lines = {
         match[1]: line
@@ -375,20 +386,139 @@ def test_help_lists_every_key_with_type_default_and_comment(capsys, flag):
         ), lines[key]
 
 
-def test_every_program_lists_a_comment_for_every_key():
-    """A key without unit or range is one that nobody dares to set."""
-    from model import ModelConfig
-    from train import TrainConfig
+PROGRAMS = {
+    "train": (train.ModelConfig, train.LoopConfig, train.PretrainConfig),
+    "align": (train.LoopConfig, align.AlignConfig, *align.MODES["sft"], *align.MODES["dpo"]),
+    "verifier": align.MODES["verifier"],
+    "eval": (EvalConfig,),
+    "data": (data.DataConfig,),
+    "sample": (sample.SampleConfig,),
+}
 
-    for cls in (ModelConfig, TrainConfig):
-        keys = configurator.comments(cls)
-        assert [key for key in configurator.field_types(cls) if not keys.get(key)] == []
+
+@pytest.mark.parametrize("parts", PROGRAMS.values(), ids=PROGRAMS.keys())
+def test_every_program_lists_a_comment_for_every_key(parts):
+    """A key without unit or range is one that nobody dares to set."""
+    shown = configurator.help_text(parts, None)
+    for key in configurator.key_types(*parts):
+        assert re.search(rf"^  --{key}=\S.*  +\S.* {{1,}}\S", shown, re.M), key
+
+
+NUMBERS = [
+    (part, key)
+    for parts in PROGRAMS.values()
+    for part in parts
+    for key, kind in configurator.key_types(part).items()
+    if {int, float} & {kind, *typing.get_args(kind)}
+]
+
+
+@pytest.mark.parametrize(
+    "part, key", NUMBERS, ids=lambda x: x if isinstance(x, str) else x.__name__
+)
+def test_every_number_has_a_lower_bound(part, key):
+    """A range that nobody checks is found by whoever types a wrong sign."""
+    needed = {"init_from": "x"} if part is align.AlignConfig else {}
+    with pytest.raises(UserError, match=rf"{key}.* must be .*got -1000"):
+        part(**needed, **{key: -1000})
+
+
+# ------------------------------------------------------------------------------------------------
+# Parts, choices, bounds
+
+
+@dataclass
+class Sizes:
+    """The sizes."""
+
+    width: int = 2  # of a layer
+    mode: str = "wide"  # wide or deep
+
+
+@dataclass
+class Wide:
+    """Wide things."""
+
+    spread: float = 0.5  # of the width
+
+
+@dataclass
+class Deep:
+    """Deep things."""
+
+    depth: int = 3  # layers
+
+
+CHOICE = ("mode", {"wide": (Wide,), "deep": (Deep, Config)})
+
+
+def test_a_choice_adds_its_parts():
+    """The value of one key decides which other keys there are."""
+    assert load([], Sizes, choose=CHOICE) == [Sizes(), Wide()]
+    sizes, deep, config = load(["--mode=deep", "--depth=4", "--seed=1"], Sizes, choose=CHOICE)
+    assert (sizes.mode, deep.depth, config.seed) == ("deep", 4, 1)
+
+
+def test_a_key_of_another_choice_is_refused_with_the_choice_it_belongs_to(file):
+    """A key that is accepted and ignored is worse than none."""
+    for argv in (["--depth=4"], [file("depth = 4")], ["--mode=wide", "--spread=1", "--depth=4"]):
+        with pytest.raises(UserError, match=r"unknown key 'depth': it is a key of mode deep"):
+            load(argv, Sizes, choose=CHOICE)
+    for value in ("high", "", "0"):
+        with pytest.raises(UserError, match="mode must be one of wide, deep"):
+            load([f"--mode={value}"], Sizes, choose=CHOICE)
+
+
+def test_two_parts_with_one_key_are_a_mistake_of_ours():
+    """One flat set of keys: the value of such a key would belong to whom?"""
+    with pytest.raises(AssertionError, match="two parts have the key out_dir"):
+        load([], Config, Wide, Config)
+
+
+def test_faults_of_all_parts_are_listed_at_once():
+    """As those of one part are."""
+    with pytest.raises(UserError) as error:
+        load(["--max_steps=0", "--n_layer=0"], train.LoopConfig, train.ModelConfig)
+    assert "max_steps must be at least 1" in str(error.value)
+    assert "n_layer must be at least 1" in str(error.value)
+
+
+def test_help_groups_the_keys_by_part_and_names_the_choice():
+    """52 keys in one list are read by nobody."""
+    text = configurator.help_text((Sizes,), CHOICE)
+    heads = [line for line in text.splitlines() if line and not line.startswith("  ")]
+    assert heads[-4:] == [
+        "The sizes.",
+        "Wide things. (only with mode=wide)",
+        "Deep things. (only with mode=deep)",
+        "The keys. (only with mode=deep)",
+    ]
+
+
+@pytest.mark.parametrize(
+    "interval, inside, outside, words",
+    [
+        ("[1, inf)", (1, 7, 1e300), (0, -1, 0.999, math.inf), "must be at least 1"),
+        ("(0, inf)", (1e-40, 1), (0, -1, math.inf), "must be above 0"),
+        ("[0, 1]", (0, 0.5, 1), (-1e-9, 1.1), r"must be in \[0, 1\]"),
+        ("[0, 0.5)", (0, 0.49), (0.5, -1), r"must be in \[0, 0.5\)"),
+    ],
+)
+def test_require_knows_open_and_closed_ends(interval, inside, outside, words):
+    """beta1 = 1 divides by zero, warmup_frac = 1 is a plan: the ends matter."""
+    for value in (*inside, None, ()):
+        configurator.require(SimpleNamespace(x=value), {interval: "x"})
+    configurator.require(SimpleNamespace(x=inside), {interval: "x"})
+    for value in (*outside, math.nan):
+        for given_value in (value, (inside[0], value)):
+            with pytest.raises(UserError, match=rf"x {words}, got {value}"):
+                configurator.require(SimpleNamespace(x=given_value), {interval: "x"})
 
 
 def test_differences_from_the_defaults_are_printed_with_their_origin(file, capsys):
     """A log that begins with what is special about the run; equal to the default is not special."""
     path = file("n_layer = 3\nseed = 7")
-    load(Config, [path, "--compile", "--tasks=a,b"], quiet=False)
+    load([path, "--compile", "--tasks=a,b"], Config, quiet=False)
     out = capsys.readouterr().out
     assert (
         f"n_layer = 3  ({path})" in out
@@ -396,33 +526,30 @@ def test_differences_from_the_defaults_are_printed_with_their_origin(file, capsy
         and "tasks = ('a', 'b')  (command line)" in out
     )
     assert "derived = 6  (derived)" in out and "seed" not in out and "learning_rate" not in out
-    load(Config, [path])
+    load([path], Config)
     assert capsys.readouterr().out == ""
 
 
 def test_the_saved_json_gives_the_same_configuration_again(tmp_path):
-    """It is saved with the run to repeat it: every field, through JSON's lists and nulls, back to an equal object."""
-    cfg = load(
-        Config,
-        ["--learning_rate=0.1", "--tasks=a,b", "--out_dir=Größe = 1", "--compile", "--window=3"],
-    )
+    """It is saved with the run to repeat it: every field, through JSON's lists and nulls, back to
+    an equal object."""
+    flags = ["--learning_rate=0.1", "--tasks=a,b", "--out_dir=Größe = 1", "--compile", "--window=3"]
+    cfg = load(flags, Config)
     path = tmp_path / "config.json"
-    configurator.save(cfg, str(path))
+    write_json(str(path), configurator.as_dict(cfg))
     saved = json.loads(path.read_text(encoding="utf-8"))
     assert set(saved) == set(asdict(cfg))
-    types = configurator.field_types(Config)
-    assert (
-        Config(**{key: configurator.check(value, types[key]) for key, value in saved.items()})
-        == cfg
-    )
+    types = configurator.key_types(Config)
+    again = {key: configurator.check(value, types[key]) for key, value in saved.items()}
+    assert Config(**again) == cfg
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # run
 
 
 def main(argv):
-    return load(Config, argv).seed
+    return load(argv, Config).seed
 
 
 def test_run_returns_the_exit_code_of_main_and_2_for_a_user_error(monkeypatch, capsys):
@@ -451,8 +578,9 @@ def test_a_program_shows_no_traceback_and_makes_no_folder(tmp_path):
     """The whole way once, in a process: exit code 2, one message, nothing left behind."""
     program = tmp_path / "program.py"
     program.write_text(
-        "from dataclasses import dataclass\nimport configurator\n\n@dataclass\nclass C:\n    seed: int = 1  # s\n\n"
-        "configurator.run(lambda argv: print(configurator.load(C, argv)))\n"
+        "from dataclasses import dataclass\nimport configurator\n\n"
+        "@dataclass\nclass C:\n    seed: int = 1  # s\n\n"
+        "configurator.run(lambda argv: print(configurator.load(argv, C)))\n"
     )
 
     def start(*argv):

@@ -1,6 +1,7 @@
-"""Beside others' code on the same weights: transformers' GPT-2, and lm-evaluation-harness's own task wikitext. pytest -m peers
+"""Beside others' code on the same weights: transformers' GPT-2, and lm-eval's own task wikitext.
 
-The libraries are imported where they are used, so that the default run, which leaves these tests out, does not wait for them.
+Run it by pytest -m peers. The libraries are imported where they are used, so that the default run,
+which leaves these tests out, does not wait for them.
 """
 
 import base64
@@ -17,16 +18,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import fails
+from eval_helpers import make_run
+from helpers import BYTE, REAL, fails, plain_logprobs, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_eval import BYTE, make_run, plain_logprobs, tiny
 
-import data
 import eval as evaluation
-import perplexity as ppl
-import report
-from checkpoint import weights_hash
+import evals.perplexity as ppl
+from corpus.tokenizer import load_tokenizer
+from evals import report
+from evals.results import read_results
+from inference.scoring import windows_nll
+from runtime.checkpoint import weights_hash
 
 missing = [name for name in ("transformers", "lm_eval") if not importlib.util.find_spec(name)]
 pytestmark = [
@@ -36,16 +39,12 @@ pytestmark = [
     ),
 ]
 
-REAL = Path(
-    os.environ.get("MODERN_LLM_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data"
-)
-MARKED = (
-    """ \n = Homarus = \n \n Homarus , known as the " lobster " ( or <unk> ) , is 1 @,@ 000 @.@ 5 mm long ; it 's well @-@ known . \n \n = = Description = = \n
- The lobsters ' claws [ both ] are large : who knew ? \n a = 3 \n = = = Size = = = \n \n 20 ° C and N others ! \n \n = Tamar Grain = \n \n Short . \n = X = \n
+MARKED = """ \n = Homarus = \n \n Homarus , known as the " lobster " ( or <unk> ) , \
+is 1 @,@ 000 @.@ 5 mm long ; it 's well @-@ known . \n \n = = Description = = \n
+ The lobsters ' claws [ both ] are large : who knew ? \n a = 3 \n = = = Size = = = \n \n \
+20 ° C and N others ! \n \n = Tamar Grain = \n \n Short . \n = X = \n
  It said ' yes ' – “ no ” { maybe } 🐟 in /' 5/ or so . \n"""
-    + " ".join(f"word{i} ( {i} ) , and so on ." for i in range(60))
-    + " \n \n"
-)
+MARKED += " ".join(f"word{i} ( {i} ) , and so on ." for i in range(60)) + " \n \n"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,7 +69,10 @@ def real(name: str) -> Path:
 
 
 def text_of(which: str) -> str:
-    """A text in WikiText's form: made of its marks, or the first three articles of the real WikiText-2."""
+    """A text in WikiText's form.
+
+    Made of its marks, or the first three articles of the real WikiText-2.
+    """
     if which == "marks":
         return MARKED
     text = gzip.decompress(real("wikitext2_raw_valid.txt.gz").read_bytes()).decode()
@@ -78,7 +80,10 @@ def text_of(which: str) -> str:
 
 
 def pages(text: str) -> list[str]:
-    """The documents of EleutherAI/wikitext_document_level: lines put together again, a new page at each line " = Title = "."""
+    """The documents of EleutherAI/wikitext_document_level.
+
+    Lines put together again, a new page at each line " = Title = ".
+    """
     found = [[]]
     for line in text.split("\n"):
         if re.fullmatch(r"\s*= [^=].* =\s*|\s*= [^=] =\s*", line) and not re.search(
@@ -120,12 +125,15 @@ def theirs(model, ids: list[int], scored: int) -> float:
         return model(torch.tensor([ids]), labels=labels).loss.item() * scored
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # transformers' GPT-2 through our protocols
 
 
 def test_padding_and_batches_change_nothing_for_gpt2_either(tmp_path):
-    """Positions are absolute, and counted from the left; what is padded on the right is never seen. Each window has the nats it has alone."""
+    """Positions are absolute, and counted from the left.
+
+    What is padded on the right is never seen. Each window has the nats it has alone.
+    """
     model = save_gpt2(tmp_path / "gpt2", BYTE)
     peer, draws = ppl.Peer(str(tmp_path / "gpt2"), BYTE), np.random.default_rng(0)
     windows = [
@@ -134,8 +142,8 @@ def test_padding_and_batches_change_nothing_for_gpt2_either(tmp_path):
     ]
     wanted = [theirs(model, *window) for window in windows]
     for batch in (1, 2, 16):
-        assert ppl.windows_nll(peer, windows, batch) == pytest.approx(wanted, rel=1e-5)
-    assert ppl.windows_nll(peer, [(list(range(33)), 32)]) == pytest.approx(
+        assert windows_nll(peer, windows, batch) == pytest.approx(wanted, rel=1e-5)
+    assert windows_nll(peer, [(list(range(33)), 32)]) == pytest.approx(
         [
             -model(torch.arange(32)[None])
             .logits[0]
@@ -148,12 +156,13 @@ def test_padding_and_batches_change_nothing_for_gpt2_either(tmp_path):
 
 
 def test_token_protocols_are_those_of_transformers_documentation(tmp_path):
-    """tokens, strided (the loop of its page "Perplexity of fixed-length models") and per_line, each window by transformers' own loss."""
+    """tokens, strided and per_line, each window by transformers' own loss.
+
+    strided is the loop of its page "Perplexity of fixed-length models".
+    """
     model = save_gpt2(tmp_path / "gpt2", BYTE)
-    rows = {
-        row["protocol"]: row
-        for row in ppl.perplexity(ppl.Peer(str(tmp_path / "gpt2"), BYTE), BYTE, MARKED)
-    }
+    peer = ppl.Peer(str(tmp_path / "gpt2"), BYTE)
+    rows = {row.protocol: row.estimate for row in ppl.perplexity(peer, BYTE, MARKED)}
     ids = BYTE.encode(MARKED)
     for protocol, stride in (("tokens", 32), ("strided", 16)):
         nats, n, before = 0.0, 0, 0
@@ -165,20 +174,21 @@ def test_token_protocols_are_those_of_transformers_documentation(tmp_path):
             nats, n, before = nats + theirs(model, ids[begin:end], scored), n + scored, end
             if end == len(ids):
                 break
-        assert (
-            rows[protocol]["value"] == pytest.approx(math.exp(nats / n), rel=1e-5)
-            and rows[protocol]["n"] == n
-        )
+        assert rows[protocol].value == pytest.approx(math.exp(nats / n), rel=1e-5)
+        assert rows[protocol].n == n
     lines = [BYTE.encode(line)[:32] for line in MARKED.split("\n") if line.strip()]
     n = sum(len(line) - 1 for line in lines)
-    assert rows["per_line"]["value"] == pytest.approx(
+    assert rows["per_line"].value == pytest.approx(
         math.exp(sum(theirs(model, line, len(line) - 1) for line in lines) / n), rel=1e-5
     )
-    assert rows["per_line"]["n"] == n
+    assert rows["per_line"].n == n
 
 
 def test_a_baseline_is_a_row_of_every_table(tmp_path, capsys):
-    """A run of another tokenizer, and a GPT-2 directory beside it: the same protocols and record, the weights' hash included."""
+    """A run of another tokenizer, and a GPT-2 directory beside it.
+
+    The same protocols and record, the weights' hash included.
+    """
     ranks, folder = real("gpt2.tiktoken"), tmp_path / "my-gpt2"
     argv = [
         *make_run(tmp_path),
@@ -187,15 +197,15 @@ def test_a_baseline_is_a_row_of_every_table(tmp_path, capsys):
         "--no_overwrite",
     ]
     shutil.copy(ranks, tmp_path / "data")
-    tokenizer = data.load_tokenizer("gpt2", str(tmp_path / "data"))
+    tokenizer = load_tokenizer("gpt2", str(tmp_path / "data"))
     save_gpt2(folder, tokenizer)
     assert evaluation.main(argv) == 0
-    rows = evaluation.read_results(str(tmp_path / "run"))
+    rows = read_results(str(tmp_path / "run"))
     own = {row["protocol"]: row for row in rows if row["model"] == "my-gpt2"}
     peer = ppl.Peer(str(folder), tokenizer)
     wanted = ppl.perplexity(peer, tokenizer, (tmp_path / "data/wiki/test.txt").read_text())
     assert {protocol: row["value"] for protocol, row in own.items()} == {
-        row["protocol"]: pytest.approx(row["value"], rel=1e-6) for row in wanted
+        row.protocol: pytest.approx(row.estimate.value, rel=1e-6) for row in wanted
     }
     assert tuple(own) == ppl.PROTOCOLS and {row["weights_hash"] for row in own.values()} == {
         weights_hash(peer.state_dict())
@@ -223,7 +233,10 @@ def test_a_baseline_is_a_row_of_every_table(tmp_path, capsys):
 
 
 def test_a_baseline_must_be_loaded_whole(tmp_path):
-    """from_pretrained fills a missing weight with random numbers and goes on; a figure of such a model must not come to be."""
+    """from_pretrained fills a missing weight with random numbers and goes on.
+
+    A figure of such a model must not come to be.
+    """
     from safetensors.torch import load_file, save_file
 
     folder = str(tmp_path / "gpt2")
@@ -258,11 +271,11 @@ def test_a_baseline_must_be_loaded_whole(tmp_path):
 
 def test_a_baseline_of_another_vocabulary_is_refused(tmp_path):
     """Its numbers would be of other texts than the ones encoded."""
-    save_gpt2(tmp_path / "gpt2", data.load_tokenizer("toy"))
+    save_gpt2(tmp_path / "gpt2", load_tokenizer("toy"))
     fails(lambda: ppl.Peer(str(tmp_path / "gpt2"), BYTE), "257", "vocabulary")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # lm-evaluation-harness's own task wikitext
 
 
@@ -294,13 +307,12 @@ def harness(lm, text: str, folder: Path) -> dict[str, float]:
 
 
 def assert_same(model, tokenizer, text: str, theirs: dict[str, float]) -> None:
-    rows = {
-        row["protocol"]: row for row in ppl.perplexity(model, tokenizer, text, ("words", "bpb"))
-    }
+    found = ppl.perplexity(model, tokenizer, text, ("words", "bpb"))
+    rows = {row.protocol: row.estimate for row in found}
     ours = {
-        "word_perplexity": rows["words"]["value"],
-        "bits_per_byte": rows["bpb"]["value"],
-        "byte_perplexity": 2 ** rows["bpb"]["value"],
+        "word_perplexity": rows["words"].value,
+        "bits_per_byte": rows["bpb"].value,
+        "byte_perplexity": 2 ** rows["bpb"].value,
     }
     print(
         {name: abs(value / theirs[name] - 1) for name, value in ours.items()}
@@ -314,7 +326,7 @@ def test_words_and_bpb_of_our_model_are_the_harnesss(which, tmp_path):
     from lm_eval.api.model import LM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-    model = tiny()
+    model = tiny(seq_len=96)
 
     class Ours(LM):
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
@@ -344,7 +356,10 @@ def test_words_and_bpb_of_our_model_are_the_harnesss(which, tmp_path):
 @pytest.mark.parametrize("tokens", ["byte", "gpt2"])
 @pytest.mark.parametrize("which", ["marks", "WikiText-2"])
 def test_words_and_bpb_of_gpt2_are_the_harnesss(which, tokens, tmp_path):
-    """The harness's model class for transformers, with a tokenizer of that library made of the same ranks, beside our protocols on the same folder."""
+    """The harness's model class for transformers, beside our protocols on the same folder.
+
+    Its tokenizer is of that library, made of the same ranks.
+    """
     pytest.importorskip(
         "accelerate", reason="lm_eval's class imports it: pip install -r requirements-peers.txt"
     )
@@ -355,9 +370,10 @@ def test_words_and_bpb_of_gpt2_are_the_harnesss(which, tokens, tmp_path):
     ranks = tmp_path / "byte.tiktoken"
     ranks.write_text("".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)))
     ranks = str(real("gpt2.tiktoken") if tokens == "gpt2" else ranks)
-    tokenizer, text = data.load_tokenizer(ranks), text_of(which)
+    tokenizer, text = load_tokenizer(ranks), text_of(which)
     model = save_gpt2(tmp_path / "gpt2", tokenizer, n_positions=64)
-    split = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # GPT-2's own; ours is its faster form for tiktoken
+    # GPT-2's own split; ours is its faster form for tiktoken
+    split = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
     fast = PreTrainedTokenizerFast(
         tokenizer_object=TikTokenConverter(
             ranks, split, extra_special_tokens=["<|endoftext|>"]
@@ -371,26 +387,30 @@ def test_words_and_bpb_of_gpt2_are_the_harnesss(which, tokens, tmp_path):
     )
 
 
+class Spy:
+    """A tokenizer that encodes nothing, and keeps what it is asked to encode."""
+
+    def __init__(self):
+        self.eos, self.scored = 0, []
+
+    def encode(self, article):
+        self.scored.append(article)
+        return [0]
+
+
 def test_every_real_article_is_cut_and_detokenised_as_in_the_harness():
-    """WikiText-2, validation and test: pages, their bytes and words, and the text that is scored. None is left out or cut elsewhere."""
+    """WikiText-2, validation and test.
+
+    Pages, their bytes and words, and the text that is scored. None is left out or cut elsewhere.
+    """
     from lm_eval.tasks.wikitext.preprocess_wikitext import process_results, wikitext_detokenizer
 
     for name, count in (("valid", 60), ("test", 62)):
         text = gzip.decompress(real(f"wikitext2_raw_{name}.txt.gz").read_bytes()).decode()
-        documents, scored = [{"page": page} for page in pages(text)], []
-
-        class Spy:  # encodes nothing, and keeps what it is asked to encode
-            eos = 0
-
-            def encode(self, article):
-                scored.append(article)
-                return [0]
-
-        rows = {
-            row["protocol"]: row["items"]["den"]
-            for row in ppl.perplexity(tiny(n_layer=1), Spy(), text, ("words", "bpb"))
-        }
-        assert len(documents) == count and scored == [
+        documents, spy = [{"page": page} for page in pages(text)], Spy()
+        found = ppl.perplexity(tiny(n_layer=1), spy, text, ("words", "bpb"))
+        rows = {row.protocol: row.estimate.items.den for row in found}
+        assert len(documents) == count and spy.scored == [
             wikitext_detokenizer(document) for document in documents
         ]
         assert rows["words"] == [
@@ -440,7 +460,7 @@ def test_every_real_article_is_cut_and_detokenised_as_in_the_harness():
     ).map("".join)
 )
 def test_any_text_is_detokenised_as_in_the_harness(page):
-    """Also where marks are nested, torn or doubled, in which a rewriting of its rules would differ first."""
+    """Also where marks are nested, torn or doubled: there other rules would differ first."""
     from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
 
     assert ppl.detokenize(page) == wikitext_detokenizer({"page": page})

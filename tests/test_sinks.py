@@ -1,45 +1,34 @@
-"""Streams far beyond the training context, and what heads look at: each way to read against another, and numbers worked out by hand."""
+"""Streams far beyond the training context, and what heads look at.
 
+Each way to read stands against another, and numbers are worked out by hand.
+"""
+
+import functools
 import json
 import math
-from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
+from helpers import BYTE, fails, save_start
+from helpers import tiny as small
 
-import data
 import eval as evaluation
-import report
-import sinks
-from checkpoint import save_checkpoint
-from conftest import fails
-from model import GPT, ModelConfig
+from corpus.shards import write_shard
+from evals import report, sinks
+from evals.base import EvalConfig, Subject
+from evals.results import read_results
+from model import GPT
 
-BYTE = data.load_tokenizer("byte")
 T = 8  # training context
 
 
 def tiny(seed: int = 0, **changes) -> GPT:
-    """A small model with every parameter random, in float64: as initialised, its blocks would add nothing."""
-    torch.manual_seed(seed)
-    model = GPT(
-        ModelConfig(
-            **{
-                "vocab_size": 262,
-                "seq_len": T,
-                "n_layer": 2,
-                "n_head": 4,
-                "n_kv_head": 2,
-                "d_model": 32,
-                "d_ff": 64,
-            }
-            | changes
-        )
-    )
+    """Return a small model in float64, whose weights are a little larger than those of others."""
+    model = small(seed, **{"seq_len": T, **changes})
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(0.2 * torch.randn_like(p))
+            p.add_(0.1 * torch.randn_like(p))
     return model.double().eval()
 
 
@@ -47,13 +36,16 @@ def text(n: int = 3, length: int = 3 * T):
     return torch.randint(0, 256, (n, length + 1), generator=torch.Generator().manual_seed(1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Three ways to read
 
 
 @pytest.mark.parametrize("sink", [True, False])
 def test_within_the_training_context_all_ways_to_read_are_one(sink):
-    """Nothing has been dropped yet; from the first dropped token on, rolling must differ from dense, or the cache did not roll."""
+    """Nothing has been dropped yet.
+
+    From the first dropped token on, rolling must differ from dense, or the cache did not roll.
+    """
     model, ids = tiny(sinks=sink), text()
     dense, rolling, recomputed = (
         sinks.dense(model, ids, batch=2),
@@ -72,7 +64,10 @@ def test_within_the_training_context_all_ways_to_read_are_one(sink):
 
 
 def test_recompute_sees_the_last_context_alone_and_rolling_what_its_keys_remember():
-    """One layer's keys know their own token only, so rolling is recompute; a second layer's were formed when token 1, now dropped, was there."""
+    """One layer's keys know their own token only, so rolling is recompute.
+
+    A second layer's were formed when token 1, now dropped, was there.
+    """
     ids, last = text(), 2 * T - 1
     changed = ids.clone()
     changed[:, 1] = (changed[:, 1] + 1) % 256
@@ -89,26 +84,34 @@ def test_recompute_sees_the_last_context_alone_and_rolling_what_its_keys_remembe
 
 
 def test_a_rolling_cache_keeps_its_size():
-    """2 (keys, values) x layers x key/value heads x slots x d_head x 8 bytes, however long the stream."""
+    """The size is the same however long the stream."""
     model, slots = tiny(), 5
     sizes = {sinks.cached(model, text(1, length), slots)[2] for length in (3, 20, 40)}
+    # keys and values x layers x key/value heads x slots x d_head x 8 bytes
     assert sizes == {2 * 2 * 2 * slots * 8 * 8}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Attention maps
 
 
+def remember(seen, module, args, output):
+    """Keep what a module was given and what it returned."""
+    seen.update(args=args, output=output)
+
+
 def test_the_maps_are_what_the_forward_pass_used():
-    """Weights times values through the output matrix is the module's own output; a copy that drifts from the model would show nothing of it."""
+    """Weights times values through the output matrix is the module's own output.
+
+    A copy that drifts from the model would show nothing of it.
+    """
     for fields in ({}, {"sinks": False}, {"sliding_window": 3}):
-        model, ids, seen = tiny(**fields), text(2, T - 1), []
-        hook = model.blocks[1].attn.register_forward_hook(
-            lambda module, args, output: seen.append((args, output))
-        )
+        model, ids = tiny(**fields), text(2, T - 1)
+        attn, seen = model.blocks[1].attn, {}
+        hook = attn.register_forward_hook(functools.partial(remember, seen))
         maps = sinks.attention_maps(model, ids)
         hook.remove()
-        (args, output), attn = seen[0], model.blocks[1].attn
+        args, output = seen["args"], seen["output"]
         v = attn.project(*args[:3])[2].repeat_interleave(2, dim=1)
         again = attn.out((maps[1][..., :-1].double() @ v).transpose(1, 2).flatten(2))
         assert maps.shape == (2, 2, 4, T, T + 1) and torch.allclose(again, output, atol=1e-5)
@@ -117,8 +120,11 @@ def test_the_maps_are_what_the_forward_pass_used():
 
 
 def test_the_sink_share_is_one_minus_the_gate():
-    """All scores 0 and a sink of ln 2: the i-th query divides 1 among i keys of weight 1 and a sink of weight 2, so the sink has 2 / (i + 2).
-    The gate of the fast path, sigmoid(logsumexp - sink), is what is left."""
+    """All scores 0 and a sink of ln 2.
+
+    The i-th query divides 1 among i keys of weight 1 and a sink of weight 2, so the sink has 2 / (i
+    + 2). The gate of the fast path, sigmoid(logsumexp - sink), is what is left.
+    """
     model = tiny()
     with torch.no_grad():
         for block in model.blocks:
@@ -131,53 +137,54 @@ def test_the_sink_share_is_one_minus_the_gate():
 
 
 def test_entropy_tells_heads_that_look_somewhere_from_heads_that_do_not():
-    """Attention that is uniform over what it can see has mean ln i, (0 + ln 2 + ln 3 + ln 4) / 4 = 0.7945 for four tokens, with and without
-    a sink: the number beside every entropy. Attention on the first token alone has 0, three quarters on one token 0.5623 of ln 2 = 0.6931."""
+    """Attention that is uniform over what it can see has mean ln i, with and without a sink.
+
+    That is (0 + ln 2 + ln 3 + ln 4) / 4 = 0.7945 for four tokens: the number beside every entropy.
+    Attention on the first token alone has 0, three quarters on one token 0.5623 of ln 2 = 0.6931.
+    """
     for sink in (True, False):
         model = tiny(sinks=sink)
         with torch.no_grad():
             for block in model.blocks:
                 block.attn.qkv.weight.zero_()
         rows = sinks.by_head(sinks.head_numbers(sinks.attention_maps(model, text(1, 3))), sink)
-        flat = [row for row in rows if row["metric"] == "attention_entropy"]
-        assert len(flat) == 8 and all(
-            row["value"] == pytest.approx(0.7945, abs=1e-4) == row["uniform"] for row in flat
-        )
+        flat = [row for row in rows if row.metric == "attention_entropy"]
+        assert len(flat) == 8
+        for row in flat:
+            assert row.estimate.value == pytest.approx(0.7945, abs=1e-4) == row.extra["uniform"]
     maps = torch.zeros(1, 1, 1, 4, 5)
     maps[..., 0] = 1
-    rows = {row["metric"]: row for row in sinks.by_head(sinks.head_numbers(maps), False)}
-    assert rows["attention_entropy"]["value"] == 0 and rows["first_token_share"]["value"] == 1
-    assert rows["first_token_share"]["uniform"] == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
+    rows = {row.metric: row for row in sinks.by_head(sinks.head_numbers(maps), False)}
+    assert rows["attention_entropy"].estimate.value == 0
+    share = rows["first_token_share"]
+    assert share.estimate.value == 1
+    assert share.extra["uniform"] == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
     assert sinks.entropy(torch.tensor([[0.375, 0.125, 0.5]]))[0].item() == pytest.approx(
         0.5623, abs=1e-4
     )
     rows = sinks.by_head(
         sinks.head_numbers(sinks.attention_maps(tiny(), text(1, T - 1))), True
     )  # random weights, but not small
-    assert all(
-        row["value"] < row["uniform"] - 0.02 for row in rows if row["metric"] == "attention_entropy"
-    )
+    for row in rows:
+        if row.metric == "attention_entropy":
+            assert row.estimate.value < row.extra["uniform"] - 0.02
 
 
 def test_shares_leave_out_the_first_queries():
-    """The first query has only itself to look at: `skip` queries do not count, nor in the baseline."""
+    """The first query has only itself to look at.
+
+    `skip` queries do not count, nor in the baseline.
+    """
     maps = torch.tensor([[1.0, 0.0, 0.0], [0.2, 0.5, 0.3]]).view(1, 1, 1, 2, 3)
-    rows = {row["metric"]: row for row in sinks.by_head(sinks.head_numbers(maps), True, 1)}
-    assert rows["sink_share"]["value"] == pytest.approx(0.3) and rows["sink_share"][
-        "uniform"
-    ] == pytest.approx(1 / 3)
-    assert (
-        rows["first_token_share"]["value"] == pytest.approx(0.2)
-        and rows["first_token_share"]["uniform"] == 1 / 2
-    )
-    assert (rows["sink_share"]["layer"], rows["sink_share"]["head"], rows["sink_share"]["n"]) == (
-        1,
-        1,
-        1,
-    )
+    rows = {row.metric: row for row in sinks.by_head(sinks.head_numbers(maps), True, 1)}
+    sink, first = rows["sink_share"], rows["first_token_share"]
+    assert sink.estimate.value == pytest.approx(0.3)
+    assert sink.extra["uniform"] == pytest.approx(1 / 3)
+    assert first.estimate.value == pytest.approx(0.2) and first.extra["uniform"] == 1 / 2
+    assert (sink.extra["layer"], sink.extra["head"], sink.estimate.n) == (1, 1, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The tasks
 
 SENTENCES = "Cats run;2*x,y"
@@ -188,24 +195,10 @@ def make_runs(folder, characters: int = 600, end: int | None = None) -> list[str
     ids = np.random.default_rng(0).integers(97, 123, characters).astype("<u4")
     if end:
         ids[::end] = BYTE.eos
-    data.write_shard(str(folder / "data" / "book" / "val_000.bin"), ids, BYTE)
+    write_shard(str(folder / "data" / "book" / "val_000.bin"), ids, BYTE)
     for name in ("sinks", "no_sinks"):
         model = tiny(sinks=name == "sinks", n_head=1, n_kv_head=1).float()
-        save_checkpoint(
-            str(folder / "run" / name / "ckpt_0000009.pt"),
-            {
-                "model": model.state_dict(),
-                "model_config": asdict(model.cfg),
-                "train_config": {},
-                "step": 9,
-                "best": 1.0,
-                "task": "pretrain",
-                "data": "none",
-                "rng": torch.get_rng_state(),
-                "optimizers": [],
-                "tokenizer": BYTE.spec(),
-            },
-        )
+        save_start(folder / "run" / name, model)
     return [
         f"--out_dir={folder / 'run'}",
         f"--data_dir={folder / 'data'}",
@@ -230,12 +223,14 @@ def finished(tmp_path_factory):
         == 0
     )
     assert report.main([f"--out_dir={folder / 'run'}"]) == 0
-    return folder / "run", evaluation.read_results(str(folder / "run"))
+    return folder / "run", read_results(str(folder / "run"))
 
 
 def test_every_run_has_a_curve_to_sixteen_contexts(finished):
-    """A row per way to read and half context (a whole one for recompute, which takes fewer positions); memory is flat for the rolling cache and
-    grows for the other."""
+    """There is a row per way to read and half context, or whole one for recompute.
+
+    Memory is flat for the rolling cache and grows for the other.
+    """
     _, rows = finished
     for model in ("sinks", "no_sinks"):
         for how in ("rolling", "dense", "recompute"):
@@ -271,7 +266,10 @@ def test_every_run_has_a_curve_to_sixteen_contexts(finished):
 
 
 def test_within_the_context_nothing_differs_from_recompute(finished):
-    """The yardstick of the comparison beyond it: there a difference of 0 would mean that nothing was measured."""
+    """The yardstick of the comparison beyond it.
+
+    There a difference of 0 would mean that nothing was measured.
+    """
     _, rows = finished
     gaps = {
         (r["metric"], r["protocol"], r["model"]): abs(r["value"])
@@ -312,11 +310,15 @@ def test_maps_are_kept_for_every_model_and_sentence_and_drawn(finished):
 
 @pytest.mark.parametrize("end,one_document", [(200, True), (100, False)])
 def test_streams_lie_in_one_document_where_any_is_long_enough(tmp_path, end, one_document):
-    """128 tokens are asked for: what stands before a document's end is of no use after it, and a row says so where it cannot be avoided."""
+    """128 tokens are asked for.
+
+    What stands before a document's end is of no use after it, and a row says so where it cannot be
+    avoided.
+    """
     argv = make_runs(tmp_path, 900, end)
     folders = dict(flag.removeprefix("--").split("=") for flag in argv[:2])
-    bench = evaluation.Bench(evaluation.EvalConfig(**folders, streaming="book", n_streams=4))
-    ids, whole = sinks.streams(bench, 16 * T)
+    cfg = EvalConfig(**folders, streaming="book", n_streams=4)
+    ids, whole = sinks.streams(Subject(cfg), cfg, 16 * T)
     assert whole == one_document == bool((ids != BYTE.eos).all()) and ids.size(1) == 16 * T + 1
 
 

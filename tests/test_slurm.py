@@ -1,7 +1,9 @@
-"""The scripts in slurm/: the same files run with plain bash and under Slurm; a stopped run is saved, requeued and finished.
+"""The scripts in slurm/ run with plain bash and under Slurm.
 
-Tests marked slurm need a cluster that sees this folder and pytest's temporary one (--basetemp). MODERN_LLM_SLURM_START may name a
-command that brings one up, e.g. a toy cluster on this machine; it is left running. Site options come from SBATCH_ACCOUNT etc.
+A stopped run is saved, requeued and finished. Tests marked slurm need a cluster that sees this
+folder and pytest's temporary one (--basetemp). MODERN_LLM_SLURM_START may name a command that
+brings one up, e.g. a toy cluster on this machine; it is left running. Site options come from
+SBATCH_ACCOUNT etc.
 """
 
 import importlib
@@ -14,18 +16,24 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
+import speedrun
+
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 JOBS = [path for path in SCRIPTS if path.name != "common.sh"]
 SMALL = ["config/smoke.py", "--device=cpu", "--eval_interval=1000", "--log_interval=1"]
 
 
 def environment(**changes) -> dict:
-    """Our Python first on PATH, one process with one thread, and nothing of a job that this session may run in."""
+    """Return an environment with our Python first on PATH, and one process with one thread.
+
+    Nothing is in it of a job that this session may run in.
+    """
     env = {
         k: v
         for k, v in os.environ.items()
@@ -78,7 +86,7 @@ def data_flag(tmp_path_factory) -> str:
     return f"--data_dir={tmp_path_factory.mktemp('data')}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files
 
 
@@ -105,16 +113,16 @@ def test_script_is_site_neutral_and_can_be_requeued(path):
     assert f"sbatch slurm/{path.name}" in text and f"bash slurm/{path.name}" in text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Decisions of common.sh, without a program that trains
 
 
 @pytest.mark.parametrize(
     "script, module, config",
     [
-        ("pretrain", "train", "TrainConfig"),
-        ("align", "align", "AlignConfig"),
-        ("eval", "eval", "EvalConfig"),
+        ("pretrain", "train", "LoopConfig"),
+        ("align", "train", "LoopConfig"),
+        ("eval", "evals.base", "EvalConfig"),
         ("speedrun", "speedrun", "SpeedrunConfig"),
     ],
 )
@@ -139,23 +147,32 @@ def test_out_dir_is_found_as_the_configurator_does(args, out_dir):
     assert common('out_dir_of out/default "$@"', *args).stdout.strip() == out_dir
 
 
-@pytest.mark.parametrize(
-    "env, nproc",
-    [
-        ({"NPROC": "3"}, "3"),
-        ({"CUDA_VISIBLE_DEVICES": "0,1"}, "2"),
-        ({"CUDA_VISIBLE_DEVICES": ""}, "1"),
-        ({"CUDA_VISIBLE_DEVICES": "GPU-1f,GPU-2e,GPU-3d"}, "3"),
-        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, "1"),
-        ({"SLURM_GPUS_ON_NODE": "4"}, "4"),
-        ({"CUDA_VISIBLE_DEVICES": "0,1", "NPROC": "1"}, "1"),
-    ],
-)
+GPUS = [
+    ({"NPROC": "3"}, "3"),
+    ({"CUDA_VISIBLE_DEVICES": "0,1"}, "2"),
+    ({"CUDA_VISIBLE_DEVICES": ""}, "1"),
+    ({"CUDA_VISIBLE_DEVICES": "GPU-1f,GPU-2e,GPU-3d"}, "3"),
+    ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, "1"),
+    ({"SLURM_GPUS_ON_NODE": "4"}, "4"),
+    ({"CUDA_VISIBLE_DEVICES": "0,1", "NPROC": "1"}, "1"),
+]
+
+
+@pytest.mark.parametrize("env, nproc", GPUS)
 def test_processes_are_the_visible_gpus(env, nproc):
     assert common('echo "$nproc ${launch[0]}"', **{"NPROC": None, **env}).stdout.split() == [
         nproc,
         "python" if nproc == "1" else "torchrun",
     ]
+
+
+def test_programs_keep_freed_memory_unless_told_otherwise():
+    """The allocator's settings are those that speedrun.py gives its stages."""
+    show = "python -c \"import os; print(os.environ['MALLOC_MMAP_MAX_'], "
+    show += "os.environ['MALLOC_TRIM_THRESHOLD_'])\""
+    unset = dict.fromkeys(speedrun.KEEP_MEMORY)
+    assert common(show, **unset).stdout.split() == list(speedrun.KEEP_MEMORY.values())
+    assert common(show, **{**unset, "MALLOC_MMAP_MAX_": "7"}).stdout.split() == ["7", "-1"]
 
 
 def test_requeued_job_does_not_start_over():
@@ -170,7 +187,10 @@ def test_requeued_job_does_not_start_over():
 
 
 def batch_job(tmp_path: Path, program: str, restart: int = 0) -> subprocess.CompletedProcess:
-    """program (shell code, in the run folder) as job 7 of a pretended Slurm that writes down what is requeued."""
+    """Run a program as job 7 of a pretended Slurm that writes down what is requeued.
+
+    program: shell code; it runs in the run folder.
+    """
     fake = tmp_path / "bin" / "scontrol"
     fake.parent.mkdir(exist_ok=True)
     fake.write_text(f'#!/bin/sh\necho "$@" >>"{tmp_path}/scontrol.log"\n')
@@ -180,27 +200,25 @@ def batch_job(tmp_path: Path, program: str, restart: int = 0) -> subprocess.Comp
         "SLURM_RESTART_COUNT": str(restart),
         "PATH": f"{fake.parent}{os.pathsep}{environment()['PATH']}",
     }
-    code = f'set -euo pipefail; SLURM_TASK_PID=$$; . slurm/common.sh; listen() {{ :; }}; out_dir="$1"; run sh -c "$2" "$1"'
+    code = "set -euo pipefail; SLURM_TASK_PID=$$; . slurm/common.sh; listen() { :; }; "
+    code += 'out_dir="$1"; run sh -c "$2" "$1"'
     return bash("-c", code, "script", tmp_path / "run", f'cd "$0"; {program}', **env)
 
 
-@pytest.mark.parametrize(
-    "program, code, requeued",
-    [
-        ("""echo '{"state": "done"}' >state.json""", 0, False),
-        ("""echo '{"state": "preempted"}' >state.json; exit 75""", 75, True),
-        (
-            """echo '{"state": "preempted"}' >state.json; exit 1""",
-            75,
-            True,
-        ),  # torchrun's exit code is 1 whatever happened
-        ("""echo '{"state": "failed"}' >state.json; exit 1""", 1, False),
-        ("""echo '{"state": "running"}' >state.json; kill -9 $$""", 137, False),
-        ("""kill -USR1 $PPID; sleep 5""", 75, True),  # warned while nothing was there to save
-        ("""kill -TERM $PPID; sleep 1; exit 75""", 75, False),  # scancel
-        ("exit 2", 2, False),
-    ],
-)
+ENDS = [  # program, exit code, requeued
+    ("""echo '{"state": "done"}' >state.json""", 0, False),
+    ("""echo '{"state": "preempted"}' >state.json; exit 75""", 75, True),
+    # torchrun's exit code is 1 whatever happened
+    ("""echo '{"state": "preempted"}' >state.json; exit 1""", 75, True),
+    ("""echo '{"state": "failed"}' >state.json; exit 1""", 1, False),
+    ("""echo '{"state": "running"}' >state.json; kill -9 $$""", 137, False),
+    ("""kill -USR1 $PPID; sleep 5""", 75, True),  # warned while nothing was there to save
+    ("""kill -TERM $PPID; sleep 1; exit 75""", 75, False),  # scancel
+    ("exit 2", 2, False),
+]
+
+
+@pytest.mark.parametrize("program, code, requeued", ENDS)
 def test_only_a_preempted_run_is_requeued(tmp_path, program, code, requeued):
     result = batch_job(tmp_path, program)
     assert result.returncode == code, result.stdout + result.stderr
@@ -215,7 +233,10 @@ def test_state_of_an_earlier_run_does_not_count(tmp_path):
 
 
 def test_crash_loop_stops(tmp_path):
-    """Three restarts without a new checkpoint are enough; with new checkpoints a job may come back for ever."""
+    """Three restarts without a new checkpoint are enough.
+
+    With new checkpoints a job may come back for ever.
+    """
     idle, busy = "exit 75", "touch ckpt_$(date +%N).pt; exit 75"
     assert [batch_job(tmp_path, busy, restart).returncode for restart in range(5)] == [75] * 5
     assert [batch_job(tmp_path, idle, restart).returncode for restart in range(5, 9)] == [
@@ -227,7 +248,7 @@ def test_crash_loop_stops(tmp_path):
     assert batch_job(tmp_path, idle).returncode == 75  # submitted anew
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Plain bash
 
 
@@ -260,7 +281,10 @@ def test_exit_code_of_a_failing_program_is_kept(tmp_path):
     "nproc, number", [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGUSR1)]
 )
 def test_signal_saves_and_the_same_command_goes_on(tmp_path, data_flag, nproc, number):
-    """kill of the script, not of the program: state preempted, exit code 75; the second start resumes there and ends done."""
+    """A kill of the script, not of the program, gives state preempted and exit code 75.
+
+    The second start resumes there and ends done.
+    """
     command = [
         "bash",
         "slurm/pretrain.sh",
@@ -291,7 +315,7 @@ def test_signal_saves_and_the_same_command_goes_on(tmp_path, data_flag, nproc, n
     assert state_of(tmp_path)["state"] == "done" and (tmp_path / "DONE").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Slurm
 
 
@@ -311,7 +335,8 @@ def cluster():
         subprocess.run(shlex.split(start), check=True, timeout=120, stdout=subprocess.DEVNULL)
     if not answers():
         pytest.skip(
-            "sbatch is here, but no cluster answers (MODERN_LLM_SLURM_START may name a command that starts one)"
+            "sbatch is here, but no cluster answers "
+            "(MODERN_LLM_SLURM_START may name a command that starts one)"
         )
 
 
@@ -373,6 +398,20 @@ def test_smoke_job_completes(submit, tmp_path, data_flag):
     assert state_of(tmp_path / "run")["state"] == "done"
 
 
+def runs_beyond(job: Job, run: Path, step: int) -> bool:
+    return job.field("JobState") == "RUNNING" and steps_done(run) > step
+
+
+def is_requeued(job: Job, restart: int) -> bool:
+    return job.field("JobState") == "PENDING" and job.field("Restarts") == str(restart)
+
+
+def is_restarted(job: Job) -> bool:
+    now = ["scontrol", "update", f"jobid={job.id}", "StartTime=now"]
+    subprocess.run(now, capture_output=True)
+    return job.field("JobState") != "PENDING"
+
+
 @pytest.mark.slurm
 def test_warned_job_is_requeued_resumes_and_completes(submit, tmp_path, data_flag):
     """What --signal=B:USR1@... does before the time limit, twice."""
@@ -387,31 +426,15 @@ def test_warned_job_is_requeued_resumes_and_completes(submit, tmp_path, data_fla
         data_flag,
     )
     for restart, step in (1, 5), (2, 60):
-        wait_for(
-            f"step {step}",
-            180,
-            lambda: job.field("JobState") == "RUNNING" and steps_done(run) > step,
-        )
+        wait_for(f"step {step}", 180, partial(runs_beyond, job, run, step))
         subprocess.run(["scancel", "--signal=USR1", "--batch", job.id], check=True)
-        wait_for(
-            "requeue",
-            120,
-            lambda: job.field("JobState") == "PENDING" and job.field("Restarts") == str(restart),
-        )
+        wait_for("requeue", 120, partial(is_requeued, job, restart))
         assert state_of(run)["state"] == "preempted"
-        # a requeued job is held back for about two minutes, set at a moment of Slurm's own: ask until it runs. But not within
-        # the second in which its node revoked the old credential ("Job credential revoked": the job would end FAILED, 1:0)
+        # A requeued job is held back for about two minutes, set at a moment of Slurm's own: ask
+        # until it runs. But not within the second in which its node revoked the old credential
+        # ("Job credential revoked": the job would end FAILED, 1:0).
         time.sleep(3)
-        wait_for(
-            "restart",
-            300,
-            lambda: (
-                subprocess.run(
-                    ["scontrol", "update", f"jobid={job.id}", "StartTime=now"], capture_output=True
-                )
-                and job.field("JobState") != "PENDING"
-            ),
-        )
+        wait_for("restart", 300, partial(is_restarted, job))
     assert job.wait() == ("COMPLETED", "0:0"), job.log.read_text()
     assert job.log.read_text().count("resuming") == 2
     assert (

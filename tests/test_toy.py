@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import toy
-from data import load_tokenizer
+from corpus import toy
+from corpus.tokenizer import load_tokenizer
 
 MAKERS = (toy.story, toy.instruction, toy.preference, toy.problem)
 SPLITS = ("train", "verifier", "val", "test")
@@ -78,13 +78,17 @@ def test_the_splits_have_about_their_shares():
 
 
 def test_the_numbers_of_a_problem_are_in_one_split_alone():
-    """A held-out problem must not be a training problem with other names: the numbers decide, in the order they are asked."""
+    """A held-out problem must not be a training problem with other names.
+
+    The numbers decide, in the order they are asked.
+    """
     seen = {}
+    names, things = "|".join(toy.NAMES), "|".join(toy.THINGS)
     for split in SPLITS:
         for seed in range(2):
             for row in toy.records(toy.problem, split, 400, seed):
-                form = re.sub(r"\b(?:%s)\b" % "|".join(toy.NAMES), "N", row["question"])
-                form = re.sub(r"\b(?:%s)s\b" % "|".join(toy.THINGS), "things", form)
+                form = re.sub(rf"\b(?:{names})\b", "N", row["question"])
+                form = re.sub(rf"\b(?:{things})s\b", "things", form)
                 assert seen.setdefault(form, split) == split, form
 
 
@@ -119,7 +123,10 @@ def test_instructions_and_pairs_of_one_split_share_their_casts():
     [(toy.story, "train"), (toy.story, "val"), (toy.problem, "train"), (toy.problem, "test")],
 )
 def test_every_calculation_is_right_and_never_negative(make, split):
-    """A wrong sum in the data would be learnt; both the <<a+b=c>> note and the number after it count."""
+    """A wrong sum in the data would be learnt.
+
+    Both the <<a+b=c>> note and the number after it count.
+    """
     checked = 0
     for row in toy.records(make, split, 800, 1):
         for a, op, b, left, op_again, right, noted, shown in LINE.findall(
@@ -147,7 +154,10 @@ def recomputed(question: str) -> int:
 @given(st.integers(0, 2**32))
 @settings(max_examples=300, deadline=None)
 def test_the_final_answer_is_what_the_question_asks(seed):
-    """The verifier and eval trust the number after ####: it must follow from the question, not only from the steps."""
+    """The verifier and eval trust the number after ####.
+
+    It must follow from the question, not only from the steps.
+    """
     _, row = toy.problem(random.Random(seed))
     lines = row["answer"].split("\n")
     assert lines[-1] == f"#### {recomputed(row['question'])}"
@@ -155,7 +165,10 @@ def test_the_final_answer_is_what_the_question_asks(seed):
 
 
 def test_problems_have_the_form_of_gsm8k():
-    """question and answer; the answer is calculator lines, then one line '#### N': GSM8K's reader must read both."""
+    """GSM8K's reader must read question and answer.
+
+    The answer is calculator lines, then one line '#### N'.
+    """
     for row in toy.records(toy.problem, "train", 300, 0):
         assert set(row) == {"question", "answer"}
         *steps, final = row["answer"].split("\n")
@@ -166,7 +179,10 @@ def test_problems_have_the_form_of_gsm8k():
 
 
 def test_a_problem_needs_both_of_its_steps():
-    """The second step starts from or adds to the first one's value: two-step reasoning, not two sums side by side."""
+    """The second step starts from or adds to the first one's value.
+
+    It is reasoning in two steps, not two sums side by side.
+    """
     for row in toy.records(toy.problem, "train", 300, 0):
         first, second = (LINE.match(step) for step in row["answer"].split("\n")[:2])
         assert second[1] == first[8]
@@ -187,7 +203,10 @@ def test_a_worked_step():
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_chosen_tales_pass_both_counts_and_rejected_ones_fail_exactly_one(split):
-    """The pairs teach two things, one at a time; a rejected tale that fails both or none would teach neither."""
+    """The pairs teach two things, one at a time.
+
+    A rejected tale that fails both or none would teach neither.
+    """
     failed = Counter()
     for row in toy.records(toy.preference, split, 500, 0):
         prompt = row["prompt"][0]["content"]
@@ -207,28 +226,28 @@ def test_length_does_not_tell_chosen_from_rejected(seed):
     assert 0.4 < longer / (longer + shorter) < 0.6
 
 
-@pytest.mark.parametrize(
-    "response, verdict",
-    [
-        ("Tom the cat found a red pen at the park. Tom gave Mia a hug.", (True, True)),
-        ("Tom the cat found a red pen at the park. Tom yelled at Mia and ran off.", (True, False)),
-        ("Tom the dog found a red pen at the park. Tom gave Mia a hug.", (False, True)),
-        ("Tom the cat found a red cup at the park. Tom gave Mia a hug.", (False, True)),
-        ("Mia the cat found a red pen at the park. Mia gave Tom a hug.", (False, True)),
-        (
-            "Tom the dog found a red pen at the park. It was a bad day and all were sad.",
-            (False, False),
-        ),
-        ("", (False, False)),
-        ("pen. pen. pen.", (False, False)),
-        (
-            "Tom the cat found a red pen at the park. Tom gave Mia a hug. Tom gave Mia a hug.",
-            (True, False),
-        ),
-    ],
-)
+VERDICTS = [
+    ("Tom the cat found a red pen at the park. Tom gave Mia a hug.", (True, True)),
+    ("Tom the cat found a red pen at the park. Tom yelled at Mia and ran off.", (True, False)),
+    ("Tom the dog found a red pen at the park. Tom gave Mia a hug.", (False, True)),
+    ("Tom the cat found a red cup at the park. Tom gave Mia a hug.", (False, True)),
+    ("Mia the cat found a red pen at the park. Mia gave Tom a hug.", (False, True)),
+    (
+        "Tom the dog found a red pen at the park. It was a bad day and all were sad.",
+        (False, False),
+    ),
+    ("", (False, False)),
+    ("pen. pen. pen.", (False, False)),
+    (
+        "Tom the cat found a red pen at the park. Tom gave Mia a hug. Tom gave Mia a hug.",
+        (True, False),
+    ),
+]
+
+
+@pytest.mark.parametrize("response, verdict", VERDICTS)
 def test_the_judge_by_hand(response, verdict):
-    """The measure of the DPO stage, on cases worked out by reading; model output may be anything."""
+    """The measure of the DPO stage gives what a reader would say, whatever the model wrote."""
     assert (
         tuple(toy.judge_tale("Tell a tale of Tom the cat and a pen.", response).values()) == verdict
     )
@@ -252,7 +271,10 @@ def test_chats_are_one_question_and_one_answer():
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_every_word_is_one_token_and_every_digit_too(make):
-    """The toy tokenizer exists so that the default run is short: nothing but digits, "," and line ends may fall to bytes."""
+    """The toy tokenizer exists so that the default run is short.
+
+    Nothing but digits, "," and line ends may fall to bytes.
+    """
     tokenizer = load_tokenizer("toy")
     for record in toy.records(make, "train", 500, 7):
         for text in toy.strings(record):
@@ -262,7 +284,10 @@ def test_every_word_is_one_token_and_every_digit_too(make):
 
 
 def test_the_toy_tokenizer_is_the_same_on_every_machine():
-    """Its words are collected from generated records: another order, and a checkpoint would be read with other ids."""
+    """Its words are collected from generated records.
+
+    Another order, and a checkpoint would be read with other ids.
+    """
     assert load_tokenizer("toy").spec() == load_tokenizer("toy").spec() and toy.words() == sorted(
         set(toy.words())
     )

@@ -1,4 +1,4 @@
-"""The loop of train.py: the batch is the batch however it is cut, and no kill, signal or full disk changes the result."""
+"""The loop: a batch is the batch however it is cut; no kill, signal or full disk changes it."""
 
 import errno
 import json
@@ -10,37 +10,42 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
+from helpers import ROOT, fails, wait
+from helpers import fork as start_child
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
 import train
-from conftest import fails
-from checkpoint import (
+from configurator import UserError, key_types, load
+from corpus.folders import ensure_toy
+from model import GPT, ModelConfig
+from runtime import budget
+from runtime.checkpoint import (
     checkpoint_files,
-    lock,
     newest_checkpoint,
     read_checkpoint,
-    read_state,
     weights_hash,
 )
-from configurator import UserError
-from model import GPT, ModelConfig
-from ranks import Ranks
-from train import TrainConfig, rows_of_rank
+from runtime.files import read_log
+from runtime.run_folder import lock, read_state
+from runtime.world import World
+from train import LoopConfig
 
-ROOT, TESTS = Path(train.__file__).resolve().parent, Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parent
 SMOKE = str(ROOT / "config/smoke.py")
 T = 16  # tokens of a row of the task below
 
 
 class Rows:
-    """A task of random rows of which 1 to 16 tokens are supervised. before(split, first) is called ahead of each batch."""
+    """A task of random rows of which 1 to 16 tokens are supervised. before(split, first) is called
+    ahead of each batch."""
 
     name, metrics, extra, tokens_per_row = "rows", ["loss"], {}, T
 
@@ -64,7 +69,9 @@ class Rows:
         if self.before:
             self.before(split, first)
         self.first = first if split == "train" else None
-        idx, targets = zip(*(self.row(split, number) for number in range(first, last)))
+        idx, targets = zip(
+            *(self.row(split, number) for number in range(first, last)), strict=False
+        )
         return {"idx": torch.stack(idx), "targets": torch.stack(targets)}
 
     def units(self, batch: dict):
@@ -77,44 +84,50 @@ class Rows:
         }
 
 
-def config(folder, **changes) -> TrainConfig:
-    return TrainConfig(
-        **{
-            "out_dir": str(folder),
-            "device": "cpu",
-            "seq_len": T,
-            "n_layer": 1,
-            "n_head": 2,
-            "d_model": 16,
-            "d_ff": 24,
-            "batch_tokens": 8 * T,
-            "micro_batch": 4,
-            "max_steps": 6,
-            "eval_interval": 2,
-            "eval_rows": 0,
-            "log_interval": 1,
-            "save_interval": 3,
-        }
-        | changes
-    )
+class Config(NamedTuple):
+    """The parts of a run's settings."""
+
+    sizes: ModelConfig
+    loop: LoopConfig
+
+    @property
+    def out_dir(self) -> str:
+        return self.loop.out_dir
 
 
-def tiny(cfg: TrainConfig, dtype=torch.float32) -> GPT:
-    """A model with every parameter random: output projections are zero at first, and then hide wrong gradients."""
+SIZES = {"seq_len": T, "n_layer": 1, "n_head": 2, "d_model": 16, "d_ff": 24}
+LOOP = {"device": "cpu", "batch_tokens": 8 * T, "micro_batch": 4, "max_steps": 6, "eval_rows": 0}
+LOOP |= {"eval_interval": 2, "log_interval": 1, "save_interval": 3}
+
+
+def config(folder, **changes) -> Config:
+    values = SIZES | LOOP | {"out_dir": str(folder)} | changes
+    parts = []
+    for part in (ModelConfig, LoopConfig):
+        keys = key_types(part)
+        parts.append(part(**{key: values.pop(key) for key in list(values) if key in keys}))
+    assert not values
+    return Config(*parts)
+
+
+def tiny(cfg: Config, dtype=torch.float32) -> GPT:
+    """A model with every parameter random: output projections are zero at first, and then hide
+    wrong gradients."""
     torch.manual_seed(0)
-    model = GPT(train.model_config(cfg, 50))
+    model = GPT(replace(cfg.sizes, vocab_size=50))
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn_like(p) * 0.3)
     return model.to(dtype)
 
 
-def go(cfg: TrainConfig, task=None, model=None) -> dict:
-    return train.train(cfg, task or Rows(), model or tiny(cfg), Ranks("cpu"))
+def go(cfg: Config, task=None, model=None, world=None) -> dict:
+    return train.train(cfg.loop, task or Rows(), model or tiny(cfg), world or World("cpu"), cfg)
 
 
 def at_step(step: int, action, rows: int = 8, first: int = 0):
-    """A Rows.before that calls action() while step is computed, by the rank whose share begins with row `first`."""
+    """A Rows.before that calls action() while step is computed, by the rank whose share begins with
+    row `first`."""
     return lambda split, row: action() if split == "train" and row == step * rows + first else None
 
 
@@ -159,22 +172,14 @@ def leftovers(folder) -> list[str]:
 
 
 def fork(call) -> int:
-    """Exit code of a child that runs call(): 0, 1 where it raises, negative where a signal ended it."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            call()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    """Exit code of a child that runs call(): 0, 1 where it raises, negative after a signal."""
+    return wait(start_child(call))
 
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    data.ensure("toy", str(folder))
+    ensure_toy("toy", str(folder))
     return str(folder)
 
 
@@ -213,8 +218,9 @@ def twenty(tmp_path_factory, data_dir):
     ids=["best_last", "best_early"],
 )
 def six(request, tmp_path_factory):
-    """The settings and the outcome of 6 uninterrupted steps of the tiny task. Validation is best at the end or, with rates
-    too high on purpose, at step 2: then no later best.pt covers up that one was missed."""
+    """The settings and the outcome of 6 uninterrupted steps of the tiny task. Validation is best at
+    the end or, with rates too high on purpose, at step 2: then no later best.pt covers up that
+    one was missed."""
     folder = tmp_path_factory.mktemp("six") / "run"
     go(config(folder, **request.param))
     found = outcome(folder)
@@ -230,12 +236,13 @@ def block_network(patch) -> None:
     patch.setattr(socket, "create_connection", refuse)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The batch, however it is cut
 
 
 def gradients(folder, rows: int, micro_batch: int) -> list[dict]:
-    """Gradients in float64 of two steps, as the optimizer gets them, and the logged rows of metrics."""
+    """Gradients in float64 of two steps, as the optimizer gets them, and the logged rows of
+    metrics."""
     cfg = config(folder, batch_tokens=rows * T, micro_batch=micro_batch, max_steps=2, grad_clip=0.0)
     model, found, clip = tiny(cfg, torch.float64), [], torch.nn.utils.clip_grad_norm_
 
@@ -251,19 +258,20 @@ def gradients(folder, rows: int, micro_batch: int) -> list[dict]:
 
 def assert_equal_gradients(found: list[dict], expected: list[dict]) -> None:
     assert len(found) == len(expected) == 2
-    for step, (a, b) in enumerate(zip(found, expected)):
+    for step, (a, b) in enumerate(zip(found, expected, strict=False)):
         for name in b:
             torch.testing.assert_close(
                 a[name],
                 b[name],
                 rtol=1e-7,
                 atol=1e-10,
-                msg=lambda text: f"step {step}, {name}: {text}",
+                msg=lambda text, where=f"step {step}, {name}": f"{where}: {text}",
             )
 
 
 def whole_batch_gradient(rows: int, mean_of_means: int = 0) -> dict:
-    """The gradient of step 0 without the loop: sum over all tokens / their number; or, wrongly, a mean over parts of means."""
+    """The gradient of step 0 without the loop: sum over all tokens / their number; or, wrongly, a
+    mean over parts of means."""
     cfg, task = config("unused"), Rows()
     model = tiny(cfg, torch.float64)
     size = mean_of_means or rows
@@ -292,7 +300,8 @@ def one_process(tmp_path_factory):
 
 @pytest.mark.parametrize("rows, micro_batch", CASES)
 def test_gradient_is_the_mean_over_all_supervised_tokens(rows, micro_batch, one_process):
-    """The best-known bug of gradient accumulation is a mean of means; the rows here are uneven enough to show it."""
+    """The best-known bug of gradient accumulation is a mean of means; the rows here are uneven
+    enough to show it."""
     found, right = one_process[rows, micro_batch][0], whole_batch_gradient(rows)
     for name in right:
         torch.testing.assert_close(found[name], right[name], rtol=1e-7, atol=1e-10)
@@ -305,24 +314,27 @@ def test_gradient_is_the_mean_over_all_supervised_tokens(rows, micro_batch, one_
 
 
 def test_gradients_do_not_depend_on_micro_batch(one_process):
-    """The batch size is part of the recipe, the micro-batch only of the machine; over two steps, so the update counts too."""
+    """The batch size is part of the recipe, the micro-batch only of the machine; over two steps, so
+    the update counts too."""
     for micro_batch in (4, 1):
         assert_equal_gradients(one_process[8, micro_batch], one_process[8, 8])
 
 
 def save_gradients(folder: str) -> None:
     """What each of two ranks runs: gradients of every case, and the results of evaluate."""
-    with Ranks("cpu") as ranks:
+    with World("cpu") as world:
         for case in CASES:
             found = gradients(Path(folder) / f"{case[0]}_{case[1]}", *case)
-            torch.save(found, Path(folder) / f"{case[0]}_{case[1]}_{ranks.rank}.pt")
+            torch.save(found, Path(folder) / f"{case[0]}_{case[1]}_{world.rank}.pt")
 
 
 def test_gradients_losses_and_validation_are_those_of_one_rank_on_two(tmp_path, one_process):
-    """Adding a GPU must not change the run: same gradients (also with uneven shares), same logged losses, same validation."""
+    """Adding a GPU must not change the run: same gradients (also with uneven shares), same logged
+    losses, same validation."""
     script = tmp_path / "script.py"
     script.write_text(
-        f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(TESTS)!r}]\nimport torch\ntorch.set_num_threads(1)\n"
+        f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(TESTS)!r}]\n"
+        "import torch\ntorch.set_num_threads(1)\n"
         f"import test_train\ntest_train.save_gradients({str(tmp_path)!r})\n"
     )
     torchrun(script, cwd=tmp_path)
@@ -343,23 +355,23 @@ SHARDED = {"dense": {}, "MoE, recomputed": {"n_expert": 4, "recompute": True}}
 
 
 def run_sharded(folder: str) -> None:
-    """On each of two FSDP ranks: a whole run, the first half of one, and the second half of another."""
-    with Ranks("cpu") as ranks:
+    """On each of two FSDP ranks: a whole run, the first half of one, and the second half of
+    another."""
+    with World("cpu") as world:
         for name, fields in SHARDED.items():
             for run, stop in (("whole", None), ("begun", 3), ("finished", None)):
                 cfg = config(f"{folder}/{name} {run}", fsdp=True, **fields)
                 model = tiny(cfg, torch.float64)
-                train.train(
-                    cfg, Rows(stop and at_step(stop, send(), first=ranks.rank * 4)), model, ranks
-                )
+                go(cfg, Rows(stop and at_step(stop, send(), first=world.rank * 4)), model, world)
                 assert all(
                     p.to_local().numel() == p.numel() // 2 for p in model.blocks.parameters()
                 ), "a rank holds more than its half"
 
 
 def test_fsdp_is_the_same_run_and_any_number_of_ranks_resumes_it(tmp_path):
-    """Losses, gradient norms and validations of one process, on two ranks that each hold half of the model; a checkpoint of two
-    sharded ranks goes on in one plain process, and the other way round; no rank holds the whole."""
+    """Losses, gradient norms and validations of one process, on two ranks that each hold half of
+    the model; a checkpoint of two sharded ranks goes on in one plain process, and the other way
+    round; no rank holds the whole."""
     for name, fields in SHARDED.items():
         cfg = config(tmp_path / f"{name} single", **fields)
         go(cfg, None, tiny(cfg, torch.float64))
@@ -367,7 +379,8 @@ def test_fsdp_is_the_same_run_and_any_number_of_ranks_resumes_it(tmp_path):
         go(cfg, Rows(at_step(3, send())), tiny(cfg, torch.float64))
     script = tmp_path / "script.py"
     script.write_text(
-        f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(TESTS)!r}]\nimport torch\ntorch.set_num_threads(1)\n"
+        f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(TESTS)!r}]\n"
+        "import torch\ntorch.set_num_threads(1)\n"
         f"import test_train\ntest_train.run_sharded({str(tmp_path)!r})\n"
     )
     torchrun(script, cwd=tmp_path)
@@ -396,19 +409,13 @@ def test_fsdp_is_the_same_run_and_any_number_of_ranks_resumes_it(tmp_path):
 
 
 def test_fsdp_refuses_what_it_cannot_do(tmp_path):
-    """One rank has nobody to share with; ranks with unequal numbers of passes would wait for each other for ever."""
+    """One rank has nobody to share with; ranks with unequal numbers of passes would wait for each
+    other for ever."""
     fails(lambda: go(config(tmp_path / "one", fsdp=True)), "torchrun")
-    ranks = Ranks("cpu")
-    ranks.world = 3
-    model = tiny(config("unused"))
-    fails(
-        lambda: train.distribute(
-            train.TrainStep(model, Rows()), False, 8, config("unused", fsdp=True), ranks
-        ),
-        "8 rows",
-        "3 ranks",
-        "batch_tokens",
-    )
+    world = World("cpu")
+    world.size = 3
+    refused = config("unused", fsdp=True).loop
+    fails(lambda: train.Plan(refused, Rows(), world), "8 rows", "3 ranks", "batch_tokens")
 
 
 def torchrun(script, *argv: str, cwd) -> str:
@@ -438,7 +445,8 @@ def torchrun(script, *argv: str, cwd) -> str:
 
 
 def test_evaluate_weighs_every_token_alike_and_not_every_batch():
-    """The mean over tokens, worked out row by row, for any micro_batch and for the shares of three ranks added up."""
+    """The mean over tokens, worked out row by row, for any micro_batch and for the shares of three
+    ranks added up."""
     cfg, task = config("unused", eval_rows=9), Rows()
     model = tiny(cfg, torch.float64)
     batches = [task.batch("val", i, i + 1) for i in range(9)]
@@ -448,24 +456,20 @@ def test_evaluate_weighs_every_token_alike_and_not_every_batch():
             [int(task.units(b)) for b in batches],
         )
     expected = sum(nll) / sum(units)
-    assert abs(sum(n / u for n, u in zip(nll, units)) / 9 - expected) > 0.001 * expected, (
-        "these rows would hide a mean of means"
-    )
+    assert (
+        abs(sum(n / u for n, u in zip(nll, units, strict=False)) / 9 - expected) > 0.001 * expected
+    ), "these rows would hide a mean of means"
     for micro_batch in (1, 2, 4, 9, 100):
-        cfg.micro_batch = micro_batch
-        assert train.evaluate(train.TrainStep(model, task), task, cfg, Ranks("cpu")) == {
-            "loss": pytest.approx(expected, rel=1e-12)
-        }
+        cfg.loop.micro_batch = micro_batch
+        found = train.evaluate(train.TrainStep(model, task), task, cfg.loop, World("cpu"))
+        assert found == {"loss": pytest.approx(expected, rel=1e-12)}
         parts = []
         for rank in range(3):
-            ranks = Ranks("cpu")
-            ranks.rank, ranks.world, ranks.sum = (
-                rank,
-                3,
-                lambda values: parts.append(values) or values,
-            )
-            train.evaluate(train.TrainStep(model, task), task, cfg, ranks)
-        total = [sum(column) for column in zip(*parts)]
+            world = World("cpu")
+            world.rank, world.size = rank, 3
+            world.sum = lambda values, parts=parts: parts.append(values) or values
+            train.evaluate(train.TrainStep(model, task), task, cfg.loop, world)
+        total = [sum(column) for column in zip(*parts, strict=False)]
         assert total[0] / total[1] == pytest.approx(expected, rel=1e-12) and total[1] == sum(units)
 
 
@@ -477,49 +481,49 @@ def test_eval_rows_zero_means_all_and_more_than_there_are_means_all():
         train.evaluate(
             train.TrainStep(tiny(config("unused")), task),
             task,
-            config("unused", eval_rows=rows, micro_batch=1),
-            Ranks("cpu"),
+            config("unused", eval_rows=rows, micro_batch=1).loop,
+            World("cpu"),
         )
     assert seen == [*range(10), *range(10), *range(3)]
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 50), st.integers(1, 100), st.integers(1, 20), st.integers(1, 16))
-def test_ranks_partition_the_rows_of_every_step(step, rows, micro_batch, world):
-    """Each row of the step once over all ranks and micro-steps, whatever divides: so the batch is the same on any machine."""
-    shares = [
-        rows_of_rank(step, rows, micro_batch, SimpleNamespace(rank=rank, world=world))
-        for rank in range(world)
-    ]
+def test_ranks_partition_the_rows_of_every_step(step, rows, micro_batch, size):
+    """Each row of the step once over all ranks and micro-steps, whatever divides: so the batch is
+    the same on any machine."""
+    plan = object.__new__(train.Plan)  # without its refusal of fewer rows than ranks
+    plan.loop, plan.rows_per_step, shares = SimpleNamespace(micro_batch=micro_batch), rows, []
+    for rank in range(size):
+        plan.world = SimpleNamespace(rank=rank, size=size)
+        shares.append(plan.rows_of(step))
     assert [row for share in shares for first, end in share for row in range(first, end)] == [
         *range(step * rows, (step + 1) * rows)
     ]
     assert all(0 < end - first <= micro_batch for share in shares for first, end in share)
     sizes = [sum(end - first for first, end in share) for share in shares]
-    assert max(sizes) - min(sizes) <= 1 and (rows < world or min(sizes) > 0)
+    assert max(sizes) - min(sizes) <= 1 and (rows < size or min(sizes) > 0)
 
 
 def test_fewer_rows_than_ranks_is_refused_with_a_batch_that_would_do(tmp_path):
-    """A rank without rows would wait for ever in a collective; the advice in the message must be right."""
+    """A rank without rows would wait for ever in a collective; the advice in the message must be
+    right."""
 
     def start(tokens):
-        cfg, ranks = config(tmp_path / "run", batch_tokens=tokens), Ranks("cpu")
-        ranks.world, ranks.barrier = (
-            4,
-            lambda: (_ for _ in ()).throw(InterruptedError),
-        )  # as far as this, no further
-        train.run_loop(cfg, Rows(), tiny(cfg), ranks)
+        world = World("cpu")
+        world.size = 4
+        return train.Plan(config(tmp_path / "run", batch_tokens=tokens).loop, Rows(), world)
 
     fails(lambda: start(3 * T), f"batch_tokens={3 * T}", "3 rows", "4 ranks", f"at least {4 * T}")
-    with pytest.raises(InterruptedError):
-        start(4 * T)
+    assert start(4 * T).rows_per_step == 4
 
 
 def test_cuda_without_gpu_is_one_clear_line():
-    """The first thing many people see: it must name the flag to use, not a CUDA initialisation error."""
+    """The first thing many people see: it must name the flag to use, not a CUDA initialisation
+    error."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert "\n" not in fails(lambda: Ranks("cuda"), "device=cuda", "0 found", "--device=cpu")
+    assert "\n" not in fails(lambda: World("cuda"), "device=cuda", "0 found", "--device=cpu")
 
 
 @pytest.mark.parametrize(
@@ -529,7 +533,8 @@ def test_cuda_without_gpu_is_one_clear_line():
 )
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_estimate_of_activation_memory_is_near_what_autograd_keeps(fields, recompute):
-    """An estimate that nobody compared with the truth is a guess: here every storage that the graph holds is counted once."""
+    """An estimate that nobody compared with the truth is a guess: here every storage that the graph
+    holds is counted once."""
     model = GPT(
         ModelConfig(
             **{
@@ -555,12 +560,12 @@ def test_the_estimate_of_activation_memory_is_near_what_autograd_keeps(fields, r
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         model.hidden(idx).sum()
     measured = sum(storage.nbytes() for storage in kept.values())
-    estimated = train.activation_bytes(model.cfg, idx.numel(), 4, recompute)
+    estimated = budget.activation_bytes(model.cfg, idx.numel(), 4, recompute)
     if recompute:  # the one layer in full exists only in the backward pass
         deeper = ModelConfig(**vars(model.cfg) | {"n_layer": model.cfg.n_layer + 1})
-        estimated -= train.activation_bytes(deeper, idx.numel(), 4, False) - train.activation_bytes(
-            model.cfg, idx.numel(), 4, False
-        )
+        estimated -= budget.activation_bytes(
+            deeper, idx.numel(), 4, False
+        ) - budget.activation_bytes(model.cfg, idx.numel(), 4, False)
     assert 0.7 < measured / estimated < 1.45, (measured, estimated)
 
 
@@ -568,30 +573,33 @@ def test_a_disk_that_cannot_hold_the_checkpoints_is_refused_before_the_first_ste
     tmp_path, monkeypatch
 ):
     """Found after hours, the same fact costs hours."""
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(budget.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     fails(lambda: go(config(tmp_path)), tmp_path, "free", "checkpoints")
-    assert not metrics(tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_the_preflight_line_counts_weights_gradients_and_optimizer(tmp_path, capsys):
     """4 bytes each: weights, gradients, one moment under Muon, two under AdamW."""
     cfg = config(tmp_path, optimizer="adamw")
     model = tiny(cfg)
-    text = train.preflight(cfg, Rows(), model, train.make_optimizers(model, cfg), Ranks("cpu"))
-    wanted = 16 * model.num_params() + train.activation_bytes(model.cfg, 4 * T, 4, False)
+    optimizers = train.make_optimizers(model, cfg.loop)
+    disk = (str(tmp_path), cfg.loop.keep + 2)
+    text = budget.preflight(model, optimizers, (4 * T, 6 * 8 * T), World("cpu"), 1, disk)
+    wanted = 16 * model.num_params() + budget.activation_bytes(model.cfg, 4 * T, 4, False)
     assert (
         f"about {wanted / 1e9:.2f} GB of memory" in text
         and f"{4 * 12 * model.num_params() / 1e9:.2f} GB of disk" in text
     )
-    assert f"{model.flops_per_token():.2e} FLOPs a token" in text
+    assert f"{budget.flops_per_token(model):.2e} FLOPs a token" in text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The smoke recipe
 
 
 def test_loss_falls_in_the_smoke_recipe(smoke):
-    """From ln 380 (nothing known of 380 ids) to below 60 % of it in 30 steps; a loop that does not learn fails here."""
+    """From ln 380 (nothing known of 380 ids) to below 60 % of it in 30 steps; a loop that does not
+    learn fails here."""
     losses = [row["loss"] for row in metrics(smoke) if "loss" in row]
     validations = [row["val_loss"] for row in metrics(smoke) if "val_loss" in row]
     assert abs(losses[0] - math.log(380)) < 0.15 and abs(validations[0] - math.log(380)) < 0.15
@@ -599,22 +607,24 @@ def test_loss_falls_in_the_smoke_recipe(smoke):
 
 
 def test_metrics_are_consistent(smoke, data_dir):
-    """tokens, flops and speed are what tables are made of: each must follow from the others and from the configuration."""
-    rows = data.read_metrics(str(smoke / "metrics.jsonl"))
+    """tokens, flops and speed are what tables are made of: each must follow from the others and
+    from the configuration."""
+    rows = read_log(str(smoke / "metrics.jsonl"))
     steps, state = (
         [row for row in rows if "loss" in row],
         json.loads((smoke / "state.json").read_text()),
     )
     assert [row["step"] for row in steps] == [*range(30)]
     assert [row["step"] for row in rows if "val_loss" in row] == [0, 10, 20, 30]
-    cfg = train.configurator.load(TrainConfig, smoke_argv(smoke, data_dir))
-    per_token = GPT(train.model_config(cfg, 262)).flops_per_token()
+    kinds = (ModelConfig, LoopConfig, train.PretrainConfig)
+    sizes, loop, _ = load(smoke_argv(smoke, data_dir), *kinds)
+    per_token = budget.flops_per_token(GPT(replace(sizes, vocab_size=262)))
     for row in steps:
         assert row["tokens"] == (row["step"] + 1) * 2048
         assert row["flops"] == pytest.approx(per_token * row["tokens"])
         assert row["tokens_per_s"] == pytest.approx(2048 / (row["step_ms"] / 1000))
         assert row["eta_s"] == pytest.approx((29 - row["step"]) * row["step_ms"] / 1000)
-        assert row["lr_share"] == train.lr_at(row["step"], cfg)
+        assert row["lr_share"] == train.lr_at(row["step"], loop)
         assert 0 < row["grad_norm"] < 100 and "skipped" not in row
     assert 0.2 * state["seconds"] < 30 * steps[-1]["step_ms"] / 1000 <= state["seconds"]
     assert (
@@ -634,7 +644,8 @@ def test_a_finished_run_started_again_changes_nothing(smoke, data_dir, capsys):
 
 
 def test_a_finished_run_is_refused_to_other_settings(smoke, data_dir):
-    """The same folder for another experiment mixes two runs: refused with old -> new, and with both ways out."""
+    """The same folder for another experiment mixes two runs: refused with old -> new, and with both
+    ways out."""
     before = snapshot(smoke)
     fails(
         lambda: train.main(smoke_argv(smoke, data_dir, "--learning_rate=0.1", "--seed=5")),
@@ -647,7 +658,8 @@ def test_a_finished_run_is_refused_to_other_settings(smoke, data_dir):
 
 
 def test_training_and_evaluation_open_no_socket(smoke, data_dir, monkeypatch):
-    """Compute nodes have no network: the smoke run above was made with sockets blocked, now its evaluation is."""
+    """Compute nodes have no network: the smoke run above was made with sockets blocked, now its
+    evaluation is."""
     import eval as eval_py
 
     block_network(monkeypatch)
@@ -660,7 +672,7 @@ def test_training_and_evaluation_open_no_socket(smoke, data_dir, monkeypatch):
         )
         == 0
     )
-    found = data.read_metrics(str(smoke / "results.jsonl"))
+    found = read_log(str(smoke / "results.jsonl"))
     os.remove(smoke / "results.jsonl")
     assert found and all(math.isfinite(row["value"]) for row in found) and before
 
@@ -680,7 +692,7 @@ def test_torchrun_of_the_smoke_recipe_has_the_losses_of_one_process(smoke, tmp_p
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Kills, signals, resume
 
 
@@ -694,7 +706,7 @@ def start_and_signal(folder, data_dir, number, step: int = 12) -> int:
         text=True,
     )
     end = time.monotonic() + 120
-    while not any(row["step"] >= step for row in data.read_metrics(str(folder / "metrics.jsonl"))):
+    while not any(row["step"] >= step for row in read_log(str(folder / "metrics.jsonl"))):
         assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
         time.sleep(0.005)
     process.send_signal(number)
@@ -703,7 +715,8 @@ def start_and_signal(folder, data_dir, number, step: int = 12) -> int:
 
 
 def test_kill_9_and_resume_is_bitwise_the_uninterrupted_run(tmp_path, data_dir, twenty):
-    """10 steps + kill + resume = 20 steps: losses, gradient norms, validations and final weights, to the last bit."""
+    """10 steps + kill + resume = 20 steps: losses, gradient norms, validations and final weights,
+    to the last bit."""
     assert start_and_signal(tmp_path / "run", data_dir, signal.SIGKILL) == -signal.SIGKILL
     assert (
         read_state(str(tmp_path / "run")) == "running"
@@ -714,7 +727,8 @@ def test_kill_9_and_resume_is_bitwise_the_uninterrupted_run(tmp_path, data_dir, 
 
 
 def test_sigterm_saves_exits_75_and_resumes_to_the_same_weights(tmp_path, data_dir, twenty):
-    """What a scheduler does before it takes the node away: nothing of the finished steps is lost."""
+    """What a scheduler does before it takes the node away: nothing of the finished
+    steps is lost."""
     assert start_and_signal(tmp_path / "run", data_dir, signal.SIGTERM) == train.PREEMPTED == 75
     state = json.loads((tmp_path / "run/state.json").read_text())
     assert state["state"] == "preempted" and 12 < state["step"] < 20
@@ -725,7 +739,8 @@ def test_sigterm_saves_exits_75_and_resumes_to_the_same_weights(tmp_path, data_d
 
 @pytest.mark.parametrize("step", range(6))
 def test_preemption_in_any_step_does_not_change_the_outcome(step, tmp_path, six):
-    """Also in a step before a validation, before a save, and in the last one: same rows, same weights, same best.pt."""
+    """Also in a step before a validation, before a save, and in the last one: same rows, same
+    weights, same best.pt."""
     cfg = config(tmp_path / "run", **six.settings)
     first = go(cfg, Rows(at_step(step, send((signal.SIGTERM, signal.SIGUSR1)[step % 2]))))
     assert (
@@ -739,7 +754,8 @@ def test_preemption_in_any_step_does_not_change_the_outcome(step, tmp_path, six)
 
 @pytest.mark.parametrize("step", range(1, 6))
 def test_a_crash_in_any_step_does_not_change_the_outcome(step, tmp_path, six):
-    """Out of memory, a failing disk, Ctrl-C: the next start repeats the steps since the last checkpoint, and only these."""
+    """Out of memory, a failing disk, Ctrl-C: the next start repeats the steps since the last
+    checkpoint, and only these."""
     cfg = config(tmp_path / "run", **six.settings)
 
     def crash():
@@ -756,7 +772,8 @@ def test_a_crash_in_any_step_does_not_change_the_outcome(step, tmp_path, six):
 def test_a_crash_between_a_checkpoint_and_best_pt_does_not_lose_the_best(
     tmp_path, six, monkeypatch
 ):
-    """Two files are written; whichever comes first, the other must be made up for after a kill between them."""
+    """Two files are written; whichever comes first, the other must be made up for after a kill
+    between them."""
     cfg, replace = config(tmp_path / "run", **six.settings), os.replace
 
     def crash_after_the_first(source, target):
@@ -779,7 +796,8 @@ def newest_step(cfg) -> list[int]:
 
 
 def test_a_second_signal_ends_the_process_at_once(tmp_path):
-    """A worker that hangs in a collective never sees the flag; a later second signal must not wait for it."""
+    """A worker that hangs in a collective never sees the flag; a later second signal must not wait
+    for it."""
     cfg, clock = config(tmp_path / "run"), time.monotonic
 
     def twice():  # in a child, whose clock may be moved
@@ -795,7 +813,8 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
 
 
 def test_the_same_warning_twice_within_milliseconds_is_one_warning(tmp_path):
-    """A signal to a whole job reaches torchrun too, which sends it on: the second must not cut off the save."""
+    """A signal to a whole job reaches torchrun too, which sends it on: the second must not cut off
+    the save."""
     state = go(config(tmp_path / "run"), Rows(at_step(4, lambda: (send()(), send()()))))
     assert (
         state["state"] == "preempted" and newest_checkpoint(str(tmp_path / "run"))[1]["step"] == 5
@@ -803,7 +822,8 @@ def test_the_same_warning_twice_within_milliseconds_is_one_warning(tmp_path):
 
 
 def test_signal_handlers_are_given_back(tmp_path):
-    """The loop is called several times in one process (speedrun.py): afterwards Ctrl-C and TERM are the caller's again."""
+    """The loop is called several times in one process (speedrun.py): afterwards Ctrl-C and TERM are
+    the caller's again."""
     before = [
         signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     ]
@@ -826,7 +846,7 @@ def test_a_torn_log_is_cut_and_no_step_appears_twice(tmp_path, six):
     )
 
 
-def preempted(folder, step: int = 3, **changes) -> TrainConfig:
+def preempted(folder, step: int = 3, **changes) -> Config:
     cfg = config(folder, **changes)
     assert go(cfg, Rows(at_step(step, send())))["state"] == "preempted"
     return cfg
@@ -851,7 +871,8 @@ def kept(folder) -> dict:
     ],
 )
 def test_resume_under_other_settings_is_refused_and_touches_nothing(changes, words, tmp_path):
-    """Half a run of one recipe and half of another is a result of none: old and new value are named, the run is left as it was."""
+    """Half a run of one recipe and half of another is a result of none: old and new value are
+    named, the run is left as it was."""
     cfg = preempted(tmp_path / "run")
     before = kept(cfg.out_dir)
     fails(lambda: go(config(cfg.out_dir, **changes)), words, cfg.out_dir, "--force")
@@ -859,7 +880,8 @@ def test_resume_under_other_settings_is_refused_and_touches_nothing(changes, wor
 
 
 def test_harmless_settings_may_change_at_resume(tmp_path, six):
-    """Logging, saving and the micro-batch belong to the machine; the weights end the same but for rounding."""
+    """Logging, saving and the micro-batch belong to the machine; the weights end the same but for
+    rounding."""
     cfg = preempted(tmp_path / "run", **six.settings)
     assert (
         go(
@@ -877,7 +899,8 @@ def test_harmless_settings_may_change_at_resume(tmp_path, six):
 
 
 def test_force_starts_over(tmp_path):
-    """--force is the way out that the refusal names: the old run leaves no row and no checkpoint behind."""
+    """--force is the way out that the refusal names: the old run leaves no row and no checkpoint
+    behind."""
     cfg = config(
         preempted(tmp_path / "run", step=4).out_dir,
         seed=7,
@@ -895,7 +918,8 @@ def test_force_starts_over(tmp_path):
 
 
 def test_changed_data_is_refused_at_resume(tmp_path):
-    """The data order is a function of the data: another file would silently continue another run."""
+    """The data order is a function of the data: another file would silently
+    continue another run."""
     cfg = preempted(tmp_path / "run")
     before = kept(cfg.out_dir)
     fails(lambda: go(cfg, Rows(fingerprint="other")), "data", "rows -> other", cfg.out_dir)
@@ -903,7 +927,8 @@ def test_changed_data_is_refused_at_resume(tmp_path):
 
 
 def test_a_second_process_in_the_folder_is_refused_and_the_first_is_not_disturbed(tmp_path):
-    """Two jobs of one name: the second reads who is there and writes nothing, not even its state."""
+    """Two jobs of one name: the second reads who is there and writes nothing, not
+    even its state."""
     cfg, report = config(tmp_path / "run"), tmp_path / "report"
     with lock(cfg.out_dir):
         (tmp_path / "run/state.json").write_text('{"state": "running"}')
@@ -920,12 +945,13 @@ def test_a_second_process_in_the_folder_is_refused_and_the_first_is_not_disturbe
         assert snapshot(cfg.out_dir) == before
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Checkpoints of a run
 
 
 def test_the_newest_checkpoints_and_the_best_are_kept_and_the_old_go_last(tmp_path, monkeypatch):
-    """At every moment at least `keep` good files; the best survives although its own checkpoint is long gone."""
+    """At every moment at least `keep` good files; the best survives although its own checkpoint is
+    long gone."""
     values, remove, removed = (
         iter([9.0, 5.0, 3.0, 4.0, 6.0, 7.0, 8.0]),
         os.remove,
@@ -962,7 +988,7 @@ def flip(path) -> None:
 def test_resume_passes_over_a_damaged_checkpoint_aloud(tmp_path, six, capsys):
     """A flipped bit costs the steps since the file before, not the run and not its exactness."""
     cfg = preempted(tmp_path / "run", step=4, **six.settings)
-    newest, before = checkpoint_files(cfg.out_dir)
+    newest, _ = checkpoint_files(cfg.out_dir)
     flip(newest)
     go(cfg)
     assert f"WARNING: checkpoint {newest}" in capsys.readouterr().out
@@ -970,7 +996,8 @@ def test_resume_passes_over_a_damaged_checkpoint_aloud(tmp_path, six, capsys):
 
 
 def test_damaged_checkpoints_of_later_steps_do_not_push_out_the_good_ones(tmp_path):
-    """After falling back, the new file has a lower step than the broken ones: pruning by order alone would delete just it."""
+    """After falling back, the new file has a lower step than the broken ones: pruning by order
+    alone would delete just it."""
     cfg = config(tmp_path / "run", save_interval=1, keep=5, max_steps=9, eval_interval=9)
     go(cfg, Rows(at_step(4, send())))
     for path in checkpoint_files(cfg.out_dir)[:3]:
@@ -982,7 +1009,8 @@ def test_damaged_checkpoints_of_later_steps_do_not_push_out_the_good_ones(tmp_pa
 
 
 def test_leftovers_of_a_killed_save_are_ignored_and_removed(tmp_path, six):
-    """Each kill in a save leaves a .tmp as large as a checkpoint: a run that is often preempted would fill the disk."""
+    """Each kill in a save leaves a .tmp as large as a checkpoint: a run that is often preempted
+    would fill the disk."""
     cfg = preempted(tmp_path / "run", **six.settings)
     (tmp_path / "run/ckpt_0000005.pt.99999.tmp").write_bytes(b"torn")
     go(cfg)
@@ -990,14 +1018,15 @@ def test_leftovers_of_a_killed_save_are_ignored_and_removed(tmp_path, six):
     assert leftovers(cfg.out_dir) == []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Full disks
 
 PLAIN = {"max_steps": 9, "eval_interval": 9}  # checkpoints at 3 and 6 without a best.pt beside them
 
 
 def test_a_full_disk_ends_the_run_with_path_and_sizes_and_the_old_checkpoint(tmp_path, monkeypatch):
-    """torch says "unexpected pos 704 vs 598" and no more; the user must read which file, how much, and that all is safe."""
+    """torch says "unexpected pos 704 vs 598" and no more; the user must read which file, how much,
+    and that all is safe."""
     cfg, save = config(tmp_path / "run", **PLAIN), torch.save
 
     def fill_disk():
@@ -1018,7 +1047,8 @@ def test_a_full_disk_ends_the_run_with_path_and_sizes_and_the_old_checkpoint(tmp
 
 
 def test_a_disk_too_full_for_state_json_still_names_the_checkpoint(tmp_path, monkeypatch):
-    """On a really full disk not even the state can be written; that second failure must not hide the first."""
+    """On a really full disk not even the state can be written; that second failure must not hide
+    the first."""
 
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -1048,7 +1078,8 @@ def test_a_failure_to_write_best_pt_is_told_like_any_other(tmp_path, monkeypatch
 
 
 def test_a_file_size_limit_ends_the_run_in_words(tmp_path):
-    """`ulimit -f` and quotas, with torch's own writer: message, old checkpoint, no leftovers, and the run can go on after."""
+    """`ulimit -f` and quotas, with torch's own writer: message, old checkpoint, no leftovers, and
+    the run can go on after."""
     cfg, report = config(tmp_path / "run", **PLAIN), tmp_path / "report"
 
     def lower():
@@ -1071,7 +1102,7 @@ def test_a_file_size_limit_ends_the_run_in_words(tmp_path):
     assert go(cfg)["state"] == "done"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Numbers that are none
 
 
@@ -1088,7 +1119,8 @@ def infinite_gradient(nll):
 @pytest.mark.parametrize("clip", [1.0, 0.0])
 @pytest.mark.parametrize("poison", [nan_loss, infinite_gradient])
 def test_one_bad_step_is_skipped_counted_and_changes_no_weight(poison, clip, tmp_path, capsys):
-    """One bad batch in a long run: neither weights nor momentum may see it, and training goes on."""
+    """One bad batch in a long run: neither weights nor momentum may see it, and
+    training goes on."""
     cfg, hashes = config(tmp_path / "run", grad_clip=clip, micro_batch=8), []
     model = tiny(cfg)
     task = Rows(
@@ -1118,7 +1150,8 @@ def test_one_bad_step_is_skipped_counted_and_changes_no_weight(poison, clip, tmp
 
 
 def test_bad_steps_that_do_not_follow_each_other_do_not_end_the_run(tmp_path):
-    """The limit is of steps in a row: a rare bad batch in a month of training is not a diverged run."""
+    """The limit is of steps in a row: a rare bad batch in a month of training is not a diverged
+    run."""
     cfg = config(tmp_path / "run", max_bad_steps=2)
     assert (
         go(cfg, Rows(spoil=lambda first, nll: nan_loss(nll) if first // 8 in (0, 2, 4) else nll))[
@@ -1130,7 +1163,8 @@ def test_bad_steps_that_do_not_follow_each_other_do_not_end_the_run(tmp_path):
 
 
 def test_bad_steps_in_a_row_end_the_run_with_the_batch_saved(tmp_path):
-    """A diverged run must not burn its allocation: it ends in words, with the batch to look at and the last good checkpoint."""
+    """A diverged run must not burn its allocation: it ends in words, with the batch to look at and
+    the last good checkpoint."""
     cfg = config(tmp_path / "run", max_bad_steps=2, max_steps=9)
     good = go(config(tmp_path / "good", max_steps=9), Rows(at_step(3, send())))
     text = fails(

@@ -1,0 +1,289 @@
+"""How fast this code is beside its peers, on this machine, now.
+
+    python -m bench                         # ours alone, beside the machine's matmul peak
+    python -m bench --nanogpt=PATH --nanochat=PATH --transformers           # beside these peers
+    python -m bench --tasks=race --shapes=tiny,small --nanogpt=PATH --text=tinyshakespeare.txt
+    python -m bench config/h100_bench.py --nanogpt=PATH     # on a GPU: tokens/s, MFU, memory
+
+Each system lives in a process of its own, as its users have it, and the processes take turns (A B A
+B ...). The speed of a shared machine moves by tens of percent from minute to minute, so only the
+ratio of neighbours means something: `ratio` is the median over the rounds of (time of the baseline)
+/ (time of the system). Every system has its own optimizer; parameter counts are printed. A system
+that cannot run is left out, with a message. One table per task, and JSON lines in --out.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+
+import configurator
+from bench.worker import SYSTEMS, model_fields
+from configurator import UserError
+from model import GPT, ModelConfig
+from runtime.budget import device_peak_flops, flops_per_token
+from runtime.run_folder import provenance
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TASKS = dict.fromkeys(
+    ("train", "generate", "tokenize", "load", "start", "race"), ("ours", "nanoGPT")
+)
+TASKS["train"] = tuple(SYSTEMS)  # the systems that can do it
+TASKS["generate"] = tuple(name for name in SYSTEMS if "Muon" not in name)
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}  # as in speedrun.py
+
+
+@dataclass
+class Shape:
+    """The sizes of a model and of its batch."""
+
+    n_layer: int
+    d_model: int
+    n_head: int
+    seq_len: int
+    batch: int
+    vocab: int
+    d_ff: int | None = None  # of a SwiGLU; None = 8/3 d_model: nanoGPT's MLP has as many parameters
+
+
+SHAPES = {
+    "char": Shape(6, 384, 6, 256, 12, 65),
+    "gpt2": Shape(4, 256, 4, 256, 8, 50304),
+    "tiny": Shape(4, 128, 4, 64, 12, 65),
+    "small": Shape(6, 192, 6, 256, 16, 65),
+    "h100": Shape(12, 1024, 16, 1024, 16, 50304),
+    "h100_recipe": Shape(12, 1024, 16, 1024, 32, 50304, 4096),
+}
+
+
+@dataclass
+class BenchConfig:
+    """The benchmark."""
+
+    tasks: tuple[str, ...] = ("train", "generate")  # train, generate, tokenize, load, start, race
+    shapes: tuple[str, ...] = ("char", "gpt2")  # char, gpt2, tiny, small, h100, h100_recipe
+    systems: tuple[str, ...] = ()  # ours and peers by name; none = all that can do the task
+    baseline: str | None = None  # the system that ratios refer to; None = the first peer
+    other: str | None = None  # path of another checkout of this project, to compare two states
+    nanogpt: str | None = None  # path of a checkout
+    nanochat: str | None = None  # path of a checkout
+    transformers: bool = False  # Llama and Qwen3 from the installed transformers
+    text: str | None = None  # tokenize, start, race: a file (.txt, .jsonl, .parquet, also .gz)
+    tokenizer: str = "gpt2"  # tokenize: gpt2 or the path of a ranks file
+    data_dir: str = "data"  # where gpt2's ranks are
+    rounds: int = 9  # measurements of each system; race: seeds
+    new_tokens: int = 256  # generate: per row
+    batches: tuple[int, ...] = ()  # rows of a step, one after the other; none = the shape's own
+    device: str = "cpu"  # cpu or cuda
+    dtype: str = "float32"  # float32 or bfloat16 (autocast)
+    compile: bool = False  # torch.compile every system's training step
+    threads: int | None = None  # of torch on the CPU
+    out: str = "out/bench.jsonl"  # results are appended here
+
+    def __post_init__(self) -> None:
+        bounds = {"[1, inf)": "rounds new_tokens batches threads"}
+        choices = {"device": ("cpu", "cuda"), "dtype": ("float32", "bfloat16")}
+        configurator.require(self, bounds, choices)
+        unknown = [name for name in self.shapes if name not in SHAPES]
+        unknown += [name for name in self.tasks if name not in TASKS]
+        if unknown:
+            known = f"shapes: {', '.join(SHAPES)}; tasks: {', '.join(TASKS)}"
+            raise UserError(f"unknown {', '.join(unknown)}; {known}")
+        if not self.text and {"tokenize", "start", "race"} & set(self.tasks):
+            raise UserError("tokenize, start and race need a text: --text=FILE")
+
+
+@dataclass
+class Case:
+    """What is measured, and the measurements of each system."""
+
+    task: str
+    shape_name: str
+    shape: Shape
+    facts: dict[str, dict] = field(default_factory=dict)
+    rounds: dict[str, list[dict]] = field(default_factory=dict)
+    peaks: list[float] = field(default_factory=list)  # FLOP/s of a matmul beside every round
+
+
+class Worker:
+    """A process that measures one system; see worker.py."""
+
+    def __init__(self, cfg: BenchConfig, case: Case, system: str) -> None:
+        self.name = f"{system}, {case.task} at {case.shape_name}"
+        request = {**asdict(cfg), **asdict(case), "system": system}
+        program = "worker.py" if case.task in ("train", "generate") else "jobs.py"
+        command = [sys.executable, "-P", os.path.join(HERE, program), json.dumps(request)]
+        checkout = cfg.other if system == "other" else os.path.dirname(HERE)
+        env = {**os.environ, "PYTHONPATH": os.path.abspath(checkout)}
+        if system.startswith("ours") or system == "other":
+            env = KEEP_MEMORY | env
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(command, env=env, text=True, **pipes)
+
+    def ask(self, request: str = "") -> dict | float:
+        """Ask for a round, or for the end, and return the answer; its errors are UserErrors."""
+        with suppress(BrokenPipeError):  # it has died: there is no answer either
+            print(request, end="\n" * bool(request), file=self.process.stdin, flush=True)
+        text = self.process.stdout.readline()
+        answer = json.loads(text) if text else {"error": "the process has died"}
+        if isinstance(answer, dict) and "error" in answer:
+            raise UserError(f"{self.name}: {answer['error']}")
+        return answer
+
+    def end(self) -> None:
+        """Let the process remove its temporary files and end."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.communicate(timeout=10)
+        self.process.kill()
+
+
+def systems_for(cfg: BenchConfig, task: str) -> list[str]:
+    """Return the systems that are asked for, or all that are there."""
+    given = {"other": cfg.other, "nanoGPT": cfg.nanogpt, "nanochat": cfg.nanochat}
+    given |= {"Llama": cfg.transformers, "Qwen3": cfg.transformers}
+    there = [name for name in TASKS[task] if given.get(name, True)]
+    unknown = [name for name in cfg.systems if name not in there]
+    if unknown:
+        names = ", ".join(unknown)
+        raise UserError(f"no system {names} for {task} here; there are {', '.join(there)}")
+    return list(cfg.systems) or there
+
+
+def take_turns(cfg: BenchConfig, case: Case) -> None:
+    """Measure all systems of a case, round by round."""
+    workers = {}
+    try:
+        for system in systems_for(cfg, case.task):
+            worker = workers[system] = Worker(cfg, case, system)
+            try:
+                case.facts[system] = worker.ask()
+            except UserError as error:
+                print(f"left out: {error}", flush=True)
+        if not case.facts:
+            raise UserError(f"no system could do {case.task} at {case.shape_name}: see above")
+        case.rounds = {system: [] for system in case.facts}
+        for _ in range(cfg.rounds):
+            for system, rounds in case.rounds.items():
+                rounds.append(workers[system].ask("round"))
+            if case.task == "train":
+                case.peaks.append(matmul_peak(cfg))
+        for system, facts in case.facts.items():
+            facts["peak_mb"] = workers[system].ask("end")
+    finally:
+        for worker in workers.values():
+            worker.end()
+
+
+def matmul_peak(cfg: BenchConfig) -> float:
+    """Return the FLOP/s of a large square product, in the compute dtype."""
+    n = 8192 if cfg.device == "cuda" else 1536
+    a, b = torch.randn(2, n, n, device=cfg.device, dtype=getattr(torch, cfg.dtype))
+    for _ in range(2):  # the first is for warming up
+        began = time.perf_counter()
+        (a @ b)[0, 0].item()  # which waits for the GPU
+        seconds = time.perf_counter() - began
+    return 2 * n**3 / seconds
+
+
+def summarize(cfg: BenchConfig, case: Case) -> list[dict]:
+    """Return a row per system: medians, their ratio to the baseline, and what follows from them."""
+    peers = [system for system in case.rounds if not system.startswith("ours")]
+    baseline = cfg.baseline or (peers or list(case.rounds))[0]
+    rows = []
+    for system, rounds in case.rounds.items():
+        facts = dict(case.facts[system])
+        peak_mb = facts.pop("peak_mb")
+        row = {"shape": case.shape_name, "batch_rows": case.shape.batch, "system": system, **facts}
+        for key in rounds[0]:
+            values = [measured[key] for measured in rounds]
+            row |= medians(cfg, case, key, values, row)
+            if key not in ("forward_backward", "val_loss", "parameters", "tokens"):
+                base = [measured[key] for measured in case.rounds.get(baseline, [])]
+                ratios = [theirs / own for theirs, own in zip(base, values, strict=bool(base))]
+                end = f"_{key}" if len(rounds[0]) > 1 else ""
+                if ratios:
+                    row[f"ratio{end}"] = statistics.median(ratios)
+                    row[f"range{end}"] = f"{min(ratios):.2f}-{max(ratios):.2f}"
+        if case.task == "train" and "MoE" not in system:
+            row |= shares_of_peak(cfg, case, [measured["step"] for measured in rounds])
+        rows.append({**row, "peak_mb": peak_mb})
+    return rows
+
+
+def medians(cfg: BenchConfig, case: Case, key: str, values: list[float], row: dict) -> dict:
+    """Return the median of a measurement, as a speed where it is the time of a known amount."""
+    median = statistics.median(values)
+    step = case.shape.batch * case.shape.seq_len
+    amounts = {"step": step, "forward_backward": step}
+    amounts |= {"batch_1": cfg.new_tokens, "batch_8": 8 * cfg.new_tokens}
+    if key in amounts:
+        return {f"{key}_tok_s": amounts[key] / median}
+    if key == "tokenize":
+        return {"mb_s": row["megabytes"] / median}
+    of_each = case.task == "race" and key in ("seconds", "val_loss")
+    return {key: median, **({f"{key}_of_each": values} if of_each else {})}
+
+
+def shares_of_peak(cfg: BenchConfig, case: Case, seconds: list[float]) -> dict:
+    """Return the dense model's FLOP/s as shares of the matmul's, and of the data sheet's."""
+    with torch.device("meta"):  # nothing is allocated
+        model = GPT(ModelConfig(**model_fields(case.shape)))
+    flops = flops_per_token(model) * case.shape.batch * case.shape.seq_len
+    shares = [flops / step / peak for step, peak in zip(seconds, case.peaks, strict=True)]
+    row = {"of_matmul_peak": statistics.median(shares)}
+    if cfg.device == "cuda" and device_peak_flops():
+        row["mfu"] = flops / statistics.median(seconds) / device_peak_flops()
+    return row
+
+
+def in_columns(rows: list[dict]) -> str:
+    """Return rows as text in columns, for a terminal."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [keys, *([in_words(row.get(key, "")) for key in keys] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = []
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        texts.append("  ".join(cells).rstrip())
+    return "\n".join(texts)
+
+
+def in_words(value: object) -> str:
+    """Return a value with three digits or more."""
+    if isinstance(value, list):
+        return " ".join(map(in_words, value))
+    if isinstance(value, float) and abs(value) < 10:
+        return f"{value:,.3g}"
+    return f"{value:,.0f}" if isinstance(value, int | float) else str(value)
+
+
+def main(argv: list[str]) -> int:
+    """Measure every task at every shape and batch."""
+    cfg = configurator.load(argv, BenchConfig)
+    os.makedirs(os.path.dirname(cfg.out) or ".", exist_ok=True)
+    for task in cfg.tasks:
+        rows = []
+        for name in ("tiny",) if task in ("tokenize", "start") else cfg.shapes:
+            for batch in cfg.batches or (SHAPES[name].batch,):
+                case = Case(task, name, replace(SHAPES[name], batch=batch))
+                print(f"{task}, {name}: {case.shape}", flush=True)
+                take_turns(cfg, case)
+                found = summarize(cfg, case)
+                rows += found
+                with open(cfg.out, "a") as f:
+                    for row in found:
+                        origin = {"settings": asdict(cfg), **provenance()}
+                        f.write(json.dumps({"task": task, **row, **origin}) + "\n")
+        compiled = ", compiled" if cfg.compile else ""
+        print(f"\n{task}: {cfg.device}, {cfg.dtype}{compiled}\n{in_columns(rows)}\n", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    configurator.run(main)

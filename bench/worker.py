@@ -1,0 +1,260 @@
+"""A worker of the benchmark: one system in a process of its own, measured whenever it is asked.
+
+The checkout that it measures stands alone on PYTHONPATH. So `model` and `train` are imported inside
+a system only, and nothing of this folder is imported at all.
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import re
+import sys
+import time
+import types
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# In all of this file cfg holds the keys of BenchConfig, and task, system, shape_name and shape.
+# A system has a model, optimizers, loss(idx, targets) per token, and generate(prompts, n).
+
+
+class Ours:
+    """The checkout on PYTHONPATH."""
+
+    def __init__(self, cfg: SimpleNamespace, optimizer: str = "adamw", **fields: object) -> None:
+        from model import GPT, ModelConfig
+        from train import LoopConfig, make_optimizers
+
+        flat = importlib.util.find_spec("inference") is None  # a checkout from before the folders
+        self.sampling = importlib.import_module("sample" if flat else "inference.sampling")
+        world = importlib.import_module("ranks" if flat else "runtime.world")
+        start = world.Ranks if flat else world.World
+        start(cfg.device, cfg.dtype)  # its settings of torch are part of the system
+        self.model = GPT(ModelConfig(**model_fields(cfg.shape) | fields)).to(cfg.device)
+        self.optimizers = make_optimizers(self.model, LoopConfig(optimizer=optimizer))
+
+    def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
+        n = targets.numel()
+        return (self.model(idx, targets) + self.model.balance_loss() * n) / n
+
+    def generate(self, prompts: list[list[int]], n: int) -> None:
+        self.sampling.generate(self.model.eval(), prompts, n)
+
+
+class NanoGPT:
+    """A checkout of nanoGPT."""
+
+    def __init__(self, cfg: SimpleNamespace) -> None:
+        module = import_file("nanogpt_model", os.path.join(cfg.nanogpt, "model.py"))
+        fields = peer_fields(cfg.shape) | {"block_size": cfg.shape.seq_len}
+        d_model, d_ff = cfg.shape.d_model, cfg.shape.d_ff
+        if d_ff:  # its MLP has 4 d_model: what a wider SwiGLU has more goes into more layers
+            fields["n_layer"] = round(cfg.shape.n_layer * (4 * d_model + 3 * d_ff) / (12 * d_model))
+        config = module.GPTConfig(**fields, dropout=0.0, bias=False)
+        self.model = module.GPT(config).to(cfg.device)
+        optimizer = self.model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), cfg.device)
+        self.optimizers, self.device = [optimizer], cfg.device
+
+    def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
+        return self.model(idx, targets)[1]
+
+    def generate(self, prompts: list[list[int]], n: int) -> None:
+        self.model.eval().generate(torch.tensor(prompts, device=self.device), n)
+
+
+class NanoChat:
+    """A checkout of nanochat."""
+
+    def __init__(self, cfg: SimpleNamespace) -> None:
+        sys.path.append(cfg.nanochat)
+        from nanochat.gpt import GPT, GPTConfig
+
+        fields = peer_fields(cfg.shape) | {"sequence_len": cfg.shape.seq_len}
+        config = GPTConfig(**fields, n_kv_head=cfg.shape.n_head, window_pattern="L")
+        with torch.device("meta"):
+            self.model = GPT(config)
+        self.model.to_empty(device=cfg.device)
+        self.model.init_weights()
+        self.optimizers = [self.model.setup_optimizer()]
+
+    def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
+        return self.model(idx, targets)
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[list[int]], n: int) -> None:
+        # Its engine imports its tokenizer, which is not needed here, and that imports rustbpe.
+        sys.modules.setdefault("rustbpe", types.ModuleType("rustbpe"))
+        from nanochat.engine import KVCache
+
+        model = self.model.eval()
+        cfg, device, dtype = model.config, model.get_device(), next(model.parameters()).dtype
+        sizes = (cfg.n_kv_head, len(prompts[0]) + n, cfg.n_embd // cfg.n_head, cfg.n_layer)
+        cache = KVCache(len(prompts), *sizes, device, dtype)
+        ids = torch.tensor(prompts, device=device)
+        for _ in range(n):
+            logits = model(ids, kv_cache=cache)[:, -1]
+            ids = torch.multinomial(logits.softmax(-1), 1)
+
+
+class HuggingFace:
+    """A model family of the installed transformers."""
+
+    def __init__(self, cfg: SimpleNamespace, family: str) -> None:
+        import transformers
+
+        from model import ModelConfig
+
+        shape = cfg.shape
+        sizes = {"vocab_size": shape.vocab, "hidden_size": shape.d_model}
+        sizes["intermediate_size"] = ModelConfig(**model_fields(shape)).d_ff
+        sizes |= {"num_hidden_layers": shape.n_layer, "num_attention_heads": shape.n_head}
+        sizes |= {"num_key_value_heads": shape.n_head, "head_dim": shape.d_model // shape.n_head}
+        sizes["max_position_embeddings"] = 4 * shape.seq_len
+        special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+        config = getattr(transformers, f"{family}Config")
+        config = config(**sizes, **special, tie_word_embeddings=True)
+        self.model = getattr(transformers, f"{family}ForCausalLM")(config).to(cfg.device)
+        self.optimizers = [torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)]
+
+    def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
+        logits = self.model(input_ids=idx).logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def generate(self, prompts: list[list[int]], n: int) -> None:
+        ids = torch.tensor(prompts, device=self.model.device)
+        self.model.eval().generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=True)
+
+
+def model_fields(shape: SimpleNamespace) -> dict:
+    """Return a shape in the words of our ModelConfig."""
+    fields = {name: getattr(shape, name) for name in ("n_layer", "d_model", "n_head", "seq_len")}
+    return {"vocab_size": shape.vocab, "d_ff": shape.d_ff, **fields}
+
+
+def peer_fields(shape: SimpleNamespace) -> dict:
+    """Return what nanoGPT and nanochat name alike."""
+    fields = {"vocab_size": shape.vocab, "n_embd": shape.d_model}
+    return fields | {"n_layer": shape.n_layer, "n_head": shape.n_head}
+
+
+def import_file(name: str, path: str) -> types.ModuleType:
+    """Import a file as a module. It is registered, for torch.compile looks it up."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SYSTEMS = {  # name -> class, further arguments
+    "ours": (Ours, {}),
+    "ours without sinks": (Ours, {"sinks": False}),
+    "ours with Muon": (Ours, {"optimizer": "muon"}),
+    "ours MoE 8 top 2": (Ours, {"n_expert": 8, "shared_expert": False}),
+    "other": (Ours, {}),
+    "nanoGPT": (NanoGPT, {}),
+    "nanochat": (NanoChat, {}),
+    "Llama": (HuggingFace, {"family": "Llama"}),
+    "Qwen3": (HuggingFace, {"family": "Qwen3"}),
+}
+
+
+# A job has facts, and round(), which returns what was measured: seconds, or a loss.
+
+
+class ModelJob:
+    """A job of a system that was made for it."""
+
+    def __init__(self, cfg: SimpleNamespace) -> None:
+        torch.manual_seed(0)
+        system, arguments = SYSTEMS[cfg.system]
+        self.cfg, self.shape, self.system, self.facts = cfg, cfg.shape, system(cfg, **arguments), {}
+        enabled = cfg.dtype == "bfloat16"
+        self.autocast = torch.autocast(cfg.device, torch.bfloat16, enabled=enabled)
+
+    def seconds_since(self, began: float) -> float:
+        """Return how long it is since `began`, after the device has done what it was given."""
+        if self.cfg.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+
+class Train(ModelJob):
+    """One training step: forward, backward, optimizer."""
+
+    def __init__(self, cfg: SimpleNamespace) -> None:
+        super().__init__(cfg)
+        self.loss = self.system.loss
+        if cfg.compile:
+            self.loss = torch.compile(self.loss, dynamic=False)
+        size = (2, self.shape.batch, self.shape.seq_len)
+        self.idx, self.targets = torch.randint(self.shape.vocab, size, device=cfg.device)
+        self.facts["parameters"] = sum(p.numel() for p in self.system.model.parameters())
+        for _ in range(6):  # compilation, and memory touched for the first time
+            self.round()
+
+    def round(self) -> dict[str, float]:
+        began = time.perf_counter()
+        with self.autocast:
+            loss = self.loss(self.idx, self.targets)
+        loss.backward()
+        forward_backward = self.seconds_since(began)
+        for optimizer in self.system.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return {"step": self.seconds_since(began), "forward_backward": forward_backward}
+
+
+class Generate(ModelJob):
+    """new_tokens for one row, and for eight, from prompts of 16."""
+
+    def __init__(self, cfg: SimpleNamespace) -> None:
+        super().__init__(cfg)
+        self.seconds(batch=2, n=4)
+
+    def seconds(self, batch: int, n: int) -> float:
+        """Return the seconds for n tokens in each of `batch` rows."""
+        prompts = torch.randint(self.shape.vocab, (batch, 16)).tolist()
+        began = time.perf_counter()
+        with torch.no_grad(), self.autocast:
+            self.system.generate(prompts, n)
+        return self.seconds_since(began)
+
+    def round(self) -> dict[str, float]:
+        return {f"batch_{batch}": self.seconds(batch, self.cfg.new_tokens) for batch in (1, 8)}
+
+
+def peak_memory(cfg: SimpleNamespace) -> float:
+    """Return megabytes: of the GPU's allocator, or the high-water mark of this process."""
+    if cfg.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    with open("/proc/self/status") as f:
+        return int(re.search(r"VmHWM:\s+(\d+) kB", f.read())[1]) / 1024
+
+
+def serve(jobs: dict[str, type]) -> None:
+    """Set up the job described in argv, and do a round whenever a line "round" comes in.
+
+    The answers are lines of JSON: facts, then the rounds, at the end megabytes; or an error.
+    """
+    cfg = json.loads(sys.argv[1], object_hook=lambda fields: SimpleNamespace(**fields))
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what a system prints is no answer
+    try:
+        torch.set_num_threads(cfg.threads or torch.get_num_threads())
+        torch.randn(64, 64).matmul(torch.randn(64, 64))  # thread pools belong to no system
+        before = peak_memory(cfg)
+        job = jobs[cfg.task](cfg)
+        print(json.dumps(job.facts), file=answers)
+        while sys.stdin.readline() == "round\n":
+            print(json.dumps(job.round()), file=answers)
+        print(json.dumps(peak_memory(cfg) - before), file=answers)
+    except Exception as error:  # whatever goes wrong in one system, the others are measured
+        print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=answers)
+
+
+if __name__ == "__main__":
+    serve({"train": Train, "generate": Generate})

@@ -1,0 +1,1 @@
+"""Text in, token rows out: tokenizers, shards, the chat template, records, and the toy world."""

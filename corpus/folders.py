@@ -1,0 +1,207 @@
+"""Data folders: made whole or not at all, with a manifest of what they were made from.
+
+A folder data_dir/NAME holds token shards (train_000.bin, val_000.bin) for text, JSON lines for
+records, and a manifest_STAGE.json with the request, counts and the sha256 of every file.
+"""
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from configurator import UserError
+from corpus import toy
+from corpus.shards import SHARD_TOKENS, parse_mixture, write_shard
+from corpus.sources import Source, text_documents
+from corpus.tokenizer import Tokenizer, load_tokenizer
+from runtime.files import read_jsonl, remove_if_there, sha256, write_json, write_jsonl
+
+BATCH_CHARACTERS = 1 << 22  # characters to encode at a time
+
+
+class Manifest(NamedTuple):
+    """A Manifest says what a folder was made from and which files it has."""
+
+    request: dict | None
+    files: list[str]
+
+
+def read_manifest(path: str) -> Manifest:
+    """Return a manifest, or an empty one where the file is missing or damaged.
+
+    The folder of an empty manifest is then made again.
+    """
+    try:
+        manifest = read_jsonl(path)
+        files = [os.path.basename(name) for name in manifest["sha256"]]
+        return Manifest(manifest["request"], files)
+    except (UserError, KeyError, TypeError):
+        return Manifest(None, [])
+
+
+def make_folder(folder: str, stage: str, request: dict, write: Callable[[str], dict]) -> None:
+    """Make the part of a data folder that belongs to a stage, whole or not at all.
+
+    write(folder) writes the files into a new folder and returns counts for the manifest. A folder
+    whose manifest names the same request is kept.
+    """
+    path = os.path.join(folder, f"manifest_{stage}.json")
+    before = read_manifest(path)
+    complete = all(os.path.isfile(os.path.join(folder, name)) for name in before.files)
+    if complete and before.request == request:
+        print(f"data: {folder} ({stage}) is there already")
+        return
+    made = f"{folder}.{os.getpid()}.part"  # the files move over when all of them are there
+    counts = write(made)
+    digests = {name: sha256(os.path.join(made, name)) for name in sorted(os.listdir(made))}
+    os.makedirs(folder, exist_ok=True)
+    remove_if_there(path)  # it must not vouch for a folder that is half replaced
+    for name in digests:
+        os.replace(os.path.join(made, name), os.path.join(folder, name))
+    for name in set(before.files) - set(digests):
+        remove_if_there(os.path.join(folder, name))
+    os.rmdir(made)
+    write_json(path, {"request": request, "counts": counts, "sha256": digests})
+    print(f"data: {folder}: {json.dumps(counts)}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Token shards of a text
+
+
+class ShardWriter:
+    """A ShardWriter collects the documents of one split and writes them as shards."""
+
+    def __init__(self, folder: str, split: str, tokenizer: Tokenizer):
+        self.folder, self.split, self.tokenizer = folder, split, tokenizer
+        self.eos = np.array([tokenizer.eos], "<u4")
+        self.parts = []  # of the next shard: arrays of ids
+        self.waiting = self.n_tokens = self.n_shards = 0
+
+    def add(self, ids: np.ndarray) -> None:
+        """Take one document, and EOS after it."""
+        self.parts += [ids, self.eos]
+        self.waiting += len(ids) + 1
+
+    def flush(self) -> None:
+        """Write what is waiting as the next shard."""
+        if self.parts:
+            tokens = np.concatenate(self.parts)
+            name = f"{self.split}_{self.n_shards:03d}.bin"
+            write_shard(os.path.join(self.folder, name), tokens, self.tokenizer)
+            self.n_shards += 1
+            self.n_tokens += len(tokens)
+            self.parts, self.waiting = [], 0
+
+
+def write_text_shards(source: Source, folder: str, tokenizer: Tokenizer) -> dict:
+    """Write the shards of a text source and return counts; each document is followed by EOS.
+
+    Every 100th document is for validation; of fewer documents the last 5 % of the tokens are.
+    """
+    train = ShardWriter(folder, "train", tokenizer)
+    val = ShardWriter(folder, "val", tokenizer)
+    n_documents = 0
+    for texts in document_batches(source):
+        for ids in tokenizer.encode_batch(texts):
+            n_documents += 1
+            writer = train if n_documents % 100 else val
+            writer.add(ids)
+            if writer.waiting >= SHARD_TOKENS and n_documents >= 100:
+                writer.flush()
+    if n_documents == 0:
+        raise UserError(f"source {source.name}: there is no text in it")
+    if n_documents < 100:
+        tokens = np.concatenate(train.parts)
+        cut = len(tokens) - max(1, len(tokens) // 20)
+        train.parts, val.parts = [tokens[:cut]], [tokens[cut:]]
+    train.flush()
+    val.flush()
+    n_tokens = {"train": train.n_tokens, "val": val.n_tokens}
+    return {"documents": n_documents, "tokens": n_tokens, "tokenizer": tokenizer.spec()}
+
+
+def document_batches(source: Source) -> Iterator[list[str]]:
+    """Yield the documents of a source that are not blank, some megabytes at a time."""
+    documents = filter(str.strip, text_documents(source))
+    batch, n_characters = [], 0
+    for text in itertools.islice(documents, source.cap):
+        batch.append(text)
+        n_characters += len(text)
+        if n_characters > BATCH_CHARACTERS:
+            yield batch
+            batch, n_characters = [], 0
+    yield batch
+
+
+# --------------------------------------------------------------------------------------------------
+# The toy world
+
+
+@dataclass(frozen=True)
+class ToySizes:
+    """ToySizes says how large a toy world is, and its seed."""
+
+    seed: int = 0
+    stories: int = 24_000
+    problems: int = 2_000
+    test: int = 500
+
+
+def make_toy(sizes: ToySizes, data_dir: str) -> None:
+    """Make the folder of the toy world, unless the same world is there."""
+    request = {"toy": [sizes.seed, sizes.stories, sizes.problems, sizes.test, toy.VERSION]}
+    folder = os.path.join(data_dir, "toy")
+    make_folder(folder, "pretrain", request, lambda made: write_toy_world(made, sizes))
+
+
+def ensure_toy(spec: str, data_dir: str) -> None:
+    """Make the toy world where a mixture names it and it is missing.
+
+    It needs no network, and processes that make it at once write equal files.
+    """
+    manifest = os.path.join(data_dir, "toy", "manifest_pretrain.json")
+    names = [name for name, _ in parse_mixture(spec)] if spec else []
+    if "toy" in names and not os.path.isfile(manifest):
+        make_toy(ToySizes(), data_dir)
+
+
+def write_toy_world(folder: str, sizes: ToySizes) -> dict:
+    """Write the shards, chats, pairs and problems of the toy world, and return counts."""
+    counts = {}
+    for split, n in (("train", sizes.stories), ("val", sizes.stories // 40)):
+        stories = toy.records(toy.story, split, n, sizes.seed)
+        counts[f"pretrain_{split}_tokens"] = write_stories(folder, split, stories)
+    for name, rows in toy_records(sizes).items():
+        write_jsonl(os.path.join(folder, f"{name}.jsonl"), rows)
+        counts[name] = len(rows)
+    return counts
+
+
+def write_stories(folder: str, split: str, stories: list[str]) -> int:
+    """Write stories as one shard in the toy world's own tokens, and return their number."""
+    tokenizer = load_tokenizer("toy")
+    writer = ShardWriter(folder, split, tokenizer)
+    for story in stories:
+        writer.add(tokenizer.encode_array(story))
+    writer.flush()
+    return writer.n_tokens
+
+
+def toy_records(sizes: ToySizes) -> dict[str, list[dict]]:
+    """Return the records of the toy world under the names of their files."""
+    seed, files = sizes.seed, {}
+    n_problems = {"train": sizes.problems, "verifier": 4000, "val": 500, "test": sizes.test}
+    for split, n in n_problems.items():
+        files[f"problems_{split}"] = toy.records(toy.problem, split, n, seed)
+    for split, n, n_solved in (("train", 2000, None), ("val", 200, 200)):
+        problems = files[f"problems_{split}"][:n_solved]
+        solved = [toy.chat(row["question"], row["answer"]) for row in problems]
+        files[f"sft_{split}"] = toy.records(toy.instruction, split, n, seed) + solved
+        files[f"dpo_{split}"] = toy.records(toy.preference, split, n, seed)
+    files["dpo_test"] = toy.records(toy.preference, "test", sizes.test, seed)
+    return files

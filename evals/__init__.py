@@ -1,0 +1,1 @@
+"""What is measured, one file per kind of task, and the report that is made of it."""

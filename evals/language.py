@@ -1,0 +1,137 @@
+"""Language: loss on shards, perplexity of texts, and answers in held-out conversations."""
+
+import glob
+import math
+import os
+from collections import Counter
+from dataclasses import replace
+
+from configurator import UserError
+from corpus.chat import drop_too_long, render_prompt
+from corpus.records import load_records
+from corpus.shards import Mixture, parse_mixture, read_shard
+from corpus.tokenizer import load_tokenizer
+from evals.base import PROTOCOLS, EvalConfig, Row, Subject, task
+from evals.perplexity import Peer, detokenize, overlap, perplexity
+from evals.stats import Estimate, mean, proportion, ratio
+from inference.answers import answer_stats
+from inference.scoring import Window, windows_nll
+from runtime.files import open_text
+
+
+@task("val_loss", data=("data",), files=("*val*.bin",))
+def val_loss(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
+    """Measure nats per token on the validation shards.
+
+    Beside the untrained row stands the unigram entropy of the same tokens.
+    """
+    model = subject.model(stage)
+    T = model.cfg.seq_len
+    rows = Mixture(cfg.data, cfg.data_dir, "val", T, 0, subject.tokenizer, subject.headerless)
+    ids = rows.validation(0, min(rows.n_rows, 512)).tolist()
+    nll = windows_nll(model, [Window(row, T) for row in ids])
+    results = [Row("val_loss", "windows", ratio(nll, [T] * len(nll)), "val")]
+    if stage == "untrained":
+        entropy = unigram_entropy([token for row in ids for token in row[1:]])
+        results.append(Row("val_loss", "windows", entropy, "val", "unigram entropy"))
+    return results
+
+
+def unigram_entropy(ids: list[int]) -> Estimate:
+    """Return nats per id of the best model that knows the frequencies and no context."""
+    n = len(ids)
+    return Estimate(-sum(c / n * math.log(c / n) for c in Counter(ids).values()), n)
+
+
+# --------------------------------------------------------------------------------------------------
+# Texts
+
+
+def with_baselines(subject: Subject, cfg: EvalConfig) -> list[str]:
+    """Load the baselines, for without weights there is no hash; return them after the stages."""
+    names = [os.path.basename(os.path.abspath(folder)) for folder in cfg.baselines]
+    for name, folder in zip(names, cfg.baselines, strict=True):
+        if name in subject.checkpoints:
+            raise UserError(f"baseline {folder}: a row is called {name} already; rename the folder")
+        tokenizer = load_tokenizer("gpt2", cfg.data_dir)  # whatever the run's own is
+        subject.add(name, Peer(folder, tokenizer), tokenizer)
+    return [*subject.policies, *names]
+
+
+@task(
+    "text_perplexity",
+    data=("text",),
+    files=("test.txt",),
+    settings=("protocols",),
+    stages=with_baselines,
+)
+def text_perplexity(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
+    """Measure every protocol on every text.
+
+    Beside each number stands how much of the text stood in the pretraining shards. What a baseline
+    was trained on is not known here.
+    """
+    results = []
+    protocols = cfg.protocols or PROTOCOLS
+    for name in cfg.text.split(","):
+        with open_text(os.path.join(cfg.data_dir, name, "test.txt")) as f:
+            text = f.read()
+        known = stage in subject.policies
+        marked, plain = overlaps(subject, text, cfg) if known else (None, None)
+        for row in perplexity(subject.model(stage), subject.tokenizers[stage], text, protocols):
+            seen = plain if row.protocol in ("words", "bpb") else marked
+            results.append(replace(row, split=name, extra={"overlap": seen}))
+        if stage == "untrained" and "tokens" in protocols:
+            entropy = unigram_entropy(subject.tokenizer.encode(text))
+            estimate = replace(entropy, value=math.exp(entropy.value))
+            results.append(Row("perplexity", "tokens", estimate, name, "unigrams of the text"))
+    return results
+
+
+def overlaps(subject: Subject, text: str, cfg: EvalConfig) -> tuple[float | None, float | None]:
+    """Return the overlap of a text with the pretraining shards (or None), marked and plain."""
+    if text not in subject.overlaps:
+        runs = subject.checkpoints.values()
+        pretraining = [saved["train_config"] for saved in runs if saved.get("task") == "pretrain"]
+        mixture = (pretraining[0].get("data") if pretraining else None) or cfg.data
+        names = [name for name, _ in parse_mixture(mixture)] if mixture else []
+        folders = [os.path.join(glob.escape(cfg.data_dir), name) for name in names]
+        patterns = [os.path.join(folder, "*train*.bin") for folder in folders]
+        paths = sorted(path for pattern in patterns for path in glob.glob(pattern))
+        shards = [read_shard(path, subject.tokenizer, subject.headerless) for path in paths]
+        forms = (text, detokenize(text))
+        ids = [subject.tokenizer.encode_array(form) for form in forms]
+        subject.overlaps[text] = [overlap(x, shards) if shards else None for x in ids]
+    return subject.overlaps[text]
+
+
+# --------------------------------------------------------------------------------------------------
+# Conversations
+
+
+@task("chats", data=("chats",), files=("sft_val.jsonl",), settings=("n_chats", "max_new_tokens"))
+def chats(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
+    """Measure held-out conversations: the loss of their last answers, and the model's own answers.
+
+    The loss is in nats per token. The model answers greedily in the place of the last answer.
+    """
+    model, tokenizer = subject.model(stage), subject.tokenizer
+    prompts, windows = [], []
+    for record in load_records(cfg.chats, cfg.data_dir, "sft", "val"):
+        *before, last = record["messages"]
+        prompt = render_prompt(before, tokenizer)
+        answer = [*tokenizer.encode(last["content"]), tokenizer.end]
+        prompts.append(prompt)
+        windows.append(Window(prompt + answer, len(answer)))
+    what = f"eval: conversations of {cfg.chats}"
+    windows = drop_too_long(
+        windows, lambda window: len(window.ids), subject.seq_len, what, subject.log_once
+    )[:512]
+    counts = [window.n_scored for window in windows]
+    loss = ratio(windows_nll(model, windows), counts)
+    prompts = [prompt for prompt in prompts if len(prompt) < model.cfg.seq_len][: cfg.n_chats]
+    own = answer_stats(model, tokenizer, prompts, cfg.max_new_tokens)
+    results = [Row("response_loss", "teacher", loss, "val")]
+    results.append(Row("stop_rate", "greedy", proportion(own["stop_rate"]), "val"))
+    means = ("length", "repetition", "distinct_2")
+    return results + [Row(metric, "greedy", mean(own[metric]), "val") for metric in means]

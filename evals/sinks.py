@@ -1,0 +1,280 @@
+"""Attention sinks and streaming: loss far beyond the training context, and what heads look at.
+
+    python eval.py --out_dir=out/streaming --tasks=streaming --streaming=novels
+    python eval.py --out_dir=out/streaming --tasks=attention --sentences="One sentence.;Another."
+
+A stream of 16 times the training context (seq_len) is read in three ways (arXiv 2309.17453):
+
+    rolling    token by token through a KV cache of seq_len slots, as sample.py does
+    dense      every token sees all before it: RoPE meets distances that training never had
+    recompute  the last seq_len tokens from scratch for every token: no key knows what is older
+
+Rolling that is as good as recompute is stable, no more. No key is older than the cache (those of
+upper layers were formed when older tokens were still there, and carry a little of them), so this
+says nothing about recall, and loss on ordinary text could not show it.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from configurator import UserError
+from corpus.shards import Mixture
+from evals.base import EvalConfig, Row, Subject, task
+from evals.stats import Estimate, difference, ratio
+from inference.sampling import KVCache
+from model import GPT, Attention, Mask, attention_weights, training_mask
+from runtime.files import write_jsonl
+
+FACTOR = 16  # training contexts in a stream
+
+
+# --------------------------------------------------------------------------------------------------
+# Three ways to read a stream: from ids (n, P + 1) the nats (n, P) of predictions given tokens to p
+
+
+def clock(device: torch.device) -> float:
+    """Return the time in ms, when the device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return 1e3 * time.perf_counter()
+
+
+@torch.no_grad()
+def cached(model: GPT, ids: Tensor, slots: int) -> tuple[Tensor, np.ndarray, int]:
+    """Read through a rolling cache. -> nats (n, P), ms of each step (P,), the cache's bytes."""
+    cache = KVCache(model.cfg, len(ids), slots, ids.device, model.embed.weight.dtype)
+    nll, ms = [], []
+    for p in range(ids.size(1) - 1):
+        began = clock(ids.device)
+        x = model.hidden(ids[:, p : p + 1], cache=cache)
+        nll.append(-model.logprobs(x, ids[:, p + 1 : p + 2]))
+        ms.append(clock(ids.device) - began)
+    return torch.cat(nll, dim=1), np.array(ms), cache.k.nbytes + cache.v.nbytes
+
+
+@torch.no_grad()
+def dense(model: GPT, ids: Tensor, batch: int = 4) -> Tensor:
+    """Read whole streams in one pass, `batch` at a time: the loss that an endless cache gives."""
+    batches = ids.split(batch)
+    return torch.cat([-model.logprobs(model.hidden(x[:, :-1]), x[:, 1:]) for x in batches])
+
+
+@torch.no_grad()
+def recomputed(model: GPT, ids: Tensor, positions: Iterable[int]) -> tuple[Tensor, np.ndarray]:
+    """Read at these positions only, each from the last seq_len tokens alone. -> nats, ms."""
+    nll, ms = [], []
+    for p in positions:
+        began = clock(ids.device)
+        x = model.hidden(ids[:, max(0, p + 1 - model.cfg.seq_len) : p + 1])
+        nll.append(-model.logprobs(x[:, -1:], ids[:, p + 1 : p + 2]))
+        ms.append(clock(ids.device) - began)
+    return torch.cat(nll, dim=1), np.array(ms)
+
+
+# --------------------------------------------------------------------------------------------------
+# What the heads look at
+
+
+@torch.no_grad()
+def attention_maps(model: GPT, ids: Tensor) -> Tensor:
+    """Return the weights of every head on ids (B, T): (layers, B, H, T, T + 1), the sink last."""
+    maps, T = [], ids.size(1)
+    mask = training_mask(None, model.cfg.sliding_window, T, torch.device("cpu"))
+    if mask.bias is not None:
+        mask = Mask(bias=mask.bias.to(ids.device))
+
+    def record(attn: Attention, args: tuple, output: Tensor) -> None:
+        q, k, _ = attn.project(*args[:3])
+        weights = attention_weights(q, k, attn.sinks, mask)
+        maps.append(F.pad(weights, (0, T + 1 - weights.size(-1))).float().cpu())
+
+    hooks = [block.attn.register_forward_hook(record) for block in model.blocks]
+    try:
+        model.hidden(ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(maps)
+
+
+def entropy(maps: Tensor) -> Tensor:
+    """Return nats of each query's attention over the tokens: (..., T, T + 1) -> (..., T)."""
+    tokens = maps[..., :-1]  # the sink is set aside
+    return torch.special.entr(tokens / tokens.sum(-1, keepdim=True)).sum(-1)
+
+
+def head_numbers(maps: Tensor) -> dict[str, Tensor]:
+    """Return numbers of every query, from maps (layers, B, H, T, T + 1): (layers, B, H, T) each."""
+    shares = {"first_token_share": maps[..., 0], "sink_share": maps[..., -1]}
+    return {"attention_entropy": entropy(maps), **shares}
+
+
+def by_head(numbers: dict[str, Tensor], sinks: bool, skip: int = 0, where: str = "") -> list[Row]:
+    """Return means over all queries but the first `skip`; the rows B are independent parts.
+
+    Beside each stands what a head has that looks at all it can see alike: the i-th query has
+    (without a window) entropy ln i, 1/i for the first token, or 1/(i + 1) for the sink.
+    """
+    layers, B, H, T = numbers["attention_entropy"].shape
+    i = torch.arange(1 + skip, 1 + T)
+    uniform = {"attention_entropy": i.log(), "first_token_share": 1 / i}
+    if sinks:
+        uniform["sink_share"] = 1 / (i + 1)
+    rows = []
+    for metric, alike in uniform.items():
+        for layer in range(layers):
+            for head in range(H):
+                sums = numbers[metric][layer, :, head, skip:].double().sum(-1)  # (B,)
+                mean = ratio(sums.tolist(), [len(i)] * B)
+                extra = {"layer": layer + 1, "head": head + 1, "uniform": alike.mean().item()}
+                protocol = f"{where}layer {layer + 1} head {head + 1}"
+                rows.append(Row(metric, protocol, mean, extra=extra))
+    return rows
+
+
+def streams(subject: Subject, cfg: EvalConfig, length: int) -> tuple[Tensor, bool]:
+    """Return rows (n_streams or fewer, length + 1), and whether each is in one document."""
+    spec, tokenizer = cfg.streaming, subject.tokenizer
+    try:
+        rows = Mixture(spec, cfg.data_dir, "val", length, 0, tokenizer, subject.headerless)
+    except UserError as error:
+        streams = f"streams of {FACTOR} x seq_len = {length} tokens"
+        raise UserError(f"streaming={spec} has no validation text in {streams}: {error}") from None
+    ids = rows.validation(0, min(rows.n_rows, 16 * cfg.n_streams))
+    whole = ids[(ids != tokenizer.eos).all(1)]
+    if not len(whole):
+        print(f"eval streaming: no document of {spec} has {length} tokens; the streams run on")
+    chosen = whole if len(whole) else ids
+    return chosen[: cfg.n_streams].to(subject.device), len(whole) > 0
+
+
+def mean_loss(nll: Tensor, chosen: np.ndarray) -> Estimate:
+    """Return the mean of chosen columns of nats (n, P); the streams are the independent parts."""
+    nll = nll.cpu()[:, chosen].double()
+    return ratio(nll.sum(1).tolist(), [nll.size(1)] * len(nll))
+
+
+def buckets(
+    metric: str, how: str, at: np.ndarray, width: int, estimate: Callable[[np.ndarray], Estimate]
+) -> list[Row]:
+    """Return a row for every `width` positions: estimate(which of the positions `at` are in it)."""
+    rows = []
+    for first in np.unique(at // width) * width:
+        inside = at // width == first // width
+        extra = {"position": int(first), "width": width}
+        protocol = f"{how} {first}-{first + width - 1}"
+        rows.append(Row(metric, protocol, estimate(inside), extra=extra))
+    return rows
+
+
+def loss_rows(how: str, at: np.ndarray, width: int, nll: Tensor) -> list[Row]:
+    """Return the loss by position."""
+    return buckets("loss_at_position", how, at, width, lambda inside: mean_loss(nll, inside))
+
+
+def time_rows(how: str, at: np.ndarray, width: int, ms: np.ndarray) -> list[Row]:
+    """Return ms per token by position: the fastest, because other work on a machine only adds."""
+
+    def fastest(inside: np.ndarray) -> Estimate:
+        return Estimate(float(ms[inside].min()), int(inside.sum()))
+
+    return buckets("ms_per_token", how, at, width, fastest)
+
+
+def against_recompute(losses: dict[str, Tensor], T: int, at: np.ndarray) -> list[Row]:
+    """Return the loss within and beyond the training context at `at`, where all are known."""
+    rows = []
+    for metric, chosen in (("loss_within_context", at < T), ("loss_beyond_context", at >= T)):
+        means = {how: mean_loss(nll, chosen) for how, nll in losses.items()}
+        rows += [Row(metric, how, mean) for how, mean in means.items()]
+        for how in ("rolling", "dense"):
+            gap = difference(means["recompute"].items, means[how].items)
+            rows.append(Row(metric, f"{how} - recompute", gap))
+    return rows
+
+
+def trained(subject: Subject, cfg: EvalConfig) -> list[str]:
+    """Return all stages that write text but the untrained one."""
+    return subject.policies[1:]
+
+
+@task("streaming", ("streaming",), ("*val*.bin",), ("n_streams",), trained)
+def streaming(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
+    """Measure loss, ms per token and cache bytes by position, and what sink and first token get.
+
+    recompute takes eight positions of every training context, and so do the comparisons with it.
+    Time and memory are of one stream.
+    """
+    model = subject.model(stage)
+    T, P = model.cfg.seq_len, FACTOR * model.cfg.seq_len
+    width = max(1, T // 2)
+    ids, one_document = streams(subject, cfg, P)
+    every, few = np.arange(P), np.arange(width // 8, P, max(1, width // 4))
+    nll = {"rolling": cached(model, ids, T)[0], "dense": dense(model, ids)}
+    nll["recompute"] = recomputed(model, ids, few)[0]
+    _, rolling_ms, rolling_bytes = cached(model, ids[:1], T)
+    _, dense_ms, dense_bytes = cached(model, ids[:1], P)
+    rows = loss_rows("rolling", every, width, nll["rolling"])
+    rows += time_rows("rolling", every, width, rolling_ms)
+    rows += loss_rows("dense", every, width, nll["dense"])
+    rows += time_rows("dense", every, width, dense_ms)
+    rows += loss_rows("recompute", few, T, nll["recompute"])
+    rows += time_rows("recompute", few, width, recomputed(model, ids[:1], few)[1])
+
+    def dense_size(inside: np.ndarray) -> Estimate:
+        return Estimate(dense_bytes * int(every[inside][-1] + 1) // P, 1)
+
+    size = Estimate(rolling_bytes, 1)
+    rows += buckets("cache_bytes", "rolling", every, width, lambda inside: size)
+    rows += buckets("cache_bytes", "dense", every, width, dense_size)
+    nll |= {how: nll[how][:, few] for how in ("rolling", "dense")}
+    rows += against_recompute(nll, T, few)
+    # One stream at a time, because maps are large.
+    parts = [head_numbers(attention_maps(model, row)) for row in ids[:, :T].split(1)]
+    numbers = {key: torch.cat([part[key] for part in parts], dim=1) for key in parts[0]}
+    rows += by_head(numbers, model.cfg.sinks, T // 2)
+    about = {"seq_len": T, "one_document": one_document}
+    return [replace(row, split="val", extra=about | row.extra) for row in rows]
+
+
+@task("attention", data=("sentences",))
+def attention(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
+    """Measure every head on each of the given sentences; attention/ keeps the weights, to draw.
+
+    The untrained model stands beside the trained ones: what it has too is no finding.
+    """
+    model, tokenizer = subject.model(stage), subject.tokenizer
+    rows = []
+    sentences = filter(None, map(str.strip, cfg.sentences.split(";")))
+    for number, text in enumerate(sentences, 1):
+        ids = tokenizer.encode(text)
+        if not 2 <= len(ids) <= model.cfg.seq_len:
+            wanted = f"2 to seq_len={model.cfg.seq_len} (sentences are separated by ;)"
+            raise UserError(f"sentence {text!r} has {len(ids)} tokens: give one of {wanted}")
+        maps = attention_maps(model, torch.tensor([ids], device=subject.device))
+        heads = by_head(head_numbers(maps), model.cfg.sinks, where=f"sentence {number} ")
+        rows += sentence_rows(heads, f"sentence {number}")
+        tokens = map(tokenizer.bpe.decode_single_token_bytes, ids)
+        kept = {"text": text, "tokens": [token.decode("utf-8", "replace") for token in tokens]}
+        kept |= {"sinks": model.cfg.sinks, "maps": maps[:, 0].double().numpy().round(5).tolist()}
+        path = os.path.join(cfg.out_dir, "attention", f"{stage}_{number}.jsonl")
+        write_jsonl(path, [kept])
+    return [replace(row, split="sentences") for row in rows]
+
+
+def sentence_rows(heads: list[Row], protocol: str) -> list[Row]:
+    """Return the heads' values, without intervals (one sentence has none), and their means."""
+    rows = [replace(row, estimate=Estimate(row.estimate.value, row.estimate.n)) for row in heads]
+    for metric in dict.fromkeys(row.metric for row in heads):
+        own = [row for row in heads if row.metric == metric]
+        value = sum(row.estimate.value for row in own) / len(own)
+        extra = {"uniform": own[0].extra["uniform"]}
+        rows.append(Row(metric, protocol, Estimate(value, len(own)), extra=extra))
+    return rows

@@ -1,0 +1,110 @@
+"""Numbers with their uncertainty, and with their items, by which two models are compared."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+# Of a mean, by the name under which items are kept.
+TRANSFORMS = {"": lambda x: x, "exp": np.exp, "bits": lambda x: x / math.log(2)}
+
+
+@dataclass(frozen=True)
+class Items:
+    """The parts of one number, which is transform(sum of num / sum of den)."""
+
+    num: list[float]
+    den: list[float]
+    transform: str = ""  # a name of TRANSFORMS
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One number, with its 95 % interval where it has one."""
+
+    value: float
+    n: int
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None  # of a difference: how likely it is where there is none
+    items: Items | None = None
+
+    def as_json(self) -> dict:
+        """Return the fields that a row of results.jsonl holds; what is not known is left out."""
+        known = {"value": self.value, "low": self.low, "high": self.high, "p": self.p, "n": self.n}
+        return {name: value for name, value in known.items() if value is not None}
+
+
+def wilson(hits: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Return the 95 % interval of a proportion (Wilson 1927)."""
+    p = hits / n
+    centre = p + z * z / (2 * n)
+    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+
+
+def proportion(flags: Iterable[float]) -> Estimate:
+    """Return the share of flags that hold, with Wilson's interval. A tie is a half."""
+    hits = [float(flag) for flag in flags]
+    total, n = sum(hits), len(hits)
+    return Estimate(total / n, n, *wilson(total, n), items=Items(hits, [1] * n))
+
+
+def bootstrap(n: int, draws: int = 1000) -> np.ndarray:
+    """Return numbers of items drawn with replacement (draws, n), alike for all of one n."""
+    return np.random.default_rng(0).integers(0, n, (draws, n))
+
+
+def ratio(num: Sequence[float], den: Sequence[float], transform: str = "") -> Estimate:
+    """Return transform(sum / sum) over independent parts; the interval is of bootstrap draws."""
+    a, b, f = np.array(num, float), np.array(den, float), TRANSFORMS[transform]
+    draws = bootstrap(len(a))
+    low, high = np.quantile(a[draws].sum(1) / b[draws].sum(1), [0.025, 0.975])
+    value = float(f(a.sum() / b.sum()))
+    items = Items(a.tolist(), b.tolist(), transform)
+    return Estimate(value, int(b.sum()), float(f(low)), float(f(high)), items=items)
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    """Return the mean of independent values, with its bootstrap interval."""
+    return ratio(values, np.ones(len(values)))
+
+
+def difference(before: Items, after: Items) -> Estimate:
+    """Return after - before, paired item by item; ValueError where the items are not the same.
+
+    The p-value is McNemar's exact one (1947) where items are right or wrong, else the bootstrap's.
+    """
+    a, n = np.array(before.num), np.array(before.den)
+    b, m = np.array(after.num), np.array(after.den)
+    if before.transform != after.transform or len(a) != len(b) or (n != m).any():
+        raise ValueError(f"{len(a)} and {len(b)} items are not the same ones")
+    f, draws = TRANSFORMS[before.transform], bootstrap(len(a))
+    deltas = f(b[draws].sum(1) / m[draws].sum(1)) - f(a[draws].sum(1) / n[draws].sum(1))
+    if set(a) | set(b) <= {0.0, 1.0} and (n == 1).all():  # right or wrong
+        p = mcnemar(int((b > a).sum()), int((b < a).sum()))
+    else:
+        smaller_tail = min((deltas <= 0).sum(), (deltas >= 0).sum())
+        p = min(1.0, 2 * (1 + smaller_tail) / (1 + len(deltas)))
+    low, high = np.quantile(deltas, [0.025, 0.975])
+    value = float(f(b.sum() / m.sum()) - f(a.sum() / n.sum()))
+    return Estimate(value, len(a), float(low), float(high), float(p))
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Return the two-sided exact p of `gained` items newly right and `lost` newly wrong."""
+    n, k = gained + lost, min(gained, lost)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+
+
+def auc(scores: Sequence[float], labels: Sequence[bool]) -> float:
+    """Return the probability that right is above wrong, ties counting half; nan without both."""
+    scores, labels = np.array(scores, float), np.array(labels, bool)
+    if labels.all() or not labels.any():
+        return math.nan
+    order = np.sort(scores)
+    left, right = np.searchsorted(order, scores, "left"), np.searchsorted(order, scores, "right")
+    ranks, n_right = (left + right + 1) / 2, labels.sum()
+    above = ranks[labels].sum() - n_right * (n_right + 1) / 2
+    return float(above / (n_right * (~labels).sum()))

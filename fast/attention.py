@@ -1,0 +1,151 @@
+"""Attention on fused kernels, with sinks, windows and documents.
+
+    device  sinks  mask                     kernel
+    any     any    blocks                   flex: FlexAttention skips the blocks that are masked
+    any     no     causal, bias or none     dense: torch's scaled_dot_product_attention
+    cpu     yes    causal, bias or none     flash_sinks
+    cuda    yes    causal, in 16 bits       flash_sinks
+    else                                    none: the plain maths of model.py
+
+Shapes: B batch, H query heads, K key/value heads (H a multiple of K), T queries, S keys, D width.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+import fast
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Mask:
+    """A Mask says which keys a query sees; Mask() lets every query see every key."""
+
+    causal: bool = False  # the last query stands at the last key and sees all, others less
+    bias: Tensor | None = None  # (B or 1, 1, T, S): 0 where a query sees a key, -inf elsewhere
+    blocks: BlockMask | None = None  # the same for FlexAttention
+
+
+def kernel_for(q: Tensor, k: Tensor, sinks: Tensor | None, mask: Mask) -> Callable | None:
+    """Return the kernel(q, k, v, sinks, mask) of the table above, or None."""
+    if not fast.ENABLED:
+        return None
+    if mask.blocks is not None:
+        return flex
+    if sinks is None:
+        return dense
+    square = mask.causal and q.size(2) == k.size(2)
+    flash_on_cuda = q.is_cuda and square and q.dtype in (torch.bfloat16, torch.float16)
+    return flash_sinks if flash_on_cuda or q.device.type == "cpu" else None
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, sinks: None, mask: Mask) -> Tensor:
+    """Attention without sinks: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D)."""
+    bias = None if mask.bias is None else mask.bias.to(q.dtype)
+    causal, grouped = is_causal(q, mask), q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, enable_gqa=grouped)
+
+
+def is_causal(q: Tensor, mask: Mask) -> bool:
+    """Say whether a kernel must mask; a single query sees every key."""
+    return mask.causal and q.size(2) > 1
+
+
+# ------------------------------------------------------------------------------------------------
+# Documents and windows on CUDA
+
+
+@functools.cache
+def compiled_flex() -> Callable:
+    """FlexAttention pays only when compiled, and is compiled once."""
+    return torch.compile(flex_attention)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, mask: Mask) -> Tensor:
+    """Attention over a block mask; sinks need only its log-sum-exp, which is differentiable."""
+    grouped = q.size(1) != k.size(1)
+    attend = compiled_flex()
+    o, lse = attend(q, k, v, block_mask=mask.blocks, return_lse=True, enable_gqa=grouped)
+    return o if sinks is None else o * sink_gate(lse, sinks).to(o.dtype)
+
+
+def block_mask(allowed: Callable, batch: int, T: int, device: torch.device) -> Mask:
+    """Return the mask of allowed(b, h, q, k) for FlexAttention."""
+    return Mask(blocks=create_block_mask(allowed, batch, None, T, T, device=device))
+
+
+# ------------------------------------------------------------------------------------------------
+# Sinks on a flash kernel that knows none
+
+
+def sink_gate(lse: Tensor, sinks: Tensor) -> Tensor:
+    """Return the share of the softmax that the sink leaves to the keys: (B, H, T, 1).
+
+    A sink adds exp(s) to the denominator exp(lse), so that every output is scaled by
+    exp(lse) / (exp(lse) + exp(s)) = sigmoid(lse - s).
+    """
+    return torch.sigmoid(lse - sinks.view(1, -1, 1).to(lse.dtype)).unsqueeze(-1)
+
+
+def flash_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, mask: Mask) -> Tensor:
+    """Attention with one sink logit per head: q (B, H, T, D), k and v (B, K, S, D), sinks (H,)."""
+    bias = None if mask.bias is None else mask.bias.to(q.dtype)
+    causal = is_causal(q, mask)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return FlashSinks.apply(q, k, v, sinks, bias, causal)
+    return flash(q, k, v, sinks, bias, causal)[0]  # an autograd function costs more than a token
+
+
+def flash(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, bias: Tensor | None, causal: bool
+) -> tuple:
+    """Return output (B, H, T, D), lse (B, H, T), gate (B, H, T, 1) and the kernel's own state."""
+    if q.is_cuda:
+        o, lse, *state = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
+        state = state[:6]  # cum_seq_q, cum_seq_k, max_q, max_k, rng state, unused
+    else:
+        kernel = aten._scaled_dot_product_flash_attention_for_cpu
+        o, lse = kernel(q, k, v, 0.0, causal, attn_mask=bias)
+        state = []
+    gate = sink_gate(lse, sinks)
+    return o.mul_(gate.to(o.dtype)), lse, gate, state
+
+
+class FlashSinks(torch.autograd.Function):
+    """out = o * g with g = sigmoid(lse - s), and its gradients by the kernel's own backward pass.
+
+    Flash backward uses `out` for D = rowsum(dout * out) alone. So out = o * g together with
+    dout * g gives the exact gradients of q, k and v. That of s is -sum((1 - g) * D).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, bias: Tensor | None, causal: bool
+    ) -> Tensor:
+        out, lse, gate, ctx.kernel_state = flash(q, k, v, sinks, bias, causal)
+        ctx.save_for_backward(q, k, v, out, lse, gate, bias)
+        ctx.sink_dtype, ctx.causal = sinks.dtype, causal
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple:
+        q, k, v, out, lse, gate, bias = ctx.saved_tensors
+        dgate = (dout * gate.to(dout.dtype)).contiguous()
+        if q.is_cuda:
+            kernel = aten._scaled_dot_product_flash_attention_backward
+            sizes, rng = ctx.kernel_state[:4], ctx.kernel_state[4:]
+            dq, dk, dv = kernel(dgate, q, k, v, out, lse, *sizes, 0.0, True, *rng)
+        else:
+            kernel = aten._scaled_dot_product_flash_attention_for_cpu_backward
+            dq, dk, dv = kernel(dgate, q, k, v, out, lse, 0.0, ctx.causal, attn_mask=bias)
+        d = (dout * out).sum(-1, keepdim=True).to(gate.dtype)  # (B, H, T, 1)
+        dsinks = -((1 - gate) * d).sum(dim=(0, 2, 3)).to(ctx.sink_dtype)
+        return dq, dk, dv, dsinks, None, None

@@ -1,0 +1,84 @@
+"""Muon over all matrices of one shape at once, with the update of torch.optim.Muon.
+
+Sources: kellerjordan.github.io/posts/muon and arXiv 2502.16982.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, then the nearest (semi-)orthogonal matrix by Newton-Schulz iterations.
+
+    Parameters are matrices (m, n) or stacks of them (E, m, n). The iterations run in bf16 on a GPU
+    and in float32 on a CPU, where bf16 costs 16 x as much (docs/log.md).
+    """
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        lr: float = 0.02,  # for updates of unit spectral norm
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,  # decoupled
+        ns_steps: int = 5,  # Newton-Schulz iterations
+        dtype: torch.dtype | None = None,  # of the iterations; None = as above
+    ):
+        defaults = {"lr": lr, "momentum": momentum}
+        super().__init__(params, defaults | {"weight_decay": weight_decay, "ns_steps": ns_steps})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            for (rows, columns, _), members in self.updates_by_shape(group).items():
+                updates = [full_tensor(update).view(-1, rows, columns) for _, update in members]
+                sizes = [len(update) for update in updates]
+                updates = self.orthogonalize(torch.cat(updates), group["ns_steps"]).split(sizes)
+                lr = group["lr"] * math.sqrt(max(1, rows / columns))
+                for (p, _), update in zip(members, updates, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(shard_like(update.reshape(p.shape).to(p.dtype), p), alpha=-lr)
+
+    def updates_by_shape(self, group: dict) -> dict[tuple, list[tuple[Tensor, Tensor]]]:
+        """Return {(rows, columns, ...): [(parameter, its Nesterov momentum)]}."""
+        by_shape = {}
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            buffer.lerp_(p.grad, 1 - group["momentum"])
+            update = p.grad.lerp(buffer, group["momentum"])
+            # a model that FSDP shares out may not fit whole: one of its matrices at a time
+            alone = id(p) if isinstance(p, DTensor) else None
+            by_shape.setdefault((*p.shape[-2:], alone), []).append((p, update))
+        return by_shape
+
+    def orthogonalize(self, g: Tensor, steps: int) -> Tensor:
+        """Return U V^T of each matrix of g (n, rows, columns), approximately.
+
+        Singular values end between about 0.7 and 1.2. Coefficients: Keller Jordan's quintic.
+        """
+        x = g.to(self.dtype or (torch.bfloat16 if g.is_cuda else torch.float32))
+        tall = x.size(-2) > x.size(-1)
+        x = x.transpose(-1, -2) if tall else x
+        x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+        for _ in range(steps):
+            a = x @ x.transpose(-1, -2)
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        return x.transpose(-1, -2) if tall else x
+
+
+def full_tensor(x: Tensor) -> Tensor:
+    """Return all of a tensor of which FSDP gave this rank a shard."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def shard_like(x: Tensor, like: Tensor) -> Tensor:
+    """Return x sharded as FSDP shards `like`; every rank has all of x, so that nothing is sent."""
+    if not isinstance(like, DTensor):
+        return x
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)

@@ -1,0 +1,224 @@
+"""This module samples text from a model: one row or many, a rolling cache, a seed per row."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model import GPT, Mask, ModelConfig
+
+
+class KVCache:
+    """A cache keeps the rotated keys and the values of the last `slots` tokens in every layer.
+
+    When the slots are full, the oldest are overwritten: memory and time per token stay constant,
+    and the model sees the last `slots` tokens, no more. Rows of unequal length are padded on the
+    left; nothing attends to the pads, and RoPE does not mind the shift.
+    """
+
+    def __init__(
+        self, cfg: ModelConfig, batch: int, slots: int, device: torch.device, dtype: torch.dtype
+    ):
+        shape = (cfg.n_layer, batch, cfg.n_kv_head, slots, cfg.d_head)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        # whether a slot holds a token and not a pad, and the position of its token
+        self.real = torch.ones(batch, slots, device=device, dtype=torch.bool)
+        self.pos = torch.full((slots,), -1, device=device)
+        self.slots = slots
+        self.window = cfg.sliding_window or slots
+        self.length = 0  # tokens seen so far
+        self.padded = False
+
+    def reserve(self, T: int, pads: Tensor | None = None) -> tuple[Tensor, Mask]:
+        """Take slots for T further tokens. -> their positions (T,), what they may attend to."""
+        assert T == 1 or self.length + T <= self.slots, "a full cache rolls token by token"
+        pos = torch.arange(self.length, self.length + T, device=self.pos.device)
+        self.taken = pos % self.slots
+        self.pos[self.taken] = pos
+        self.real[:, self.taken] = True if pads is None else pos >= pads[:, None]
+        self.length += T
+        self.used = min(self.length, self.slots)
+        self.padded |= pads is not None
+        first = self.length == T  # else a single token sees all that is stored
+        if not self.padded and self.used <= self.window and (first or T == 1):
+            return pos, Mask(causal=first)
+        age = pos[:, None] - self.pos[: self.used]  # (T, used)
+        seen = (age >= 0) & (age < self.window) & self.real[:, None, : self.used]
+        seen = seen | (age == 0)  # a pad sees itself: no 0/0
+        bias = torch.zeros(seen.shape, device=seen.device, dtype=self.k.dtype)
+        return pos, Mask(bias=bias.masked_fill_(~seen, -math.inf).unsqueeze(1))
+
+    def put(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, K, T, D) in the reserved slots. -> everything stored, (B, K, used, D)."""
+        if self.taken.numel() == 1:  # a slice is written faster than an index
+            slot = (self.length - 1) % self.slots
+            self.k[layer, :, :, slot] = k[:, :, 0]
+            self.v[layer, :, :, slot] = v[:, :, 0]
+        else:
+            self.k[layer].index_copy_(2, self.taken, k.to(self.k.dtype))
+            self.v[layer].index_copy_(2, self.taken, v.to(self.v.dtype))
+        return self.k[layer, :, :, : self.used], self.v[layer, :, :, : self.used]
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows of the batch but these."""
+        self.k = self.k[:, rows]
+        self.v = self.v[:, rows]
+        self.real = self.real[rows]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """These settings say how an id is drawn; the defaults draw from the model's distribution."""
+
+    temperature: float = 1.0  # 0 = greedy: the most likely id
+    top_k: int | None = None  # keep the k most likely ids
+    top_p: float | None = None  # keep the smallest set of this probability
+    min_p: float | None = None  # keep ids of this share of the best one's (arXiv 2407.01082)
+
+
+PLAIN = Sampling()
+GREEDY = Sampling(temperature=0)
+
+
+def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
+    """Set the logits (B, vocab) outside the smallest set of probability top_p to -inf."""
+    ordered, order = logits.sort(descending=True)
+    probs = ordered.softmax(-1)
+    beyond = probs.cumsum(-1) - probs >= top_p
+    beyond[:, 0] = False  # the most likely id always stays
+    ordered = ordered.masked_fill(beyond, -math.inf)
+    return torch.full_like(logits, -math.inf).scatter(1, order, ordered)
+
+
+def sample(logits: Tensor, sampling: Sampling = PLAIN, draws: Tensor | None = None) -> Tensor:
+    """Return the next ids (B,) for logits (B, vocab).
+
+    draws (B,): uniform numbers in [0, 1), which decide the rows by inversion of the distribution.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / sampling.temperature
+    if sampling.min_p:
+        lowest = logits.amax(-1, keepdim=True) + math.log(sampling.min_p)
+        logits = logits.masked_fill(logits < lowest, -math.inf)
+    if sampling.top_k and sampling.top_k < logits.size(-1):
+        lowest = logits.topk(sampling.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < lowest, -math.inf)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        logits = keep_top_p(logits, sampling.top_p)
+    if draws is None:
+        draws = torch.rand(len(logits), device=logits.device)
+    below = logits.softmax(-1).cumsum(-1)  # (B, vocab)
+    # rounding must not carry a draw to the very end, where ids of probability 0 stand
+    draws = draws.to(below).clamp(max=1 - 2**-23)
+    place = (draws * below[:, -1]).unsqueeze(1)
+    return torch.searchsorted(below, place, right=True).squeeze(1)
+
+
+Ids = list[int]
+Seed = int | tuple[int, ...]
+Seeds = Sequence[Seed] | None  # None: 0, 1, 2, ...
+Stop = tuple[int, ...]
+Calculate = Callable[[Ids], Ids] | None  # the ids that must follow those of a row so far
+
+
+class Writer:
+    """A writer holds the state of one row: its random numbers, its ids, whether it has ended."""
+
+    def __init__(self, seed: Seed, stop: Stop, calculator: Calculate):
+        self.random = np.random.default_rng(seed)
+        self.stop = stop
+        self.calculator = calculator
+        self.ids = []
+        self.pending = []  # ids of the calculator that are still to be written
+        self.done = False
+
+    def write(self, token: int) -> int:
+        """Write the sampled id, or the calculator's in its place. -> the id written"""
+        if self.pending:
+            token = self.pending.pop(0)
+        elif self.calculator is not None:
+            self.pending = self.calculator([*self.ids, token])
+        self.ids.append(token)
+        self.done = token in self.stop
+        return token
+
+
+def pad_left(prompts: list[Ids], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Return the prompts as a tensor (B, T), and the pads of each (B,) where there are any."""
+    width = max(map(len, prompts))
+    pads = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
+    idx = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+    return idx, pads if pads.any() else None
+
+
+@torch.no_grad()
+def stream(
+    model: GPT,
+    prompts: list[Ids],
+    max_new_tokens: int,
+    stop: Stop = (),
+    seeds: Seeds = None,
+    sampling: Sampling = PLAIN,
+    calculator: Calculate = None,
+) -> Iterator[dict[int, int]]:
+    """Yield, step by step, {row: new id} of all rows that have not ended; see generate()."""
+    if not prompts:
+        return
+    device = model.embed.weight.device
+    slots = min(model.cfg.seq_len, max(map(len, prompts)) + max_new_tokens)
+    idx, pads = pad_left([prompt[-slots:] for prompt in prompts], device)
+    cache = KVCache(model.cfg, len(prompts), slots, device, model.embed.weight.dtype)
+    if seeds is None:
+        seeds = range(len(prompts))
+    writers = [Writer(seed, stop, calculator) for seed in seeds]
+    rows = list(range(len(prompts)))  # the prompt that each row of the batch belongs to
+
+    x = model.hidden(idx, cache=cache, pads=pads)[:, -1]
+    for step in range(max_new_tokens):
+        draws = [writers[row].random.random(dtype=np.float32) for row in rows]
+        ids = sample(model.logits(x), sampling, torch.tensor(draws, device=device))
+        written = {}
+        for i, token in enumerate(ids.tolist()):
+            row = rows[i]
+            if not writers[row].done:
+                written[row] = writers[row].write(token)
+                if written[row] != token:
+                    ids[i] = written[row]
+        yield written
+
+        running = [i for i, row in enumerate(rows) if not writers[row].done]
+        if not running or step + 1 == max_new_tokens:
+            return
+        if len(running) <= 0.8 * len(rows):  # now and then: each time costs a copy of the cache
+            keep = torch.tensor(running, device=device)
+            cache.keep(keep)
+            ids = ids[keep]
+            rows = [rows[i] for i in running]
+        x = model.hidden(ids.unsqueeze(1), cache=cache)[:, -1]
+
+
+def generate(
+    model: GPT,
+    prompts: list[Ids],
+    max_new_tokens: int,
+    stop: Stop = (),
+    seeds: Seeds = None,
+    sampling: Sampling = PLAIN,
+    calculator: Calculate = None,
+) -> list[Ids]:
+    """Return the new ids of every prompt, sampled all at once; a row ends with its first stop id.
+
+    A row depends on its prompt and its seed alone, not on the rows beside it. The cache has room
+    for the prompt and max_new_tokens, at most seq_len, beyond which it rolls; longer prompts lose
+    their beginning. What a calculator hands over is written in place of sampled ids.
+    """
+    texts = [[] for _ in prompts]
+    for step in stream(model, prompts, max_new_tokens, stop, seeds, sampling, calculator):
+        for row, token in step.items():
+            texts[row].append(token)
+    return texts

@@ -1,0 +1,165 @@
+"""This module samples solutions of word problems and checks them, with a calculator if wanted.
+
+A problem is {question, answer}; its answer ends with "#### " and a number, as in GSM8K (Cobbe et
+al. 2021, arXiv 2110.14168).
+"""
+
+import ast
+import hashlib
+import operator
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from corpus.chat import render_prompt, user_turn
+from corpus.tokenizer import Tokenizer
+from inference.answers import answer_text, stops
+from inference.sampling import Sampling, generate
+from model import GPT
+
+# ------------------------------------------------------------------------------------------------
+# Answers and arithmetic
+
+
+def final_answer(text: str) -> str | None:
+    """Return the number after ####, commas removed, or None (GSM8K's strict match)."""
+    found = re.search(r"#### (\-?[0-9\.\,]+)", text)
+    return found[1].replace(",", "").rstrip(".") if found else None
+
+
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.UAdd: operator.pos,
+    ast.USub: operator.neg,
+}
+
+
+def value_of(node: ast.expr) -> float:
+    """Return the value of a parsed expression. Raises LookupError where it is no arithmetic."""
+    match node:
+        case ast.Constant(int() | float() as value):
+            return float(value)
+        case ast.UnaryOp(sign, operand):
+            return OPERATORS[type(sign)](value_of(operand))
+        case ast.BinOp(left, sign, right):
+            return OPERATORS[type(sign)](value_of(left), value_of(right))
+    raise LookupError(node)
+
+
+def arithmetic(text: str) -> float | None:
+    """Return the value of an expression of + - * / // ( ) and decimal numbers.
+
+    It is None for anything else, for more than 64 characters, for a division by zero and for 10^15
+    or more: nothing that a model can write is run, hangs or raises.
+    """
+    if len(text) > 64:
+        return None
+    text = " ".join(text.replace(",", "").split())  # any white space separates
+    if not re.fullmatch(r"[\d.+\-*/() ]+", text):
+        return None
+    text = re.sub(r"(?<![\d.])0+(?=\d)", "", text)  # 007 is a number, though not in Python
+    try:
+        value = value_of(ast.parse(text, mode="eval").body)
+    except (SyntaxError, LookupError, ZeroDivisionError):
+        return None
+    return value if abs(value) < 1e15 else None
+
+
+class Calculator:
+    """A calculator finishes what a model writes: after <<48/2= it hands over 24>>."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, ids: list[int]) -> list[int]:
+        """Return the ids of the result and >> where ids end in an open <<expression=, else none."""
+        if b"=" not in self.tokenizer.bpe.decode_single_token_bytes(ids[-1]):
+            return []
+        asked = re.search(r"<<([^<>=]*)=$", self.tokenizer.decode(ids[-70:]))
+        value = arithmetic(asked[1]) if asked else None
+        if value is None:
+            return []
+        digits = f"{round(value, 6) + 0.0:.6f}"  # + 0.0 makes 0 of -0
+        return self.tokenizer.encode(digits.rstrip("0").rstrip(".") + ">>")
+
+
+# ------------------------------------------------------------------------------------------------
+# Solutions
+
+BATCH = 512  # solutions that are sampled at once
+
+
+@dataclass(frozen=True)
+class Attempts:
+    """These settings say how many solutions of each problem are sampled, and how."""
+
+    n_samples: int
+    temperature: float
+    max_new_tokens: int
+    calculator: bool = False
+    seed: int = 0
+
+
+def seed_of(question: str) -> int:
+    """Return a number that depends on the question alone."""
+    return int(hashlib.sha256(question.encode()).hexdigest()[:8], 16)
+
+
+def checked(ids: list[int], answer: str, tokenizer: Tokenizer) -> dict:
+    """Return a solution {ids, text, stopped, correct}, checked by its final answer."""
+    text = answer_text(ids, tokenizer)
+    found = final_answer(text)
+    correct = found is not None and found == final_answer(answer)
+    return {"ids": ids, "text": text, "stopped": ids[-1] in stops(tokenizer), "correct": correct}
+
+
+def solve(
+    model: GPT,
+    tokenizer: Tokenizer,
+    problems: list[dict],
+    attempts: Attempts,
+    log: Callable[[str], None] = print,
+) -> list[dict]:
+    """Sample solutions of every problem. -> [{question, answer, solutions: [...]}], see checked().
+
+    Prompts of similar length share a batch. The solutions of a problem depend on it and the seed
+    alone, not on the other problems or on the processes that share them.
+    """
+    rows = [{**problem, "solutions": []} for problem in problems]
+    prompts = [render_prompt(user_turn(row["question"]), tokenizer) for row in rows]
+    by_length = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
+    order = [(i, k) for i in by_length for k in range(attempts.n_samples)]
+    sampling = Sampling(attempts.temperature)
+    calculator = Calculator(tokenizer) if attempts.calculator else None
+    began = time.perf_counter()
+    n_tokens = 0
+    for first in range(0, len(order), BATCH):
+        part = order[first : first + BATCH]
+        texts = generate(
+            model,
+            [prompts[i] for i, _ in part],
+            attempts.max_new_tokens,
+            stops(tokenizer),
+            [(attempts.seed, seed_of(rows[i]["question"]), k) for i, k in part],
+            sampling,
+            calculator,
+        )
+        for (i, _), ids in zip(part, texts, strict=True):
+            rows[i]["solutions"].append(checked(ids, rows[i]["answer"], tokenizer))
+            n_tokens += len(ids)
+        n_done = first + len(part)
+        if n_done == len(order) or (first // BATCH) % 4 == 3:
+            log(progress(n_done, len(order), n_tokens, time.perf_counter() - began))
+    return rows
+
+
+def progress(n_done: int, n_all: int, n_tokens: int, seconds: float) -> str:
+    """Return a line that says how far the sampling is."""
+    eta = seconds * (n_all / n_done - 1)
+    speed = n_tokens / seconds
+    return f"sampled {n_done}/{n_all} solutions | {speed:,.0f} tok/s | eta {eta:.0f} s"

@@ -1,0 +1,1 @@
+"""What stands under every run: files, processes, checkpoints, the run folder and its budget."""

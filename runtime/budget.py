@@ -1,0 +1,103 @@
+"""What a run costs: FLOPs, memory, disk, and the share of a GPU's peak that it reaches."""
+
+import os
+import shutil
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from configurator import UserError
+from runtime.world import World
+
+# bf16 dense peak FLOP/s by device name, from the vendor's data sheets
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+def device_peak_flops() -> float | None:
+    """Return the peak of this machine's GPU, or None where there is none that is known."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
+
+
+def flops_per_token(model: nn.Module) -> float:
+    """Return forward + backward FLOPs of a token: 6 per active weight, 12 L H D T of attention.
+
+    As PaLM counts them (arXiv 2204.02311, appendix B): the causal half is not subtracted, and the
+    embedding is a lookup.
+    """
+    cfg = model.cfg
+    weights = sum(p.numel() for p in model.param_groups()["muon"])
+    weights += cfg.padded_vocab * cfg.d_model
+    if cfg.n_expert:
+        idle = cfg.n_expert - cfg.n_expert_active
+        weights -= cfg.n_layer * idle * 3 * cfg.d_expert * cfg.d_model
+    span = min(cfg.seq_len, cfg.sliding_window or cfg.seq_len)
+    return 6.0 * weights + 12.0 * cfg.n_layer * cfg.n_head * cfg.d_head * span
+
+
+def activation_bytes(cfg: Any, n_tokens: int, width: int, recompute: bool) -> int:
+    """Return the bytes that a forward pass over n_tokens keeps, at `width` bytes a number.
+
+    Per token and layer, eagerly: 4 C (residual stream and norm, twice), 2 (H + K) D (queries and
+    keys before and after their norm), (H + 2 K) D (what the attention kernel reads), 2 H D (its
+    output) and 4 F (gate, up, silu, product). With recompute C alone, and one layer in full. The
+    last norm adds C; the head's logits are chunked. Counted as in arXiv 2205.05198.
+    """
+    hidden = cfg.d_ff
+    if cfg.n_expert:
+        hidden = cfg.d_expert * (cfg.n_expert_active + cfg.shared_expert)
+    layer = 4 * cfg.d_model + (5 * cfg.n_head + 4 * cfg.n_kv_head) * cfg.d_head + 4 * hidden
+    layers = cfg.n_layer * cfg.d_model + layer if recompute else cfg.n_layer * layer
+    return n_tokens * width * (cfg.d_model + layers)
+
+
+def state_bytes(model: nn.Module, optimizers: list) -> int:
+    """Return the bytes of a checkpoint: weights and optimizer state, in float32."""
+    numbers = model.num_params()
+    for optimizer in optimizers:
+        moments = 2 if isinstance(optimizer, torch.optim.AdamW) else 1
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        numbers += moments * sum(p.numel() for p in parameters)
+    return 4 * numbers
+
+
+def free_disk(folder: str, need: int, checkpoint: int) -> int:
+    """Return the free bytes of a run folder's disk.
+
+    Raises UserError where `need` bytes do not fit, the run's own checkpoints taken off.
+    """
+    free = shutil.disk_usage(folder).free
+    paths = [os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".pt")]
+    if need > free + sum(map(os.path.getsize, paths)):
+        raise UserError(
+            f"{folder} has {free / 1e9:.2f} GB free; {need // checkpoint} checkpoints of "
+            f"{checkpoint / 1e9:.2f} GB need {need / 1e9:.2f} GB: free some space, or choose "
+            "another --out_dir"
+        )
+    return free
+
+
+def preflight(
+    model: nn.Module, optimizers: list, tokens: tuple, world: World, shards: int, disk: tuple
+) -> str:
+    """Say in one line what a run will need.
+
+    tokens: at once on a rank, and of the whole run. shards: of the model, one a rank. disk: run
+    folder, and how many checkpoints it must hold. Raises UserError where they do not fit.
+    """
+    at_once, in_all = tokens
+    folder, copies = disk
+    checkpoint = state_bytes(model, optimizers)
+    memory = (checkpoint + 4 * model.num_params()) / shards  # and the gradients
+    memory += activation_bytes(model.cfg, at_once, world.dtype.itemsize, model.recompute)
+    need = copies * checkpoint
+    free = free_disk(folder, need, checkpoint)
+    flops, peak = flops_per_token(model), device_peak_flops()
+    memory_note = f"about {memory / 1e9:.2f} GB of memory per rank ({at_once:,} tokens at once)"
+    disk_note = f"{need / 1e9:.2f} GB of disk ({free / 1e9:,.0f} GB free)"
+    flops_note = f"{flops:.2e} FLOPs a token, {flops * in_all:.2e} in all"
+    if peak:
+        hours = flops * in_all / (0.4 * peak * world.size) / 3600
+        flops_note += f", {hours:.2f} h at 40 % of the peak"
+    return f"{memory_note}, {disk_note}; {flops_note}"

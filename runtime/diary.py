@@ -1,0 +1,96 @@
+"""What a run writes down while it trains: metrics.jsonl for programs, lines for people."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+from runtime.budget import device_peak_flops, flops_per_token
+from runtime.world import World
+
+
+class Clock:
+    """Seconds spent on training steps; it stands still during validation."""
+
+    def __init__(self):
+        self.spent, self.since, self.began = 0.0, time.perf_counter(), time.perf_counter()
+
+    def read(self) -> float:
+        """Return the seconds spent so far."""
+        now = time.perf_counter()
+        self.spent, self.since = self.spent + now - self.since, now
+        return self.spent
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let the clock stand still."""
+        self.read()
+        yield
+        self.since = time.perf_counter()
+
+
+class Diary:
+    """The log of one run; only rank 0 writes. sizes: first step, max_steps, tokens of a step."""
+
+    def __init__(self, path: str, task: Any, model: nn.Module, sizes: tuple, world: World):
+        self.task, self.world = task, world
+        first, self.max_steps, self.tokens_per_step = sizes
+        self.flops_per_token = flops_per_token(model)
+        self.path = path
+        hidden = not (world.main and sys.stderr.isatty())
+        steps = {"total": self.max_steps, "initial": first}
+        self.bar = tqdm(desc=task.name, leave=False, disable=hidden, **steps)
+        self.clock, self.timed_steps = Clock(), 0
+
+    def record(self, row: dict) -> None:
+        """Append a row to metrics.jsonl."""
+        if self.world.main:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(row) + "\n")
+
+    def validation(self, step: int, values: dict[str, float]) -> dict:
+        """Write down the metrics of a validation. -> the same under names that begin with val_"""
+        row = {f"val_{key}": value for key, value in values.items()}
+        self.record({"step": step, **row})
+        shown = " | ".join(f"val {key} {value:.4f}" for key, value in values.items())
+        self.world.log(f"{self.heading(step)} | {shown}")
+        return row
+
+    def training(self, step: int, means: dict[str, float], step_facts: dict, extra: dict) -> None:
+        """Write down a training step: its metrics, {lr_share, grad_norm}, and what is special."""
+        step_s = self.clock.read() / self.timed_steps
+        tokens = (step + 1) * self.tokens_per_step
+        row = {"step": step, **means, **step_facts}
+        row |= {"step_ms": step_s * 1e3, "tokens_per_s": self.tokens_per_step / step_s}
+        row |= {"tokens": tokens, "flops": self.flops_per_token * tokens}
+        row["eta_s"] = (self.max_steps - step - 1) * step_s
+        if torch.cuda.is_available():
+            peak = device_peak_flops()
+            if peak:
+                row["mfu"] = row["tokens_per_s"] * self.flops_per_token / peak / self.world.size
+            row["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+        self.record(row | extra)
+        if self.bar.disable:
+            self.world.log(self.line(row))
+        else:
+            self.bar.set_postfix_str(f"loss {means[self.task.metrics[0]]:.3f}")
+
+    def line(self, row: dict) -> str:
+        """Return a row of metrics.jsonl as a line for people."""
+        first, *others = self.task.metrics
+        parts = [self.heading(row["step"]), f"loss {row[first]:.4f}"]
+        parts += [f"{key.removeprefix('rewards/')} {row[key]:.3f}" for key in others[:3]]
+        parts += [f"lr {row['lr_share']:.0%}", f"norm {row['grad_norm']:.2f}"]
+        parts += [f"{row['step_ms']:.1f} ms", f"{row['tokens_per_s']:,.0f} tok/s"]
+        parts += [f"mfu {row['mfu']:.1%}"] if "mfu" in row else []
+        return " | ".join([*parts, f"eta {row['eta_s']:.0f} s"])
+
+    def heading(self, step: int) -> str:
+        """Return what every line about a step begins with."""
+        return f"{self.task.name} step {step:05d}/{self.max_steps:05d}"

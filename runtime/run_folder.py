@@ -1,0 +1,302 @@
+"""The folder of one run: locked, resumed, saved to, logged to.
+
+It holds config.json, metrics.jsonl, state.json (running, preempted, done or failed),
+ckpt_<step>.pt (the newest) and best.pt (the lowest validation loss).
+"""
+
+import fcntl
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
+from typing import Any, Self
+
+import torch
+import torch.nn as nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+
+from configurator import UserError, as_dict
+from runtime.checkpoint import FORMAT, checkpoint_files, newest_checkpoint, save_checkpoint
+from runtime.diary import Diary
+from runtime.files import read_log, remove_if_there, write_json, write_jsonl
+from runtime.world import StopFlag, World
+
+PREEMPTED = 75  # exit code (EX_TEMPFAIL): saved; run the same command again
+# Keys that cannot change the result of a run: they may differ when it goes on
+HARMLESS = "log_interval save_interval keep device micro_batch compile recompute fsdp force "
+HARMLESS += "out_dir data_dir"
+# Weights and optimizer state whole, on the CPU, by name: the same file from one rank, DDP or FSDP
+FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def provenance() -> dict:
+    """Return code and machine of this run."""
+    here = os.path.dirname(os.path.abspath(__file__))
+
+    def git(*args: str) -> str | None:
+        command = ["git", "-C", here, *args]
+        with suppress(OSError):  # no git on this machine: unknown
+            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        return None
+
+    device = f"cpu x{torch.get_num_threads()}"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    return {
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "torch": torch.__version__,
+        "device": device,
+        "command": " ".join(sys.argv),
+    }
+
+
+@contextmanager
+def lock(folder: str) -> Iterator[None]:
+    """Hold a folder for this process; a second one is refused and told who is there.
+
+    The lock dies with its process.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, ".lock"), "a+"):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"cannot use {folder} as run folder ({error}): choose another --out_dir"
+        ) from None
+    with open(os.path.join(folder, ".lock"), "a+") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            f.seek(0)
+            owner = f.read().strip() or "another process"
+            raise UserError(
+                f"{folder} is in use by {owner}: wait for it, or choose another --out_dir"
+            ) from None
+        f.truncate(0)
+        job = os.environ.get("SLURM_JOB_ID")
+        where = f"{os.uname().nodename}{f', job {job}' if job else ''}"
+        f.write(f"process {os.getpid()} on {where}, since {time.ctime()}")
+        f.flush()
+        yield
+
+
+def read_state(folder: str) -> str | None:
+    """Return running, preempted, done or failed; None where no run has been."""
+    try:
+        with open(os.path.join(folder, "state.json")) as f:
+            return json.load(f)["state"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def check_same_run(folder: str, parts: tuple, saved: dict) -> None:
+    """Raise UserError where a run's saved settings differ from those of now in a way that counts.
+
+    A key that is newer than the run had its default then.
+    """
+    types = [type(part) for part in parts]
+    own = [{key: saved[key] for key in as_dict(part) if key in saved} for part in parts]
+    before = [kind(**values) for kind, values in zip(types, own, strict=True)]
+    was, now = (json.loads(json.dumps(as_dict(*some))) for some in (before, parts))
+    changed = [key for key in now if key not in HARMLESS.split() and was[key] != now[key]]
+    if changed:
+        differ = "; ".join(f"{key}: {was[key]!r} -> {now[key]!r}" for key in changed)
+        raise UserError(
+            f"{folder} holds a run with other settings: {differ}. Choose another --out_dir, or "
+            "--force to delete that run and start over"
+        )
+
+
+def is_done(folder: str, parts: tuple, force: bool, world: World) -> bool:
+    """Say whether this very run is finished; raise UserError where another run is there."""
+    if force or read_state(folder) != "done":
+        return False
+    with open(os.path.join(folder, "config.json")) as f:
+        check_same_run(folder, parts, json.load(f))
+    world.log(f"{folder} is done: nothing to do")
+    return True
+
+
+class RunFolder:
+    """One run: everything about it that is not a training step.
+
+    loop: the LoopConfig; task: what is trained (train.Task); parts: all settings of the run.
+    """
+
+    def __init__(self, loop: Any, task: Any, world: World, parts: tuple):
+        self.loop, self.task, self.world, self.parts = loop, task, world, parts
+        self.folder, self.stop, self.stack = loop.out_dir, StopFlag(), ExitStack()
+        self.first, self.best, self.best_step = 0, math.inf, None
+        self.bad_steps, self.skipped = 0, 0
+        self.result = {}
+
+    def path(self, name: str) -> str:
+        """Return the path of a file of the run."""
+        return os.path.join(self.folder, name)
+
+    def __enter__(self) -> Self:
+        if self.world.main:
+            self.stack.enter_context(lock(self.folder))
+            if self.loop.force:
+                others = [self.path(n) for n in ("best.pt", "metrics.jsonl", "state.json")]
+                for path in [*checkpoint_files(self.folder), *others]:
+                    remove_if_there(path)
+        self.world.barrier()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if self.world.main and isinstance(error, Exception):
+            reason = f"{kind.__name__}: {error}"
+            with suppress(UserError):  # a full disk must not hide the message
+                write_json(self.path("state.json"), {"state": "failed", "error": reason})
+        self.stack.close()
+
+    # Start
+
+    def resume(self, model: nn.Module, optimizers: list) -> int:
+        """Load the newest checkpoint that reads well, if there is one. -> the first step to do
+
+        Raises UserError where it belongs to a run with other settings or other data.
+        """
+        found = newest_checkpoint(self.folder, self.world.log)
+        if not found:
+            return 0
+        path, saved = found
+        check_same_run(self.folder, self.parts, saved["train_config"])
+        if saved["format"] < FORMAT:
+            raise UserError(
+                f"{path} is of format {saved['format']}, from which a run cannot be resumed (this "
+                f"code writes {FORMAT}); its weights can be used: --init_from in align.py. Choose "
+                "another --out_dir, or --force to start over"
+            )
+        if saved["data"] != self.task.fingerprint:
+            raise UserError(
+                f"the data of {self.folder} has changed since {path} was written "
+                f"({saved['data']} -> {self.task.fingerprint}): restore it, choose another "
+                "--out_dir, or --force to start over"
+            )
+        self.first, self.best = saved["step"], saved["best"]
+        states = {"model_state_dict": saved["model"], "optim_state_dict": saved["optimizers"]}
+        set_state_dict(model, optimizers, **states, options=FULL_STATE)
+        torch.set_rng_state(saved["rng"])
+        rest = f"resuming {path} at step {self.first}"
+        at_end = self.first >= self.loop.max_steps
+        self.world.log(f"{self.task.name}: {f'{path} is at its last step' if at_end else rest}")
+        return self.first
+
+    def begin(self, model: nn.Module, tokens_per_step: int, *lines: str) -> None:
+        """Clean up what a killed run left, say what will be done, start the clock."""
+        if self.world.main:
+            for name in os.listdir(self.folder):
+                if name.endswith(".tmp"):  # of a save that was killed; we hold the lock
+                    remove_if_there(self.path(name))
+            rows = read_log(self.path("metrics.jsonl"))  # without those of steps to be done again
+            write_jsonl(self.path("metrics.jsonl"), [r for r in rows if r["step"] < self.first])
+            write_json(self.path("config.json"), as_dict(*self.parts))
+            write_json(self.path("state.json"), {"state": "running", **provenance()})
+        for line in lines:
+            self.world.log(f"{self.task.name}: {line}")
+        self.stack.enter_context(self.stop)
+        sizes = (self.first, self.loop.max_steps, tokens_per_step)
+        self.diary = Diary(self.path("metrics.jsonl"), self.task, model, sizes, self.world)
+        self.stack.callback(self.diary.bar.close)
+        self.clock = self.diary.clock
+
+    # Inside the loop
+
+    @property
+    def stop_requested(self) -> bool:
+        """Say whether a signal asked this process to stop."""
+        return self.stop.signal is not None
+
+    def validated(self, step: int, values: dict[str, float]) -> None:
+        """Take the validation metrics of a step; the first of them decides which is best."""
+        loss = values[self.task.metrics[0]]
+        if loss < self.best:
+            self.best, self.best_step = loss, step
+        self.result |= self.diary.validation(step, values)
+
+    def save_is_due(self, step: int, ending: bool) -> bool:
+        """Say whether a checkpoint is to be written before this step."""
+        regular = step > self.first and (ending or step % self.loop.save_interval == 0)
+        return regular or (step == self.best_step and step > 0)
+
+    def save(self, step: int, model: nn.Module, optimizers: list) -> None:
+        """Write a checkpoint, then remove those that are no longer kept."""
+        if not (self.world.main or self.loop.fsdp):
+            return
+        # under FSDP all ranks give their share, and rank 0 gets the whole
+        weights, moments = get_state_dict(model, optimizers, options=FULL_STATE)
+        if not self.world.main:
+            return
+        settings = json.loads(json.dumps(as_dict(*self.parts)))
+        checkpoint = {"model": weights, "model_config": asdict(model.cfg)}
+        checkpoint |= {"train_config": settings, "step": step, "best": self.best}
+        checkpoint |= {"task": self.task.name, "data": self.task.fingerprint}
+        checkpoint |= {"rng": torch.get_rng_state(), "optimizers": moments, **self.task.extra}
+        path = self.path(f"ckpt_{step:07d}.pt")
+        if step == self.best_step:  # first: after a kill between the two it comes again
+            save_checkpoint(self.path("best.pt"), checkpoint)
+        save_checkpoint(path, checkpoint)
+        up_to_now = [p for p in checkpoint_files(self.folder) if p <= path]
+        for old in up_to_now[self.loop.keep :]:  # only now, when the new one is safe
+            os.remove(old)
+
+    def accepts(self, step: int, norm: float, batches: list) -> bool:
+        """Say whether a gradient of this norm is to be used; count the steps that are skipped.
+
+        Raises UserError after max_bad_steps in a row, and leaves the last batch on the disk.
+        """
+        if math.isfinite(norm):
+            self.bad_steps = 0
+            return True
+        self.bad_steps, self.skipped = self.bad_steps + 1, self.skipped + 1
+        counts = f"{self.bad_steps} in a row, {self.skipped} in all"
+        what = f"non-finite gradient, step skipped ({counts})"
+        self.world.log(f"{self.task.name} step {step:05d}: {what}")
+        if self.bad_steps == self.loop.max_bad_steps:
+            path = self.path(f"bad_batch_{self.world.rank}.pt")
+            torch.save({"step": step, "batches": batches}, path)
+            raise UserError(
+                f"{self.bad_steps} steps in a row had non-finite gradients; the last batch is in "
+                f"{path}, the last good checkpoint is intact. Lower learning_rate and muon_lr, or "
+                "look at that batch"
+            )
+        return False
+
+    def log(self, step: int, sums: dict, units: float, norm: float, lr_share: float) -> None:
+        """Log a training step where one is due; sums: {metric: its sum over this rank's units}."""
+        self.diary.timed_steps += 1
+        if step % self.loop.log_interval == 0 or step + 1 == self.loop.max_steps:
+            keys = self.task.metrics
+            totals = self.world.sum([float(sums[key]) for key in keys])
+            means = {key: total / units for key, total in zip(keys, totals, strict=True)}
+            extra = {"skipped": self.skipped} if self.skipped else {}
+            self.diary.training(step, means, {"lr_share": lr_share, "grad_norm": norm}, extra)
+            self.result |= means
+        self.diary.bar.update(1)
+
+    # End
+
+    def finish(self, step: int, preempted: bool) -> dict:
+        """Write the final state of the run. -> its last metrics, with "state" and "seconds\""""
+        seconds = time.perf_counter() - self.clock.began
+        state = "preempted" if preempted else "done"
+        self.result |= {"state": state, "step": step, "seconds": seconds}
+        what = f"{state} at step {step} after {seconds:.0f} s"
+        self.world.log(f"{self.task.name}: {what}, {self.folder}")
+        self.world.barrier()
+        if self.world.main:
+            write_json(self.path("state.json"), {**self.result, **provenance()})
+        return self.result

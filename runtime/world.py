@@ -1,0 +1,186 @@
+"""Processes, devices and signals: what a program of several ranks needs on a shared cluster."""
+
+import os
+import signal
+import sys
+import time
+from contextlib import AbstractContextManager
+from types import FrameType
+from typing import Self
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from configurator import UserError
+
+# Environment in which glibc keeps freed memory; by default every large tensor goes back to the
+# kernel, and the next one pays a page fault for each of its 4 KB (mallopt(3))
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of a name; "auto" is the best that this machine has.
+
+    Of several processes each gets the GPU of its local rank. Raises UserError where it has none.
+    """
+    if name == "auto":
+        has_mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if name != "cuda":
+        return torch.device(name)
+    local, found = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= found:
+        raise UserError(
+            f"device=cuda: process {local} of this node has no GPU, {found} found. "
+            f"Use --device=cpu, or --nproc_per_node={max(1, found)}"
+        )
+    return torch.device(name, local)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the compute dtype of a name; "auto" is bfloat16 on a GPU that has it."""
+    if name != "auto":
+        return getattr(torch, name)
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+class World:
+    """This process among the others: rank, size, device, and the collectives of the loop."""
+
+    def __init__(self, device: str, dtype: str = "auto"):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.main = self.rank == 0
+        self.device = choose_device(device)
+        self.dtype = choose_dtype(dtype, self.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+
+    def __enter__(self) -> Self:
+        if self.size > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def autocast(self) -> AbstractContextManager:
+        """Return the context in which a forward pass runs in the compute dtype."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Return each value summed over the ranks."""
+        if self.size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        return self.all_reduce(total).tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Say whether the flag is set on any rank."""
+        return self.sum([float(flag)])[0] > 0
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum a tensor over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def gather(self, rows: list) -> list:
+        """Return the rows of all ranks, in the order of the ranks."""
+        if self.size == 1:
+            return rows
+        parts = [None] * self.size
+        dist.all_gather_object(parts, rows)
+        return [row for part in parts for row in part]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
+    def log(self, text: str) -> None:
+        """Print a line, on rank 0 alone."""
+        if self.main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a batch on this rank's device."""
+        if self.device.type == "cuda":
+            pinned = {key: x.pin_memory() for key, x in batch.items()}
+            return {key: x.to(self.device, non_blocking=True) for key, x in pinned.items()}
+        return {key: x.to(self.device) for key, x in batch.items()}
+
+
+# ------------------------------------------------------------------------------------------------
+# Several ranks, one model
+
+
+def distribute(module: nn.Module, world: World, compiled: bool, fsdp: bool) -> nn.Module:
+    """Return the module to call in training: on the device, its gradients averaged over the ranks.
+
+    module.model is a GPT. With fsdp, weights, gradients and optimizer state are shared out among
+    the ranks (FSDP2); without, each rank has a copy (DDP).
+    """
+    if fsdp:
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        for block in module.model.blocks:
+            if compiled:
+                block.compile(dynamic=False)
+            fully_shard(block, mesh=mesh)
+        fully_shard(module, mesh=mesh, reshard_after_forward=False)  # needed again at once
+        return module
+    module.model.to(world.device)
+    module = torch.compile(module, dynamic=False) if compiled else module
+    if world.size == 1:
+        return module
+    on_gpu = world.device.type == "cuda"
+    return DistributedDataParallel(module, device_ids=[world.device] if on_gpu else None)
+
+
+def sync_gradients(module: nn.Module, on: bool) -> None:
+    """Say whether the next backward pass averages gradients: only the last micro-step needs to."""
+    if isinstance(module, DistributedDataParallel):
+        module.require_backward_grad_sync = on
+    elif hasattr(module, "set_requires_gradient_sync"):
+        module.set_requires_gradient_sync(on)
+
+
+# ------------------------------------------------------------------------------------------------
+# Signals
+
+
+class StopFlag:
+    """SIGTERM or SIGUSR1 asks the loop to save and stop; a later one ends the process at once.
+
+    "Later" is 2 s or more: a signal to a whole job reaches torchrun too, which sends it on, so
+    that the same warning comes twice within milliseconds.
+    """
+
+    def __init__(self):
+        self.signal, self.since = None, 0.0
+        self.previous = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            self.previous[number] = signal.signal(number, self.handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Take a signal."""
+        if self.signal is None:
+            self.signal, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since > 2:
+            os._exit(128 + number)

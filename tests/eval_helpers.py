@@ -1,0 +1,78 @@
+"""What the tests of evals/ and eval.py share: a folder of four random checkpoints with its data."""
+
+from pathlib import Path
+
+import numpy as np
+from helpers import BYTE, save_start, tiny
+
+from corpus import toy
+from corpus.chat import TEMPLATE
+from corpus.shards import write_shard
+from evals.results import STAGES, read_results
+from runtime.files import write_atomic, write_json, write_jsonl
+
+TEXT = " = One = \n\n first words of it .\n second line ,\n = Two = \n\n more of it .\n"
+PUBLISHED = [
+    {
+        "question": f"{i} + 1?",
+        "ground_truth": f"A: {i + 1}",
+        "small": {"solution": f"It is\nA: {i + 2}", "is_correct": i == 0},
+        "large": {
+            "solution": f"{i} + 1 = <<{i}+1={i + 1}>>{i + 1}\nA: {i + 1}",
+            "is_correct": True,
+        },
+    }
+    for i in range(3)
+]
+
+
+def make_run(folder: Path) -> list[str]:
+    """Write data and a checkpoint for every stage. -> flags for eval.py"""
+    write_data(folder / "data")
+    for seed, stage in enumerate(STAGES):
+        model = tiny(seed, n_layer=1, seq_len=256, score_head=stage == "verifier")
+        save_start(folder / "run" / stage, model, task=stage, template=TEMPLATE)
+    return [
+        f"--out_dir={folder / 'run'}",
+        f"--data_dir={folder / 'data'}",
+        "--text=wiki",
+        "--published=larger",
+        "--sst2=films",
+        "--dialogues=talks",
+        "--n_samples=2",
+        "--max_new_tokens=6",
+        "--device=cpu",
+        "--dtype=float32",
+    ]
+
+
+def write_data(folder: Path) -> None:
+    """Write a little of every kind of data."""
+    world = folder / "toy"
+    write_json(str(world / "manifest_pretrain.json"), {})
+    write_bytes(world / "val_000.bin", "".join(toy.records(toy.story, "val", 20, 0)))
+    write_bytes(world / "train_000.bin", TEXT[: len(TEXT) // 2])
+    write_jsonl(str(world / "problems_test.jsonl"), toy.records(toy.problem, "test", 3, 0))
+    write_jsonl(str(world / "dpo_test.jsonl"), toy.records(toy.preference, "test", 4, 0))
+    write_jsonl(str(world / "sft_val.jsonl"), toy.records(toy.instruction, "val", 4, 0))
+    write_jsonl(str(folder / "larger" / "test.jsonl"), PUBLISHED)
+    write_atomic(str(folder / "wiki" / "test.txt"), lambda f: f.write(TEXT.encode()))
+    for name, count in (("films", 5), ("films-train", 6)):
+        films = [{"sentence": f"no. {i} ", "label": str(int(i % 5 > 1))} for i in range(count)]
+        write_jsonl(str(folder / name / "test.jsonl"), films)
+    talk = "#B#: hello there\n#A#: bye\n#B#: so long, see you soon"
+    talks = [
+        {"dialogue": f"#A#: hi {i}\n{talk}", "summary1": "A and B greet", "summary2": f"hi {i}"}
+        for i in range(2)
+    ]
+    write_jsonl(str(folder / "talks" / "test.jsonl"), talks)
+
+
+def write_bytes(path: Path, text: str) -> None:
+    """Write a shard of the bytes of a text."""
+    write_shard(str(path), np.frombuffer(text.encode(), np.uint8).astype("<u4"), BYTE)
+
+
+def results_of(folder: Path, task: str) -> list[dict]:
+    """Return the results of one task."""
+    return [row for row in read_results(str(folder)) if row["task"] == task]

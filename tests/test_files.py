@@ -1,0 +1,149 @@
+"""Files are written whole or not at all, and a bad one is named with its cause."""
+
+import errno
+import gzip
+import json
+import os
+import resource
+import signal
+
+import numpy as np
+import pytest
+from corpus_helpers import request, shard, snapshot, tokens_of
+from helpers import BYTE, fails
+
+from configurator import UserError
+from corpus.shards import write_shard
+from data import prepare
+from runtime.files import read_jsonl, read_log, write_atomic, write_json, write_jsonl
+
+
+def test_a_write_replaces_the_whole_file(tmp_path):
+    """The reader of a file sees the old or the new one; folders on the way are made."""
+    path = tmp_path / "deep" / "er" / "x.bin"
+
+    def write(content: bytes):
+        write_atomic(str(path), lambda f: f.write(content))
+
+    for content in (b"first, and long", b"second"):
+        write(content)
+        assert path.read_bytes() == content and os.listdir(path.parent) == ["x.bin"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "quota"),
+        RuntimeError("torch: unexpected pos"),
+    ],
+)
+@pytest.mark.parametrize("writer", ["text", "jsonl", "shard"])
+def test_a_full_disk_leaves_the_old_file_and_no_temporary_one(tmp_path, monkeypatch, error, writer):
+    """Half a file under a final name would be trained on.
+
+    A left-over one would keep the disk full.
+    """
+    path = tmp_path / "x.bin"
+    path.write_bytes(b"old")
+
+    def full(fd):
+        raise error
+
+    def write():
+        if writer == "text":
+            write_atomic(str(path), lambda f: f.write(b"new"))
+        elif writer == "jsonl":
+            write_jsonl(str(path), [{"a": 1}])
+        else:
+            write_shard(str(path), np.arange(9), BYTE)
+
+    monkeypatch.setattr(os, "fsync", full)
+    fails(write, path, "free", str(error).split("]")[-1].strip())
+    assert snapshot(tmp_path) == {"x.bin": b"old"}
+
+
+def test_a_file_size_limit_ends_in_words_and_leaves_the_old_shard(tmp_path):
+    """A real short write, not a simulated one, ends half way through the payload.
+
+    RLIMIT_FSIZE stands for a quota.
+    """
+    path = shard(tmp_path / "train_000.bin", [1, 2, 3])
+    before = snapshot(tmp_path)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+        with pytest.raises(UserError) as caught:
+            write_shard(str(path), np.zeros(50_000, np.int64), BYTE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert str(path) in str(caught.value) and "0.1 MB needed" in str(caught.value)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_in_words(tmp_path):
+    """A file where a folder is wanted: says which path, and the file is kept."""
+    (tmp_path / "out").write_text("a file")
+    fails(lambda: write_json(str(tmp_path / "out" / "x.json"), 1), tmp_path / "out" / "x.json")
+    assert snapshot(tmp_path) == {"out": b"a file"}
+
+
+def test_json_lines_round_trip(tmp_path):
+    """Any text survives, also line separators that only some readers take for line ends."""
+    rows = [{"a": "é\u2028\x85\r\n\x00\ufeff"}, {"b": [1, None, 0.5]}]
+    write_jsonl(str(tmp_path / "x.jsonl"), rows)
+    assert read_jsonl(str(tmp_path / "x.jsonl")) == rows
+
+
+def test_a_json_list_is_read_like_json_lines_also_gzipped(tmp_path):
+    """Alpaca is published as one list."""
+    rows = [{"a": 1}, {"a": 2}]
+    (tmp_path / "x.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n\n{"a": 2}'))
+    (tmp_path / "x.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
+    for name in ("x.json", "x.jsonl.gz", "x.json.gz"):
+        assert read_jsonl(str(tmp_path / name)) == rows
+
+
+def test_a_byte_order_mark_is_no_content(tmp_path):
+    """Windows editors put one before the first record."""
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n')
+    (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbfhi")
+    assert read_jsonl(str(tmp_path / "x.jsonl")) == [{"a": 1}]
+    prepare(request(tmp_path, "pretrain/x=x.txt"))
+    assert tokens_of(tmp_path / "out/x/train_000.bin")[:2] == [104, 105]
+
+
+UNREADABLE = [
+    ("gone.jsonl", None, ["does not exist"]),
+    ("x.jsonl", b"", ["is empty"]),
+    ("x.jsonl", b'{"a": 1}\n\n{"a": \n', [":3", "JSON"]),
+    ("x.json", b'[{"a": 1},', [":1", "JSON"]),
+    ("x.jsonl", b'{"a": "\xff"}\n', ["UTF-8"]),
+    ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-20], []),
+    ("x.jsonl.gz", b'{"a": 1}\n', []),
+]
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    UNREADABLE,
+    ids=["missing", "empty", "bad JSON line", "bad JSON list", "not UTF-8", "torn gzip", "no gzip"],
+)
+def test_an_unreadable_records_file_is_named_with_the_cause(tmp_path, name, content, words):
+    """The user must find the line without a traceback.
+
+    A torn download (.gz cut short, or not gzip) is of this kind too.
+    """
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    fails(lambda: read_jsonl(str(tmp_path / name)), tmp_path / name, *words)
+
+
+def test_a_torn_last_line_of_a_log_is_left_out(tmp_path):
+    """A kill tears logs; their reader must go on."""
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n{"step": 2}\n{"st\xff')
+    assert read_log(str(tmp_path / "log.jsonl")) == [{"step": 1}, {"step": 2}]
+    assert read_log(str(tmp_path / "none.jsonl")) == []

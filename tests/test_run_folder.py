@@ -1,0 +1,99 @@
+"""The folder of a run: one process at a time, a state that can be read, and where it came from."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import torch
+from helpers import fails, fork, wait
+
+from configurator import UserError
+from runtime.run_folder import lock, provenance, read_state
+
+
+def test_a_locked_folder_refuses_a_second_process_and_names_the_first(tmp_path):
+    """Two writers in one folder destroy each other's checkpoints; the user needs to know whom to
+    wait for."""
+    with lock(tmp_path):
+        report = tmp_path / "report"
+
+        def child():
+            try:
+                with lock(tmp_path):
+                    pass
+            except UserError as error:
+                report.write_text(str(error))
+
+        assert wait(fork(child)) == 0
+        assert (
+            f"process {os.getpid()} on {os.uname().nodename}" in report.read_text()
+            and str(tmp_path) in report.read_text()
+        )
+    with lock(tmp_path):  # free again after the with
+        pass
+
+
+def test_a_lock_dies_with_its_process(tmp_path):
+    """After kill -9 nobody can clean up: a lock that outlives its owner would need a human before
+    every requeue."""
+    ready, go = os.pipe()
+
+    def child():
+        with lock(tmp_path):
+            os.write(go, b"x")
+            time.sleep(60)
+
+    pid = fork(child)
+    os.read(ready, 1)
+    fails(lambda: lock(tmp_path).__enter__(), f"process {pid} ")
+    os.kill(pid, signal.SIGKILL)
+    assert wait(pid) == -signal.SIGKILL
+    with lock(tmp_path):
+        assert f"process {os.getpid()} " in (tmp_path / ".lock").read_text()
+        assert str(pid) not in (tmp_path / ".lock").read_text().split()
+
+
+def test_the_lock_names_the_slurm_job(tmp_path, monkeypatch):
+    """On a cluster the process id alone does not tell whose run it is."""
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    with lock(tmp_path):
+        fails(lambda: lock(tmp_path).__enter__(), "job 4711")
+
+
+def test_a_run_folder_that_is_a_file_is_one_clear_line(tmp_path):
+    """--out_dir=notes.txt is a slip of the hand; it must end in words and leave
+    the file as it is."""
+    (tmp_path / "notes.txt").write_text("mine")
+    fails(lambda: lock(str(tmp_path / "notes.txt")).__enter__(), "notes.txt")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_state_is_read_or_none(tmp_path):
+    """A missing, torn or foreign state.json means "no run has been here", never a traceback before
+    training."""
+    assert read_state(tmp_path) is None
+    (tmp_path / "state.json").write_text(json.dumps({"state": "preempted"}))
+    assert read_state(tmp_path) == "preempted"
+    for text in ("", '{"state": "do', "{}", "[]", "\0\0"):
+        (tmp_path / "state.json").write_text(text)
+        assert read_state(tmp_path) is None, text
+
+
+def test_provenance_holds_what_a_result_needs():
+    """A number without commit, dirt, torch version, device and command cannot be reproduced."""
+    found = provenance()
+    assert (
+        found["torch"] == torch.__version__
+        and found["device"]
+        and found["command"] == " ".join(sys.argv)
+    )
+    assert isinstance(found["dirty"], bool) and isinstance(found["commit"], str)
+
+
+def test_provenance_needs_no_git(tmp_path, monkeypatch):
+    """Compute nodes and containers often have no git: the commit is then unknown, but training must
+    start."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance()["torch"] == torch.__version__

@@ -1,0 +1,109 @@
+"""Tables show which differences are real, and numbers as what they are."""
+
+import re
+from dataclasses import asdict
+
+import pytest
+from helpers import fails
+from report_helpers import row, text_of, with_items, write_run
+
+import eval as evaluation
+from evals import plots
+from evals.results import item_key
+from evals.stats import proportion
+from runtime.files import write_json
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    monkeypatch.setattr(plots, "plot_loss", lambda rows, folder, run: None)
+    monkeypatch.setattr(plots, "plot_rerank", lambda rows, folder, greedy: "best_of_n.png")
+
+
+def test_bits_per_byte_below_one_are_no_percentage(tmp_path, no_plots):
+    """0.91 bits per byte is a good model, "91.0 %" is nonsense."""
+    text = text_of(
+        write_run(
+            tmp_path, [row("text_perplexity", "dpo", "bits_per_byte", "bpb", 0.912, split="wiki")]
+        )
+    )
+    assert "0.912" in text and "91.2 %" not in text
+
+
+def test_the_report_says_which_differences_are_real(tmp_path, no_plots):
+    """40 of 100 newly right and none lost is real, and bold; one gained and one lost is not.
+
+    Rows of other data are not compared.
+    """
+    items = {"pretrain": [0] * 100, "sft": [1] * 40 + [0] * 60}
+    items["dpo"] = [0] + [1] * 40 + [0] * 59
+    rows = [row("problems", model, "exact_match", "greedy", 0) for model in items]
+    with_items(tmp_path, rows, items)
+    text = text_of(write_run(tmp_path, rows))
+    real = r"\*\*\+40\.0 points \[\+3\d\.0, \+\d\d\.0\], p < 0\.001\*\*"
+    none = r"\+0\.0 points \[-\d\.0, \+\d\.0\], p = 1\.000"
+    assert re.search(rf"{real} \| {none} \|", text)
+    rows[1]["data_hash"] = "other"
+    (tmp_path / "report.md").unlink()
+    assert "Which differences are real" not in text_of(write_run(tmp_path, rows))
+
+
+def test_runs_are_compared_item_by_item(tmp_path, capsys):
+    """eval.py --compare shows both values, and the paired difference where the data are the same.
+
+    A run without results is an error in words.
+    """
+    for name, hits in (("a", 30), ("b", 60)):
+        rows = with_items(
+            tmp_path / name,
+            [row("problems", "sft", "exact_match", "greedy", 0)],
+            {"sft": [1] * hits + [0] * (100 - hits)},
+        )
+        write_run(
+            tmp_path / name, [*rows, row("val_loss", "sft", "val_loss", "windows", hits / 10)]
+        )
+    assert evaluation.main([f"--compare={tmp_path / 'a'},{tmp_path / 'b'}"]) == 0
+    text = capsys.readouterr().out
+    assert (
+        "30.0 %" in text
+        and "60.0 %" in text
+        and "**+30.0 points" in text
+        and "3.0000" in text
+        and "6.0000" in text
+    )
+    missing = [f"--compare={tmp_path / 'a'},{tmp_path / 'c'}"]
+    fails(lambda: evaluation.main(missing), "holds no results")
+
+
+def test_choosing_is_compared_with_the_greedy_answer(tmp_path, no_plots):
+    """Best-of-N counts for what it adds to one greedy answer, on the same problems."""
+    (greedy,) = with_items(
+        tmp_path, [row("problems", "dpo", "exact_match", "greedy", 0)], {"dpo": [1] * 50 + [0] * 50}
+    )
+    (best,) = with_items(
+        tmp_path,
+        [row("rerank", "dpo", "exact_match", "best_of@4", 0)],
+        {"dpo": [1] * 70 + [0] * 30},
+    )
+    items = {}
+    for r, n in ((greedy, 50), (best, 70)):
+        items[item_key(r)] = asdict(proportion([1] * n + [0] * (100 - n)).items)
+    write_json(str(tmp_path / greedy["items"]), items)
+    words = r"best_of, samples = 4, exact match \| 70\.0 % \[.*?\] \| \*\*\+20\.0 points"
+    assert re.search(words, text_of(write_run(tmp_path, [greedy, best])))
+
+
+def test_spread_and_overlap_are_said_in_words(tmp_path, no_plots):
+    """How much a few-shot number depends on the draw of its examples is said.
+
+    So is how much of a text training may have seen.
+    """
+    rows = [
+        row("sst2", "sft", "accuracy", "4-shot", 0.6, draws=[0.551, 0.648]),
+        row("text_perplexity", "sft", "perplexity", "words", 30, split="wiki", overlap=0.1234),
+    ]
+    text = text_of(write_run(tmp_path, rows))
+    assert (
+        "4-shot, lowest and highest of the draws of examples: sft 55.1-64.8 %" in text
+        and "Of wiki, detokenised, 12.34 % of all runs of 13 tokens" in text
+    )

@@ -1,0 +1,144 @@
+"""Tokenizers lose no text, and no text can spell a special token."""
+
+import pytest
+from corpus_helpers import RANKS, needs_ranks, quick
+from helpers import BYTE, fails
+from hypothesis import given
+from hypothesis import strategies as st
+
+from corpus.tokenizer import SPECIAL, load_tokenizer
+
+
+@given(st.text())
+@quick
+def test_bytes_round_trip_any_text(text):
+    """No text is lost or refused, and every id is an ordinary byte."""
+    ids = BYTE.encode(text)
+    assert BYTE.decode(ids) == text and all(0 <= i < 256 for i in ids)
+
+
+@needs_ranks
+@given(text=st.text())
+@quick
+def test_gpt2_round_trips_any_text(gpt2, text):
+    """Byte-level BPE loses nothing."""
+    assert gpt2.decode(gpt2.encode(text)) == text
+
+
+def test_the_special_ids_of_bytes():
+    """Literal ids: shards and checkpoints depend on them."""
+    assert (
+        BYTE.eos,
+        BYTE.system,
+        BYTE.user,
+        BYTE.assistant,
+        BYTE.end,
+        BYTE.pad,
+        BYTE.vocab_size,
+    ) == (256, 257, 258, 259, 260, 261, 262)
+
+
+@pytest.mark.parametrize("text", [*SPECIAL, "a<|end|>b<|endoftext|><|user|>"])
+def test_text_that_spells_a_special_token_never_becomes_it(text):
+    """Else a user could end a document or speak as the assistant."""
+    assert max(BYTE.encode(text)) < 256
+    assert max(i for ids in BYTE.encode_batch([text, text]) for i in ids) < 256
+    assert BYTE.decode(BYTE.encode(text)) == text
+
+
+@pytest.mark.parametrize("text", [*SPECIAL, "a<|end|>b<|endoftext|><|user|>"])
+def test_text_that_spells_a_special_token_never_becomes_it_in_gpt2(gpt2, text):
+    """The same for the BPE, whose library could be asked to allow it."""
+    assert (
+        max(gpt2.encode(text)) < 50256
+        and max(i for ids in gpt2.encode_batch([text, text]) for i in ids) < 50256
+    )
+    assert gpt2.decode(gpt2.encode(text)) == text
+
+
+def test_gpt2_ids_are_the_published_ones(gpt2):
+    """Known ids of GPT-2, so that its published shards and ours mean the same."""
+    assert gpt2.name == "gpt2" and gpt2.vocab_size == 50262
+    assert (
+        list(gpt2.special.values()) == [50256, 50257, 50258, 50259, 50260, 50261]
+        and gpt2.eos == 50256
+    )
+    assert gpt2.encode("hello world") == [31373, 995]
+    assert gpt2.encode("Hello, world!\n") == [15496, 11, 995, 0, 198]
+    assert gpt2.decode([50256]) == "<|endoftext|>"
+
+
+@given(
+    text=st.text(st.sampled_from("aB1 \n\t'sé好.!<|>_") | st.characters(exclude_categories=["Cs"]))
+)
+@quick
+def test_gpt2_equals_tiktoken_with_openais_own_pattern(gpt2, text):
+    """Our split pattern is a faster rewrite.
+
+    It must cut the text as the pattern that OpenAI released with GPT-2.
+    """
+    import tiktoken
+
+    released = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    reference = REFERENCE.setdefault(
+        "gpt2",
+        tiktoken.Encoding(
+            "ref", pat_str=released, mergeable_ranks=gpt2.bpe._mergeable_ranks, special_tokens={}
+        ),
+    )
+    assert (
+        gpt2.encode(text)
+        == reference.encode_ordinary(text)
+        == gpt2.encode_batch([text])[0].tolist()
+    )
+
+
+REFERENCE = {}
+
+
+def test_another_tokenizer_than_the_checkpoints_is_an_error(gpt2):
+    """Its ids would mean other words; the message names both."""
+    fails(lambda: load_tokenizer("byte", expect=gpt2.spec()), "byte", "gpt2", gpt2.hash)
+    assert load_tokenizer("byte", expect=BYTE.spec()).spec() == BYTE.spec()
+
+
+def test_a_tokenizer_that_is_not_there_names_the_path_and_the_way_out(tmp_path):
+    """The commonest first mistake on a node without network."""
+    fails(
+        lambda: load_tokenizer("gpt2", str(tmp_path)),
+        tmp_path / "gpt2.tiktoken",
+        "--tokenizer=byte",
+    )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"not a ranks file\n",
+        b"YQ== 0\nYg== 2\n",
+        b"YQ== zero\n",
+        b"YQ== 0\nYg== 1\n",
+        b"\xff\xfe\x00",
+        b"",
+        b"{}",
+    ],
+    ids=["prose", "gap", "word for rank", "two bytes only", "binary", "empty", "JSON"],
+)
+def test_a_wrong_ranks_file_is_an_error(tmp_path, content):
+    """Ranks with gaps, or without all 256 bytes, cannot encode every text.
+
+    Better said here than in the middle of a run.
+    """
+    (tmp_path / "x.tiktoken").write_bytes(content)
+    fails(lambda: load_tokenizer(str(tmp_path / "x.tiktoken")), "x.tiktoken")
+
+
+@needs_ranks
+def test_a_torn_ranks_file_is_not_taken_for_gpt2(tmp_path):
+    """Its first ranks alone are a working tokenizer, of other ids.
+
+    --tokenizer=gpt2 promises GPT-2's.
+    """
+    rows = RANKS.read_bytes().splitlines(keepends=True)
+    (tmp_path / "gpt2.tiktoken").write_bytes(b"".join(rows[:1000]))
+    fails(lambda: load_tokenizer("gpt2", str(tmp_path)), tmp_path / "gpt2.tiktoken")
