@@ -1,14 +1,14 @@
 """Alignment: SFT, DPO and the verifier, as three tasks for the one loop in train.py.
 
-python align.py config/sft.py --init_from=out/toy/pretrain   # a run folder, file or run's name
-python align.py config/dpo.py --init_from=out/toy/sft
-python align.py config/verifier.py --init_from=out/toy/dpo
-torchrun --nproc_per_node=4 align.py config/h100_sft.py --init_from=out/h100/pretrain
+--init_from is a run folder, a checkpoint file or a run's name:
+    python align.py config/sft.py --init_from=out/toy/pretrain
+    python align.py config/dpo.py --init_from=out/toy/sft
+    python align.py config/verifier.py --init_from=out/toy/dpo
+    torchrun --nproc_per_node=4 align.py config/h100_sft.py --init_from=out/h100/pretrain
 """
 
 import math
 import os
-from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 from typing import ClassVar, NamedTuple
 
@@ -19,8 +19,7 @@ from torch import Tensor
 from configurator import UserError, load, require, run
 from corpus import chat, documents, folders, records, shards
 from corpus.tokenizer import Tokenizer, load_tokenizer
-from inference.answers import answer_notes, changes, check_template, curve_notes, mean_stats
-from inference.scoring import scale_scores
+from inference import answers, scoring
 from inference.solutions import Attempts, solve
 from model import GPT
 from runtime.checkpoint import checkpoint_files, load_checkpoint, model_from, weights_hash
@@ -44,7 +43,7 @@ class AlignConfig:
     def __post_init__(self):
         require(self, {"[1, inf)": "seq_len max_new_tokens", "[0, inf)": "n_answers"})
         if not self.init_from:
-            raise UserError("init_from is missing: give the run folder or checkpoint to start from")
+            raise UserError("init_from is missing: give a run folder or a checkpoint")
 
 
 @dataclass
@@ -100,35 +99,26 @@ class SamplingConfig:
 
 
 # ------------------------------------------------------------------------------------------------
-# Objectives: pure functions of tensors. policy, reference: log-probs (2, B) of chosen and rejected
-
-
-def sigmoid_loss(policy: Tensor, reference: Tensor, beta: float, smoothing: float = 0.0) -> Tensor:
-    """Return DPO's loss (B,), arXiv 2305.18290, equation 7, of summed log-probs.
-
-    d is the policy's log-ratio less the reference's; smoothing: cDPO, ericmitchell.ai/cdpo.pdf.
-    """
-    d = beta * ((policy[0] - policy[1]) - (reference[0] - reference[1]))
-    return -(1 - smoothing) * F.logsigmoid(d) - smoothing * F.logsigmoid(-d)
-
-
-def ipo_loss(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
-    """Return IPO's loss (B,), arXiv 2310.12036, equation 17 (beta: tau), of means per token."""
-    return ((policy[0] - policy[1]) - (reference[0] - reference[1]) - 1 / (2 * beta)) ** 2
-
-
-def simpo_loss(policy: Tensor, beta: float, gamma: float) -> Tensor:
-    """Return SimPO's loss (B,), arXiv 2405.14734, equation 6, of means per token."""
-    return -F.logsigmoid(beta * (policy[0] - policy[1] - gamma))
+# Objectives: pure functions of tensors
 
 
 def preference_loss(policy: Tensor, reference: Tensor, lengths: Tensor, cfg: DPOConfig) -> Tensor:
-    """Return the loss (B,) of cfg.loss_type, of summed log-probs and lengths in tokens (2, B)."""
-    if cfg.loss_type == "ipo":
-        return ipo_loss(policy / lengths, reference / lengths, cfg.beta)
+    """Return the loss (B,) of pairs; summed log-probs and lengths are (2, B): chosen, rejected.
+
+    sigmoid: DPO, arXiv 2305.18290, equation 7, with cDPO's smoothing, ericmitchell.ai/cdpo.pdf.
+    On means per token: ipo, arXiv 2310.12036, equation 17; simpo, arXiv 2405.14734, equation 6.
+    """
+    beta, smoothing = cfg.beta, cfg.label_smoothing
+    if cfg.loss_type != "sigmoid":
+        policy, reference = policy / lengths, reference / lengths
+    log_ratio = policy[0] - policy[1]
     if cfg.loss_type == "simpo":
-        return simpo_loss(policy / lengths, cfg.beta, cfg.simpo_gamma)
-    return sigmoid_loss(policy, reference, cfg.beta, cfg.label_smoothing)
+        return -F.logsigmoid(beta * (log_ratio - cfg.simpo_gamma))
+    margin = log_ratio - (reference[0] - reference[1])
+    if cfg.loss_type == "ipo":
+        return (margin - 1 / (2 * beta)) ** 2
+    d = beta * margin
+    return -(1 - smoothing) * F.logsigmoid(d) - smoothing * F.logsigmoid(-d)
 
 
 def verifier_loss(scores: Tensor, labels: Tensor) -> Tensor:
@@ -142,9 +132,7 @@ def verifier_loss(scores: Tensor, labels: Tensor) -> Tensor:
 # The tasks (train.Task says what the loop expects of one)
 
 
-class Setup(NamedTuple):
-    """A task is made from these."""
-
+class Setup(NamedTuple):  # what a task is made from
     model: GPT
     tokenizer: Tokenizer
     world: World
@@ -155,34 +143,28 @@ class Setup(NamedTuple):
 
     @property
     def seq_len(self) -> int:
-        """The tokens of a row, or of the longest pair."""
         return self.align.seq_len or self.model.cfg.seq_len
 
-    def records(self, kind: str, split: str) -> list[dict]:
-        """Return the records of the data sets."""
-        return records.load_records(self.loop.data, self.loop.data_dir, kind, split)
 
-
-class PackedTask:
-    """SFT and the verifier share this: their documents are packed into rows."""
-
+class PackedTask:  # several documents share a row
     def pack_splits(self, found: dict, what: str, setup: Setup) -> None:
         """Pack the documents {split: [...]} into rows; those longer than a row are dropped."""
         log, T = setup.world.log, setup.seq_len
-        kept, self.packed = {}, {}
+        self.packed = {}
         for split, rows in found.items():
             name = f"{self.name} {split} {what}"
-            kept[split] = chat.drop_too_long(rows, lambda x: len(x["ids"]) - 1, T, name, log)
-            packed = chat.Packed(kept[split], T, setup.tokenizer.pad, setup.loop.seed)
-            log(f"{name}: {len(kept[split])} in {len(packed.rows)} rows of {T}")
+            kept = chat.drop_too_long(rows, lambda x: len(x["ids"]) - 1, T, name, log)
+            packed = chat.Packed(kept, T, setup.tokenizer.pad, setup.loop.seed)
+            log(f"{name}: {len(kept)} in {len(packed.rows)} rows of {T}")
             self.packed[split] = packed
-        self.tokens_per_row, self.n_val_rows = T, len(packed.rows)
-        self.fingerprint = digest([kept, T])
+        self.tokens_per_row = T
+        self.n_val_rows = len(packed.rows)
+        all_kept = {split: packed.documents for split, packed in self.packed.items()}
+        self.fingerprint = digest([all_kept, T])
 
     def batch(self, split: str, first: int, last: int) -> dict[str, Tensor]:
-        """Return the rows first to last; both splits are shuffled: packing sorts by length."""
         packed = self.packed[split]
-        return packed.batch(packed.shuffled(first, last))
+        return packed.batch(packed.shuffled(first, last))  # of both splits: packing sorts by length
 
 
 class SFT(PackedTask):
@@ -195,7 +177,7 @@ class SFT(PackedTask):
         loop, tokenizer, log = setup.loop, setup.tokenizer, setup.world.log
         found = {}
         for split in ("train", "val"):
-            rows = setup.records("sft", split)
+            rows = records.load_records(loop.data, loop.data_dir, "sft", split)
             found[split] = [documents.chat_document(row["messages"], tokenizer) for row in rows]
         self.prompts = [chat.render_prompt(row["messages"][:-1], tokenizer) for row in rows]  # val
         self.pack_splits(found, "chats", setup)
@@ -205,9 +187,7 @@ class SFT(PackedTask):
             T = self.tokens_per_row
             self.text = shards.Mixture(spec, loop.data_dir, "train", T, loop.seed + 1, tokenizer)
             self.fingerprint = digest([self.fingerprint, self.text.fingerprint])
-            log(
-                f"sft: {self.replay:.0%} of the training rows are text of {spec}, not of validation"
-            )
+            log(f"sft: {self.replay:.0%} of the rows are text of {spec}, in training alone")
 
     def batch(self, split: str, first: int, last: int) -> dict[str, Tensor]:
         """Return rows; training row i is text where the whole part of i * replay grows."""
@@ -222,48 +202,53 @@ class SFT(PackedTask):
             batch[key] = empty.masked_scatter(~is_text.unsqueeze(1), x)
         if is_text.any():
             rows = self.text.shuffled(n_text[0], n_text[-1])  # (texts, T + 1)
-            batch["idx"][is_text], batch["targets"][is_text] = rows[:, :-1], rows[:, 1:]
+            batch["idx"][is_text] = rows[:, :-1]
+            batch["targets"][is_text] = rows[:, 1:]
         return batch
 
     def units(self, batch: dict) -> Tensor:
-        """Return the number of supervised tokens."""
         return (batch["targets"] >= 0).sum()
 
     def loss(self, model: GPT, batch: dict) -> tuple[Tensor, dict]:
-        """Return the objective and the metrics, summed over the supervised tokens."""
         nll = model(batch["idx"], batch["targets"], batch["docs"])
         return nll, {"loss": nll}
-
-
-REWARDS = ["rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected"]
 
 
 class DPO:
     """DPO learns from preference pairs; its reference is the model that it starts from."""
 
     name = "dpo"
-    metrics: ClassVar = ["loss", *REWARDS, "logps/chosen", "logps/rejected"]  # named as in TRL
+    metrics: ClassVar = ["loss", "rewards/accuracies", "rewards/margins", "rewards/chosen"]
+    metrics += ["rewards/rejected", "logps/chosen", "logps/rejected"]  # named as in TRL
 
     def __init__(self, setup: Setup):
-        self.cfg, self.seed, self.pad = setup.mode, setup.loop.seed, setup.tokenizer.pad
-        sampled, log, space = self.cfg.on_policy, setup.world.log, setup.seq_len
+        loop = setup.loop
+        self.cfg = setup.mode
+        self.seed = loop.seed
+        self.pad = setup.tokenizer.pad
+        log = setup.world.log
+        space = setup.seq_len
         self.pairs = {}
         for split in ("train", "val"):
-            rows = sampled_pairs(setup, split) if sampled else setup.records("dpo", split)
+            if self.cfg.on_policy:
+                rows = sampled_pairs(setup, split)
+            else:
+                rows = records.load_records(loop.data, loop.data_dir, "dpo", split)
             pairs = [chat.encode_pair(row, setup.tokenizer) for row in rows]
-            name = f"dpo {split} pairs"
-            pairs = chat.drop_too_long(pairs, lambda pair: pair.longest - 1, space, name, log)
-            self.pairs[split] = pairs
-        self.prompts = [chat.render_prompt(row["prompt"], setup.tokenizer) for row in rows]  # val
-        longest = max(pair.longest - 1 for pairs in self.pairs.values() for pair in pairs)
+            what = f"dpo {split} pairs"
+            kept = chat.drop_too_long(pairs, lambda pair: pair.longest - 1, space, what, log)
+            self.pairs[split] = kept
+        self.prompts = [pair.prompt for pair in pairs]  # of val
+        longest = max(pair.longest - 1 for kept in self.pairs.values() for pair in kept)
         self.width = min(space, -(-longest // 64) * 64)
-        self.tokens_per_row, self.n_val_rows = 2 * self.width, len(pairs)
+        self.tokens_per_row = 2 * self.width
+        self.n_val_rows = len(kept)
+        log(f"dpo: {documents.describe_pairs(self.pairs['train'])}")
         has_reference = self.cfg.loss_type != "simpo"
         start = weights_hash(setup.model.state_dict()) if has_reference else True
         self.fingerprint = digest([self.pairs, start])
-        log(f"dpo: {documents.describe_pairs(self.pairs['train'])}")
         self.reference = self.reference_logprobs(setup, start) if has_reference else None
-        if setup.loop.force or not checkpoint_files(setup.loop.out_dir):
+        if loop.force or not checkpoint_files(loop.out_dir):
             self.check_start(setup)
 
     def reference_logprobs(self, setup: Setup, start: str) -> dict[str, Tensor]:
@@ -291,40 +276,40 @@ class DPO:
     def check_start(self, setup: Setup) -> None:
         """Check that the sigmoid loss starts at ln 2, as it must where policy = reference."""
         world = setup.world
-        batch = world.to_device(self.batch("train", 0, min(8, len(self.pairs["train"]))))
+        n = min(8, len(self.pairs["train"]))
+        batch = world.to_device(self.batch("train", 0, n))
         with torch.no_grad(), world.autocast():
             policy = sequence_logprobs(setup.model.to(world.device), batch)
             loss = preference_loss(policy, batch["reference"], batch["lengths"], self.cfg)
         loss = loss.mean().item()
-        kind, ln2 = self.cfg.loss_type, math.log(2)
+        kind = self.cfg.loss_type
+        ln2 = math.log(2)
         world.log(f"dpo: {kind} loss {loss:.4f} before the first step (ln 2 = {ln2:.4f})")
         limit = 1e-3 if world.dtype == torch.float32 else 3e-2
         assert kind != "sigmoid" or abs(loss - ln2) < limit, f"DPO starts at {loss}, not at ln 2"
 
-    def tensors(self, split: str, numbers: Iterable[int]) -> dict[str, Tensor]:
+    def tensors(self, split: str, numbers: list | range) -> dict[str, Tensor]:
         """Return idx and targets (2B, T) of pairs, chosen answers first; lengths (2, B)."""
         pairs = [self.pairs[split][number] for number in numbers]
         return documents.pair_rows(pairs, self.width, self.pad)
 
     def batch(self, split: str, first: int, last: int) -> dict[str, Tensor]:
-        """Return the tensors of pairs, and their log-probs under the reference (2, B)."""
-        numbers, n = list(range(first, last)), len(self.pairs["train"])
+        numbers = list(range(first, last))
         if split == "train":
+            n = len(self.pairs["train"])
             numbers = [shards.shuffled_index(i, n, self.seed)[1] for i in numbers]
         kept = self.reference
         reference = kept[split][:, numbers] if kept else torch.zeros(2, len(numbers))
         return {**self.tensors(split, numbers), "reference": reference}
 
     def units(self, batch: dict) -> int:
-        """Return the number of pairs."""
         return batch["reference"].size(1)
 
     def loss(self, model: GPT, batch: dict) -> tuple[Tensor, dict]:
-        """Return the objective and the metrics, summed over the pairs."""
         policy = sequence_logprobs(model, batch)  # (2, B)
         reference, lengths = batch["reference"], batch["lengths"]
         loss = preference_loss(policy, reference, lengths, self.cfg)
-        if self.cfg.rpo_alpha:  # RPO, arXiv 2404.19733, equation 1: the NLL of the chosen answer
+        if self.cfg.rpo_alpha:  # RPO, arXiv 2404.19733: the NLL of the chosen answer
             loss = loss - self.cfg.rpo_alpha * policy[0] / lengths[0]
         chosen, rejected = self.cfg.beta * (policy - reference).detach()  # rewards
         right = (chosen > rejected).float()
@@ -353,19 +338,20 @@ class Verifier(PackedTask):
             found[split] = documents.solution_documents(rows, tokenizer, self.cfg.level)
             world.log(f"verifier {split}: {documents.describe_solutions(rows)}")
             if split == "train":
-                scale_scores(setup.model.to(world.device), tokenizer, rows[:256])
+                scoring.scale_scores(setup.model.to(world.device), tokenizer, rows[:256])
         self.pack_splits(found, "solutions", setup)
 
     def units(self, batch: dict) -> Tensor:
-        """Return the number of labelled tokens."""
         return (batch["labels"] >= 0).sum()
 
     def loss(self, model: GPT, batch: dict) -> tuple[Tensor, dict]:
-        """Return the objective and the metrics, summed over the labelled tokens."""
-        x, judged = model.hidden(batch["idx"], batch["docs"]), batch["labels"] >= 0
+        x = model.hidden(batch["idx"], batch["docs"])
+        labels = batch["labels"]
+        judged = labels >= 0
         scores = model.scores(x, batch["idx"], judged)
-        loss, lm_loss = verifier_loss(scores, batch["labels"]), model.nll(x, batch["targets"])
-        right = (((scores > 0) == (batch["labels"] == 1)) & judged).sum()
+        loss = verifier_loss(scores, labels)
+        lm_loss = model.nll(x, batch["targets"])
+        right = (((scores > 0) == (labels == 1)) & judged).sum()
         sums = {"loss": loss, "lm_loss": lm_loss, "accuracy": right}
         return loss + self.cfg.lm_coef * lm_loss, sums
 
@@ -373,7 +359,8 @@ class Verifier(PackedTask):
 def sampled_solutions(setup: Setup, split: str) -> list[dict]:
     """Return the problems of a split with sampled solutions: from the run folder, or made now."""
     loop, cfg, world = setup.loop, setup.sampling, setup.world
-    problems = setup.records("problems", split)[: cfg.n_problems]
+    problems = records.load_records(loop.data, loop.data_dir, "problems", split)
+    problems = problems[: cfg.n_problems]
     settings = (cfg.n_samples, cfg.temperature, setup.align.max_new_tokens, cfg.calculator)
     attempts = Attempts(*settings, loop.seed)
     weights = setup.model.state_dict()
@@ -381,7 +368,8 @@ def sampled_solutions(setup: Setup, split: str) -> list[dict]:
     key = digest([weights_hash(trunk), problems, *astuple(attempts)])
     path = os.path.join(loop.out_dir, f"samples_{split}_{key}.jsonl")
     if not os.path.exists(path):
-        model, own = setup.model.to(world.device), problems[world.rank :: world.size]
+        model = setup.model.to(world.device)
+        own = problems[world.rank :: world.size]
         rows = world.gather(solve(model, setup.tokenizer, own, attempts, world.log))
         if world.main:
             write_jsonl(path, rows)
@@ -405,34 +393,40 @@ def sampled_pairs(setup: Setup, split: str) -> list[dict]:
 def tune(task: SFT | DPO | Verifier, setup: Setup, parts: list) -> int:
     """Train, and say what that did to the answers. -> exit code"""
     model, tokenizer, world, loop, align = setup[:5]
-    prompts = [ids for ids in task.prompts if len(ids) < model.cfg.seq_len][: align.n_answers]
-    before = {}
+    prompts = [ids for ids in task.prompts if len(ids) < model.cfg.seq_len]
+    prompts = prompts[: align.n_answers]
+
+    def measure() -> dict[str, float]:
+        stats = answers.answer_stats(model, tokenizer, prompts, align.max_new_tokens)
+        return {key: sum(values) / len(values) for key, values in stats.items()}
+
+    before, notes = {}, []
     if prompts and world.main and not loop.fsdp:  # one rank alone cannot ask a sharded model
-        before = mean_stats(model.to(world.device), tokenizer, prompts, align.max_new_tokens)
+        model.to(world.device)
+        before = measure()
     result = train(loop, task, model, world, parts)
     if result["state"] == "preempted":
         return PREEMPTED
-    notes = []
+    if before:
+        after = measure()
+        path = os.path.join(loop.out_dir, "answers.json")
+        write_json(path, {"before": before, "after": after})
+        line, notes = answers.changes(before, after)
+        world.log(f"{align.mode}: {line}")
     if align.mode == "dpo":
         rows = read_log(os.path.join(loop.out_dir, "metrics.jsonl"))
-        notes += curve_notes(result, next((row for row in rows if "val_loss" in row), {}))
-    if before:
-        after = mean_stats(model, tokenizer, prompts, align.max_new_tokens)
-        write_json(os.path.join(loop.out_dir, "answers.json"), {"before": before, "after": after})
-        world.log(f"{align.mode}: {changes(before, after)}")
-        notes += answer_notes(before, after) if align.mode == "dpo" else []
-    for note in notes:
-        world.log(f"{align.mode}: NOTE {note}")
+        first = next((row for row in rows if "val_loss" in row), {})
+        for note in answers.curve_notes(result, first) + notes:
+            world.log(f"dpo: NOTE {note}")
     return 0
 
 
 TASKS = {"sft": SFT, "dpo": DPO, "verifier": Verifier}
-SAMPLING = {"dpo": (DPOConfig, SamplingConfig), "verifier": (VerifierConfig, SamplingConfig)}
-MODES = {"sft": (SFTConfig,), **SAMPLING}  # mode -> the further parts of its configuration
+MODES = {"sft": (SFTConfig,), "dpo": (DPOConfig, SamplingConfig)}  # the settings of each
+MODES["verifier"] = (VerifierConfig, SamplingConfig)
 
 
 def main(argv: list[str]) -> int:
-    """Tune the model of a checkpoint in one of the three modes."""
     quiet = os.environ.get("RANK", "0") != "0"
     parts = load(argv, LoopConfig, AlignConfig, choose=("mode", MODES), quiet=quiet)
     loop, align, mode = parts[:3]
@@ -440,7 +434,7 @@ def main(argv: list[str]) -> int:
     start = load_checkpoint(align.init_from)
     spec = start["tokenizer"]
     tokenizer = load_tokenizer(align.tokenizer or spec["name"], loop.data_dir, spec)
-    check_template(start, align.init_from)
+    answers.check_template(start, align.init_from)
     if align.mode == "sft" and mode.replay and mode.replay_data is None:
         mode.replay_data = start["train_config"]["data"]  # before it is compared with the run's
     with World(loop.device, loop.dtype) as world:

@@ -12,6 +12,7 @@ corpus/records.py lists under RECORDS. This is the only program that may use the
 
 import base64
 import os
+import shutil
 from dataclasses import dataclass
 
 import tiktoken
@@ -51,17 +52,16 @@ class DataConfig:
 def prepare(cfg: DataConfig) -> None:
     """Make the folder of every source; a folder that was made by the same request is kept."""
     presets = [name for name, preset in PRESETS.items() if cfg.stage in (preset.stage, "all")]
-    toy_source = Source("pretrain", "toy")
-    sources = []
-    for text in cfg.sources or presets:
-        is_toy = text == "toy"
-        sources.append(toy_source if is_toy else Source.parse(text, cfg.stage, cfg.local_dir))
-    for source in sources:
-        if source is toy_source:
+    texts = cfg.sources or presets
+    sources = {
+        text: Source.parse(text, cfg.stage, cfg.local_dir) for text in texts if text != "toy"
+    }
+    for text in texts:
+        if text == "toy":
             sizes = ToySizes(cfg.seed, cfg.toy_stories, cfg.toy_problems, cfg.toy_test)
             make_toy(sizes, cfg.data_dir)
         else:
-            prepare_source(source, cfg)
+            prepare_source(sources[text], cfg)
 
 
 def prepare_source(source: Source, cfg: DataConfig) -> None:
@@ -100,8 +100,7 @@ def request_of(source: Source, cfg: DataConfig) -> dict:
 
 def prepare_records(source: Source, folder: str) -> dict:
     """Write the JSON lines of a source of records, cut into splits; return counts."""
-    rows = source_rows(source)[: source.cap]
-    records = to_records(rows, source.stage, source.name)
+    records = to_records(source_rows(source)[: source.cap], source.stage, source.name)
     splits = split_records(records, source.stage, source.name)
     kind = "problems" if source.stage == "verifier" else source.stage
     for split, part in splits.items():
@@ -131,7 +130,6 @@ def prepare_eval(source: Source, folder: str) -> dict:
 
 
 def whole_text(source: Source) -> str:
-    """Return the text of a source to the letter."""
     if not source.files:
         return "".join(row["text"] for row in hub_rows(source.name))
     parts = []
@@ -155,9 +153,8 @@ def tokenizer_for_preparation(cfg: DataConfig) -> Tokenizer:
         fetch_ranks(kept)
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.data_dir)
     if tokenizer.name == "gpt2" and not os.path.isfile(kept):
-        with open(cfg.tokenizer, "rb") as f:
-            content = f.read()
-        write_atomic(kept, lambda f: f.write(content))
+        with open(cfg.tokenizer, "rb") as source:
+            write_atomic(kept, lambda f: shutil.copyfileobj(source, f))
     return tokenizer
 
 
@@ -170,14 +167,12 @@ def fetch_ranks(path: str) -> None:
             f"could not fetch the GPT-2 ranks ({type(error).__name__}): give a local file with "
             "--tokenizer=gpt2.tiktoken"
         ) from None
-    lines = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        lines.append(base64.b64encode(token) + b" %d\n" % rank)
+    tokens = sorted(ranks, key=ranks.get)
+    lines = [base64.b64encode(token) + b" %d\n" % ranks[token] for token in tokens]
     write_atomic(path, lambda f: f.writelines(lines))
 
 
 def main(argv: list[str]) -> int:
-    """Prepare what the configuration asks for."""
     prepare(configurator.load(argv, DataConfig, quiet=False))
     return 0
 

@@ -199,7 +199,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
         gate, up = cpu.split_linear(x, self.gate_up.weight, [self.down.in_features] * 2)
-        return self.down(cpu.silu_mul(gate, up))
+        return self.down(F.silu(gate) * up)
 
 
 class MoE(nn.Module):

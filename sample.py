@@ -12,11 +12,12 @@ seq_len tokens.
 import codecs
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 from configurator import UserError, load, require, run
 from corpus.chat import render_prompt, user_turn
-from corpus.tokenizer import Tokenizer, load_tokenizer
+from corpus.tokenizer import load_tokenizer
 from inference.answers import answer_text, check_template, stops
 from inference.sampling import Sampling, stream
 from inference.solutions import Calculator
@@ -48,26 +49,7 @@ class SampleConfig:
         require(self, ranges, {"device": ("auto", "cpu", "cuda", "mps")})
 
 
-class Printer:
-    """A printer writes the text of one row to the screen, token by token.
-
-    A character whose bytes are spread over several tokens waits for the last of them.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def write(self, token: int) -> None:
-        """Print what the token completes."""
-        if token not in stops(self.tokenizer):
-            data = self.tokenizer.bpe.decode_single_token_bytes(token)
-            print(self.decoder.decode(data), end="", flush=True)
-
-
-class Sampler:
-    """A sampler is a checkpoint that is ready to answer."""
-
+class Sampler:  # a checkpoint that is ready to answer
     def __init__(self, cfg: SampleConfig):
         saved = load_checkpoint(cfg.checkpoint)
         spec = saved["tokenizer"]
@@ -80,49 +62,32 @@ class Sampler:
             check_template(saved, cfg.checkpoint)
         self.n_prompts = 0
 
-    def prompt(self, text: str) -> list[int]:
-        """Return the ids of a question, or of a text to be continued."""
-        if self.chat:
-            return render_prompt(user_turn(text), self.tokenizer)
-        # a document begins after the end of another
-        return [self.tokenizer.eos, *self.tokenizer.encode(text)]
-
-    def sample(self, ids: list[int]) -> list[list[int]]:
-        """Sample the answers to a prompt; one alone is printed as it comes."""
-        cfg = self.cfg
+    def answer(self, ids: list[int]) -> str:
+        """Sample and print the answers to a prompt, one alone as it comes. -> the first"""
+        cfg, tokenizer = self.cfg, self.tokenizer
         seeds = [(cfg.seed, self.n_prompts, number) for number in range(cfg.n_samples)]
         self.n_prompts += 1
+        prompts = [ids] * cfg.n_samples
+        end = stops(tokenizer)
         sampling = Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p)
-        calculator = Calculator(self.tokenizer) if cfg.calculator else None
-        printer = Printer(self.tokenizer)
-        rows = [[] for _ in seeds]
-        steps = stream(
-            self.model,
-            [ids] * cfg.n_samples,
-            cfg.max_new_tokens,
-            stops(self.tokenizer),
-            seeds,
-            sampling,
-            calculator,
-        )
-        for written in steps:
-            for row, token in written.items():
-                rows[row].append(token)
-                if cfg.n_samples == 1:
-                    printer.write(token)
-        return rows
-
-    def answer(self, ids: list[int]) -> str:
-        """Sample and print the answers to a prompt. -> the first"""
+        tool = Calculator(tokenizer) if cfg.calculator else None
+        # a character whose bytes are spread over several tokens waits for the last of them
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        rows = [[] for _ in prompts]
         began = time.perf_counter()
-        rows = self.sample(ids)
-        texts = [answer_text(row, self.tokenizer) for row in rows]
+        for step in stream(self.model, prompts, cfg.max_new_tokens, end, seeds, sampling, tool):
+            for row, token in step.items():
+                rows[row].append(token)
+                if cfg.n_samples == 1 and token not in end:
+                    data = tokenizer.bpe.decode_single_token_bytes(token)
+                    print(decoder.decode(data), end="", flush=True)
+        n_tokens = sum(map(len, rows))
+        speed = n_tokens / (time.perf_counter() - began)
+        texts = [answer_text(row, tokenizer) for row in rows]
         if len(texts) > 1:
             numbered = [f"--- {number}\n{text}" for number, text in enumerate(texts, 1)]
             print("\n".join(numbered), end="")
-        n_tokens = sum(map(len, rows))
-        speed = n_tokens / (time.perf_counter() - began)
-        cut = "" if rows[0][-1] in stops(self.tokenizer) else ", cut at max_new_tokens"
+        cut = "" if rows[0][-1] in end else ", cut at max_new_tokens"
         print(f"\n[{n_tokens} tokens, {speed:,.0f} tok/s{cut}]", file=sys.stderr)
         return texts[0]
 
@@ -130,36 +95,31 @@ class Sampler:
 def converse(sampler: Sampler) -> None:
     """Answer turn by turn, given all turns before, until an empty line or the end of input."""
     messages = []
-    while True:
-        try:
-            text = input("\n> ").strip()
-        except EOFError:
-            return
-        if not text:
-            return
-        messages += user_turn(text)
-        answer = sampler.answer(render_prompt(messages, sampler.tokenizer))
-        messages.append({"role": "assistant", "content": answer})
+    with suppress(EOFError):
+        while text := input("\n> ").strip():
+            messages += user_turn(text)
+            answer = sampler.answer(render_prompt(messages, sampler.tokenizer))
+            messages.append({"role": "assistant", "content": answer})
 
 
 def main(argv: list[str]) -> int:
-    """Answer a prompt, stdin, or the user at a terminal."""
     cfg = load(argv, SampleConfig)
     sampler = Sampler(cfg)
     if cfg.prompt is None and sys.stdin.isatty():
         if not sampler.chat:
-            raise UserError(
-                "this checkpoint continues text: give it some with --prompt=... or on stdin "
-                "(--chat treats it as a chat model)"
-            )
+            raise UserError("this model continues text: give --prompt or stdin, or set --chat")
         converse(sampler)
         return 0
     text = sys.stdin.read().rstrip("\n") if cfg.prompt is None else cfg.prompt
-    if not text.strip() and sampler.chat:
-        raise UserError("the prompt is empty: give --prompt some text")
-    if not sampler.chat:
+    if sampler.chat:
+        if not text.strip():
+            raise UserError("the prompt is empty: give --prompt some text")
+        ids = render_prompt(user_turn(text), sampler.tokenizer)
+    else:
         print(text, end="")
-    sampler.answer(sampler.prompt(text))
+        # a document begins after the end of another
+        ids = [sampler.tokenizer.eos, *sampler.tokenizer.encode(text)]
+    sampler.answer(ids)
     print()
     return 0
 

@@ -19,12 +19,10 @@ from functools import partial
 from configurator import UserError, load, require, run
 from runtime.files import write_json
 from runtime.run_folder import PREEMPTED, lock, read_state
+from runtime.world import KEEP_MEMORY
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 STAGES = ("pretrain", "sft", "dpo", "verifier", "eval")
-# glibc keeps freed memory: else a new tensor pays a page fault for each 4 KB (docs/log.md).
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
-PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a child gets when its parent dies
 
 
 @dataclass
@@ -76,7 +74,7 @@ class Programs:
         path = f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
         env, bind = {**KEEP_MEMORY, **os.environ, "PYTHONPATH": path}, None
         if sys.platform == "linux":
-            bind = partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, at_our_death)
+            bind = partial(ctypes.CDLL(None).prctl, 1, at_our_death)  # PR_SET_PDEATHSIG
         self.process = subprocess.Popen([sys.executable, *command], env=env, preexec_fn=bind)
         if self.stopping:  # asked a moment ago
             self.process.send_signal(signal.SIGTERM)
@@ -85,14 +83,12 @@ class Programs:
             return PREEMPTED
         return code if code >= 0 else 128 - code  # killed by a signal: as a shell says it
 
-    def run_stage(self, cfg: SpeedrunConfig, stage: str, start: str | None) -> int:
-        """Run one training stage, from a checkpoint if any, and return its exit code."""
+    def train(self, cfg: SpeedrunConfig, stage: str, start: str | None) -> int:
         folder = os.path.join(cfg.out_dir, stage)
-        program = os.path.join(HERE, "align.py" if start else "train.py")
-        command = [program, getattr(cfg, stage), f"--out_dir={folder}"]
-        command += [f"--data_dir={cfg.data_dir}", f"--seed={cfg.seed}"]
-        command += [f"--init_from={start}"] if start else []
-        command += [f"--max_steps={cfg.max_steps}"] if cfg.max_steps else []
+        command = [os.path.join(HERE, "align.py" if start else "train.py"), getattr(cfg, stage)]
+        flags = {"out_dir": folder, "data_dir": cfg.data_dir, "seed": cfg.seed}
+        flags |= {"init_from": start, "max_steps": cfg.max_steps}
+        command += [f"--{key}={value}" for key, value in flags.items() if value is not None]
         command += ["--force"] if cfg.force else []
         if cfg.nproc == 1:
             return self.run(command)
@@ -100,23 +96,23 @@ class Programs:
         code = self.run(torchrun + command, signal.SIGTERM)
         return PREEMPTED if read_state(folder) == "preempted" else code  # torchrun's code is 1
 
-    def run_stages(self, cfg: SpeedrunConfig) -> int:
-        """Run what is asked for, and return the first exit code that is not 0."""
-        start = None
-        for stage in STAGES[:-1]:
-            if cfg.stage in ("all", stage):
-                print(f"\n=== {stage} ===", flush=True)
-                code = self.run_stage(cfg, stage, cfg.checkpoint or start)
-                if code:
-                    return code
-            start = os.path.join(cfg.out_dir, stage)
-        if cfg.stage not in ("all", "eval"):
-            return 0
-        print("\n=== eval ===", flush=True)
+    def evaluate(self, cfg: SpeedrunConfig) -> int:
         out_dir, keep = f"--out_dir={cfg.out_dir}", "--force" if cfg.force else "--no_overwrite"
         command = [os.path.join(HERE, "eval.py"), out_dir, f"--data_dir={cfg.data_dir}", keep]
         code = self.run(command + [cfg.eval] * bool(cfg.eval))
         return code or self.run(["-P", "-m", "evals.report", out_dir, keep])
+
+    def run_stages(self, cfg: SpeedrunConfig) -> int:
+        """Run what is asked for, and return the first exit code that is not 0."""
+        start = cfg.checkpoint
+        for stage in STAGES:
+            if cfg.stage in ("all", stage):
+                print(f"\n=== {stage} ===", flush=True)
+                code = self.evaluate(cfg) if stage == "eval" else self.train(cfg, stage, start)
+                if code:
+                    return code
+            start = cfg.checkpoint or os.path.join(cfg.out_dir, stage)
+        return 0
 
 
 def main(argv: list[str]) -> int:

@@ -171,21 +171,16 @@ class Plan:
         self.loop, self.task, self.world = loop, task, world
         self.rows_per_step = max(1, round(loop.batch_tokens / task.tokens_per_row))
         if self.rows_per_step < world.size:
-            raise UserError(
-                f"batch_tokens={loop.batch_tokens} is {self.rows_per_step} rows of "
-                f"{task.tokens_per_row} tokens, too few for {world.size} ranks: use at least "
-                f"{world.size * task.tokens_per_row}"
-            )
+            given = f"{self.rows_per_step} rows of {task.tokens_per_row} tokens"
+            needed = f"use at least {world.size * task.tokens_per_row}"
+            what = f"batch_tokens={loop.batch_tokens} is {given}, too few for {world.size} ranks"
+            raise UserError(f"{what}: {needed}")
         if loop.fsdp and world.size == 1:
-            raise UserError(
-                "--fsdp shares the model out among ranks, and there is one: start it with "
-                "torchrun --nproc_per_node=2 or more"
-            )
+            start = "torchrun --nproc_per_node=2 or more"
+            raise UserError(f"--fsdp shares a model out among ranks; there is one: use {start}")
         if loop.fsdp and self.rows_per_step % world.size:
-            raise UserError(
-                f"--fsdp needs the same micro-steps on every rank: {self.rows_per_step} rows a "
-                f"step do not divide by {world.size} ranks; change batch_tokens={loop.batch_tokens}"
-            )
+            what = f"{self.rows_per_step} rows a step do not divide by {world.size} ranks"
+            raise UserError(f"--fsdp: {what}: change batch_tokens={loop.batch_tokens}")
         self.tokens_per_step = self.rows_per_step * task.tokens_per_row
         rows_of_rank = round(loop.batch_tokens / task.tokens_per_row / world.size)
         at_once = max(1, min(loop.micro_batch, rows_of_rank)) * task.tokens_per_row
@@ -200,7 +195,6 @@ class Plan:
         return [(row, min(row + size, end)) for row in range(first, end, size)]
 
     def in_words(self, model: GPT, compiled: bool) -> str:
-        """Say what one step is."""
         loop, world, width = self.loop, self.world, self.task.tokens_per_row
         how = str(world.dtype)[6:] + ", compiled" * compiled + ", FSDP" * loop.fsdp
         sizes = f"{model.num_params() / 1e6:.2f}M parameters on {world.device} ({how})"
@@ -212,10 +206,7 @@ class Plan:
 
 
 def evaluate(module: nn.Module, task: Task, loop: LoopConfig, world: World) -> dict[str, float]:
-    """Return every metric of the task over the validation rows.
-
-    Sums and units are added over batches and ranks, then divided.
-    """
+    """Return the task's metrics over the validation rows: sums over all ranks, then divided."""
     totals, units = {}, 0
     rows = min(task.n_val_rows, loop.eval_rows or task.n_val_rows)
     for start in range(0, rows, world.size * loop.micro_batch):
@@ -260,14 +251,13 @@ def make_optimizers(model: GPT, loop: LoopConfig) -> list[torch.optim.Optimizer]
     adamw = [{"params": groups["adamw"], "weight_decay": 0.0}]
     optimizers = []
     if loop.optimizer == "muon":
-        momentum, decay = loop.momentum, loop.weight_decay
-        optimizers.append(Muon(groups["muon"], loop.muon_lr, momentum, decay, loop.ns_steps))
+        settings = {key: getattr(loop, key) for key in ("momentum", "weight_decay", "ns_steps")}
+        optimizers.append(Muon(groups["muon"], lr=loop.muon_lr, **settings))
     else:
         adamw.append({"params": groups["muon"], "weight_decay": loop.weight_decay})
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    betas = (loop.beta1, loop.beta2)
-    rate = loop.learning_rate
-    optimizers.append(torch.optim.AdamW(adamw, lr=rate, betas=betas, eps=1e-10, fused=fused))
+    how = {"lr": loop.learning_rate, "betas": (loop.beta1, loop.beta2), "fused": fused}
+    optimizers.append(torch.optim.AdamW(adamw, eps=1e-10, **how))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -312,33 +302,28 @@ class Pretrain:
 
     def __init__(self, loop: LoopConfig, seq_len: int, tokenizer: Tokenizer, headerless: bool):
         self.tokens_per_row = seq_len
-        where = (loop.data, loop.data_dir)
         how = (seq_len, loop.seed, tokenizer, headerless)
-        self.train_rows = Mixture(*where, "train", *how)
-        self.val_rows = Mixture(*where, "val", *how)
+        self.train_rows = Mixture(loop.data, loop.data_dir, "train", *how)
+        self.val_rows = Mixture(loop.data, loop.data_dir, "val", *how)
         self.n_val_rows = self.val_rows.n_rows
         self.fingerprint = self.train_rows.fingerprint
         self.extra = {"tokenizer": tokenizer.spec()}
 
     def batch(self, split: str, first: int, last: int) -> dict[str, Tensor]:
-        """Return inputs and targets (B, T)."""
         train = split == "train"
         source = self.train_rows.shuffled if train else self.val_rows.validation
         rows = source(first, last)  # (B, T + 1)
         return {"idx": rows[:, :-1], "targets": rows[:, 1:]}
 
     def units(self, batch: dict[str, Tensor]) -> int:
-        """Return the number of tokens."""
         return batch["targets"].numel()
 
     def loss(self, model: GPT, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the summed nll, twice."""
         nll = model(batch["idx"], batch["targets"])
         return nll, {"loss": nll}
 
 
 def main(argv: list[str]) -> int:
-    """Pretrain a model; return the exit code."""
     quiet = os.environ.get("RANK", "0") != "0"
     kinds = (ModelConfig, LoopConfig, PretrainConfig)
     sizes, loop, pretrain = parts = configurator.load(argv, *kinds, quiet=quiet)

@@ -14,12 +14,13 @@ that cannot run is left out, with a message. One table per task, and JSON lines 
 
 import json
 import os
-import statistics
-import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from statistics import median
+from subprocess import PIPE, Popen
 
 import torch
 
@@ -29,20 +30,18 @@ from configurator import UserError
 from model import GPT, ModelConfig
 from runtime.budget import device_peak_flops, flops_per_token
 from runtime.run_folder import provenance
+from runtime.world import KEEP_MEMORY
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-TASKS = dict.fromkeys(
-    ("train", "generate", "tokenize", "load", "start", "race"), ("ours", "nanoGPT")
-)
-TASKS["train"] = tuple(SYSTEMS)  # the systems that can do it
-TASKS["generate"] = tuple(name for name in SYSTEMS if "Muon" not in name)
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}  # as in speedrun.py
+TASKS = {  # task -> the systems that can do it
+    "train": tuple(SYSTEMS),
+    "generate": tuple(name for name in SYSTEMS if "Muon" not in name),
+    **dict.fromkeys(("tokenize", "load", "start", "race"), ("ours", "nanoGPT")),
+}
 
 
 @dataclass
 class Shape:
-    """The sizes of a model and of its batch."""
-
     n_layer: int
     d_model: int
     n_head: int
@@ -90,11 +89,10 @@ class BenchConfig:
         bounds = {"[1, inf)": "rounds new_tokens batches threads"}
         choices = {"device": ("cpu", "cuda"), "dtype": ("float32", "bfloat16")}
         configurator.require(self, bounds, choices)
-        unknown = [name for name in self.shapes if name not in SHAPES]
-        unknown += [name for name in self.tasks if name not in TASKS]
+        unknown = {*self.shapes} - {*SHAPES} | {*self.tasks} - {*TASKS}
         if unknown:
             known = f"shapes: {', '.join(SHAPES)}; tasks: {', '.join(TASKS)}"
-            raise UserError(f"unknown {', '.join(unknown)}; {known}")
+            raise UserError(f"unknown {', '.join(sorted(unknown))}; {known}")
         if not self.text and {"tokenize", "start", "race"} & set(self.tasks):
             raise UserError("tokenize, start and race need a text: --text=FILE")
 
@@ -111,73 +109,56 @@ class Case:
     peaks: list[float] = field(default_factory=list)  # FLOP/s of a matmul beside every round
 
 
-class Worker:
-    """A process that measures one system; see worker.py."""
-
-    def __init__(self, cfg: BenchConfig, case: Case, system: str) -> None:
-        self.name = f"{system}, {case.task} at {case.shape_name}"
-        request = {**asdict(cfg), **asdict(case), "system": system}
-        program = "worker.py" if case.task in ("train", "generate") else "jobs.py"
-        command = [sys.executable, "-P", os.path.join(HERE, program), json.dumps(request)]
-        checkout = cfg.other if system == "other" else os.path.dirname(HERE)
-        env = {**os.environ, "PYTHONPATH": os.path.abspath(checkout)}
-        if system.startswith("ours") or system == "other":
-            env = KEEP_MEMORY | env
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen(command, env=env, text=True, **pipes)
-
-    def ask(self, request: str = "") -> dict | float:
-        """Ask for a round, or for the end, and return the answer; its errors are UserErrors."""
-        with suppress(BrokenPipeError):  # it has died: there is no answer either
-            print(request, end="\n" * bool(request), file=self.process.stdin, flush=True)
-        text = self.process.stdout.readline()
-        answer = json.loads(text) if text else {"error": "the process has died"}
-        if isinstance(answer, dict) and "error" in answer:
-            raise UserError(f"{self.name}: {answer['error']}")
-        return answer
-
-    def end(self) -> None:
-        """Let the process remove its temporary files and end."""
-        with suppress(subprocess.TimeoutExpired):
-            self.process.communicate(timeout=10)
-        self.process.kill()
+def answers(cfg: BenchConfig, case: Case, system: str) -> Iterator[dict | float]:
+    """Yield the facts of a system, its rounds and its megabytes, from a process; see worker.py."""
+    request = {**asdict(cfg), **asdict(case), "system": system}
+    program = "worker.py" if case.task in ("train", "generate") else "jobs.py"
+    command = [sys.executable, "-P", os.path.join(HERE, program), json.dumps(request)]
+    checkout = cfg.other if system == "other" else os.path.dirname(HERE)
+    env = {**os.environ, "PYTHONPATH": os.path.abspath(checkout)}
+    if system.startswith(("ours", "other")):
+        env = KEEP_MEMORY | env
+    process = Popen(command, env=env, text=True, stdin=PIPE, stdout=PIPE)
+    try:
+        for wish in ("", *["round\n"] * cfg.rounds, "end\n"):
+            with suppress(BrokenPipeError):  # it has died: there is no answer either
+                print(wish, end="", file=process.stdin, flush=True)
+            answer = json.loads(process.stdout.readline() or '{"error": "the process has died"}')
+            if isinstance(answer, dict) and "error" in answer:
+                raise UserError(f"{system}, {case.task} at {case.shape_name}: {answer['error']}")
+            yield answer
+    finally:
+        process.communicate()  # it removes its temporary files, and ends
 
 
 def systems_for(cfg: BenchConfig, task: str) -> list[str]:
-    """Return the systems that are asked for, or all that are there."""
     given = {"other": cfg.other, "nanoGPT": cfg.nanogpt, "nanochat": cfg.nanochat}
     given |= {"Llama": cfg.transformers, "Qwen3": cfg.transformers}
     there = [name for name in TASKS[task] if given.get(name, True)]
-    unknown = [name for name in cfg.systems if name not in there]
+    unknown = ", ".join(name for name in cfg.systems if name not in there)
     if unknown:
-        names = ", ".join(unknown)
-        raise UserError(f"no system {names} for {task} here; there are {', '.join(there)}")
+        raise UserError(f"no system {unknown} for {task} here; there are {', '.join(there)}")
     return list(cfg.systems) or there
 
 
 def take_turns(cfg: BenchConfig, case: Case) -> None:
-    """Measure all systems of a case, round by round."""
     workers = {}
-    try:
-        for system in systems_for(cfg, case.task):
-            worker = workers[system] = Worker(cfg, case, system)
-            try:
-                case.facts[system] = worker.ask()
-            except UserError as error:
-                print(f"left out: {error}", flush=True)
-        if not case.facts:
-            raise UserError(f"no system could do {case.task} at {case.shape_name}: see above")
-        case.rounds = {system: [] for system in case.facts}
-        for _ in range(cfg.rounds):
-            for system, rounds in case.rounds.items():
-                rounds.append(workers[system].ask("round"))
-            if case.task == "train":
-                case.peaks.append(matmul_peak(cfg))
-        for system, facts in case.facts.items():
-            facts["peak_mb"] = workers[system].ask("end")
-    finally:
-        for worker in workers.values():
-            worker.end()
+    for system in systems_for(cfg, case.task):
+        worker = answers(cfg, case, system)
+        try:
+            case.facts[system], workers[system] = next(worker), worker
+        except UserError as error:
+            print(f"left out: {error}", flush=True)
+    if not workers:
+        raise UserError(f"no system could do {case.task} at {case.shape_name}: see above")
+    case.rounds = {system: [] for system in workers}
+    for _ in range(cfg.rounds):
+        for system, worker in workers.items():
+            case.rounds[system].append(next(worker))
+        if case.task == "train":
+            case.peaks.append(matmul_peak(cfg))
+    for system, worker in workers.items():
+        case.facts[system]["peak_mb"] = next(worker)
 
 
 def matmul_peak(cfg: BenchConfig) -> float:
@@ -192,42 +173,38 @@ def matmul_peak(cfg: BenchConfig) -> float:
 
 
 def summarize(cfg: BenchConfig, case: Case) -> list[dict]:
-    """Return a row per system: medians, their ratio to the baseline, and what follows from them."""
+    """Return a row per system: medians, their ratio to the baseline, and what follows from them.
+
+    The time of a known amount is shown as a speed.
+    """
     peers = [system for system in case.rounds if not system.startswith("ours")]
-    baseline = cfg.baseline or (peers or list(case.rounds))[0]
+    baseline = case.rounds.get(cfg.baseline or [*peers, *case.rounds][0])
+    n_tokens = dict.fromkeys(("step", "forward_backward"), case.shape.batch * case.shape.seq_len)
+    n_tokens |= {"batch_1": cfg.new_tokens, "batch_8": 8 * cfg.new_tokens}
     rows = []
     for system, rounds in case.rounds.items():
-        facts = dict(case.facts[system])
-        peak_mb = facts.pop("peak_mb")
-        row = {"shape": case.shape_name, "batch_rows": case.shape.batch, "system": system, **facts}
+        row = {"shape": case.shape_name, "batch_rows": case.shape.batch, "system": system}
+        row |= case.facts[system]
         for key in rounds[0]:
             values = [measured[key] for measured in rounds]
-            row |= medians(cfg, case, key, values, row)
-            if key not in ("forward_backward", "val_loss", "parameters", "tokens"):
-                base = [measured[key] for measured in case.rounds.get(baseline, [])]
-                ratios = [theirs / own for theirs, own in zip(base, values, strict=bool(base))]
+            if key in n_tokens:
+                row[f"{key}_tok_s"] = n_tokens[key] / median(values)
+            elif key == "tokenize":
+                row["mb_s"] = row["megabytes"] / median(values)
+            else:
+                row[key] = median(values)
+            if key in ("seconds", "val_loss"):
+                row[f"{key}_of_each"] = values
+            if baseline and key not in ("forward_backward", "val_loss", "parameters", "tokens"):
+                ratios = [theirs[key] / own for theirs, own in zip(baseline, values, strict=True)]
                 end = f"_{key}" if len(rounds[0]) > 1 else ""
-                if ratios:
-                    row[f"ratio{end}"] = statistics.median(ratios)
-                    row[f"range{end}"] = f"{min(ratios):.2f}-{max(ratios):.2f}"
+                row[f"ratio{end}"] = median(ratios)
+                row[f"range{end}"] = f"{min(ratios):.2f}-{max(ratios):.2f}"
         if case.task == "train" and "MoE" not in system:
             row |= shares_of_peak(cfg, case, [measured["step"] for measured in rounds])
-        rows.append({**row, "peak_mb": peak_mb})
+        row["peak_mb"] = row.pop("peak_mb")  # the last column
+        rows.append(row)
     return rows
-
-
-def medians(cfg: BenchConfig, case: Case, key: str, values: list[float], row: dict) -> dict:
-    """Return the median of a measurement, as a speed where it is the time of a known amount."""
-    median = statistics.median(values)
-    step = case.shape.batch * case.shape.seq_len
-    amounts = {"step": step, "forward_backward": step}
-    amounts |= {"batch_1": cfg.new_tokens, "batch_8": 8 * cfg.new_tokens}
-    if key in amounts:
-        return {f"{key}_tok_s": amounts[key] / median}
-    if key == "tokenize":
-        return {"mb_s": row["megabytes"] / median}
-    of_each = case.task == "race" and key in ("seconds", "val_loss")
-    return {key: median, **({f"{key}_of_each": values} if of_each else {})}
 
 
 def shares_of_peak(cfg: BenchConfig, case: Case, seconds: list[float]) -> dict:
@@ -236,22 +213,17 @@ def shares_of_peak(cfg: BenchConfig, case: Case, seconds: list[float]) -> dict:
         model = GPT(ModelConfig(**model_fields(case.shape)))
     flops = flops_per_token(model) * case.shape.batch * case.shape.seq_len
     shares = [flops / step / peak for step, peak in zip(seconds, case.peaks, strict=True)]
-    row = {"of_matmul_peak": statistics.median(shares)}
+    row = {"of_matmul_peak": median(shares)}
     if cfg.device == "cuda" and device_peak_flops():
-        row["mfu"] = flops / statistics.median(seconds) / device_peak_flops()
+        row["mfu"] = flops / median(seconds) / device_peak_flops()
     return row
 
 
 def in_columns(rows: list[dict]) -> str:
-    """Return rows as text in columns, for a terminal."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     lines = [keys, *([in_words(row.get(key, "")) for key in keys] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    texts = []
-    for line in lines:
-        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
-        texts.append("  ".join(cells).rstrip())
-    return "\n".join(texts)
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def in_words(value: object) -> str:
@@ -276,9 +248,9 @@ def main(argv: list[str]) -> int:
                 take_turns(cfg, case)
                 found = summarize(cfg, case)
                 rows += found
+                origin = {"settings": asdict(cfg), **provenance()}
                 with open(cfg.out, "a") as f:
                     for row in found:
-                        origin = {"settings": asdict(cfg), **provenance()}
                         f.write(json.dumps({"task": task, **row, **origin}) + "\n")
         compiled = ", compiled" if cfg.compile else ""
         print(f"\n{task}: {cfg.device}, {cfg.dtype}{compiled}\n{in_columns(rows)}\n", flush=True)

@@ -4,15 +4,15 @@ The checkout that it measures stands alone on PYTHONPATH. So `model` and `train`
 a system only, and nothing of this folder is imported at all.
 """
 
-import importlib
 import importlib.util
 import json
 import os
 import re
 import sys
 import time
-import types
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import ModuleType, SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,6 @@ from torch import Tensor
 
 
 class Ours:
-    """The checkout on PYTHONPATH."""
-
     def __init__(self, cfg: SimpleNamespace, optimizer: str = "adamw", **fields: object) -> None:
         from model import GPT, ModelConfig
         from train import LoopConfig, make_optimizers
@@ -41,13 +39,11 @@ class Ours:
         n = targets.numel()
         return (self.model(idx, targets) + self.model.balance_loss() * n) / n
 
-    def generate(self, prompts: list[list[int]], n: int) -> None:
-        self.sampling.generate(self.model.eval(), prompts, n)
+    def generate(self, prompts: Tensor, n: int) -> None:
+        self.sampling.generate(self.model.eval(), prompts.tolist(), n)
 
 
 class NanoGPT:
-    """A checkout of nanoGPT."""
-
     def __init__(self, cfg: SimpleNamespace) -> None:
         module = import_file("nanogpt_model", os.path.join(cfg.nanogpt, "model.py"))
         fields = peer_fields(cfg.shape) | {"block_size": cfg.shape.seq_len}
@@ -56,28 +52,23 @@ class NanoGPT:
             fields["n_layer"] = round(cfg.shape.n_layer * (4 * d_model + 3 * d_ff) / (12 * d_model))
         config = module.GPTConfig(**fields, dropout=0.0, bias=False)
         self.model = module.GPT(config).to(cfg.device)
-        optimizer = self.model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), cfg.device)
-        self.optimizers, self.device = [optimizer], cfg.device
+        self.optimizers = [self.model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), cfg.device)]
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         return self.model(idx, targets)[1]
 
-    def generate(self, prompts: list[list[int]], n: int) -> None:
-        self.model.eval().generate(torch.tensor(prompts, device=self.device), n)
+    def generate(self, prompts: Tensor, n: int) -> None:
+        self.model.eval().generate(prompts, n)
 
 
 class NanoChat:
-    """A checkout of nanochat."""
-
     def __init__(self, cfg: SimpleNamespace) -> None:
         sys.path.append(cfg.nanochat)
         from nanochat.gpt import GPT, GPTConfig
 
         fields = peer_fields(cfg.shape) | {"sequence_len": cfg.shape.seq_len}
         config = GPTConfig(**fields, n_kv_head=cfg.shape.n_head, window_pattern="L")
-        with torch.device("meta"):
-            self.model = GPT(config)
-        self.model.to_empty(device=cfg.device)
+        self.model = GPT(config).to(cfg.device)
         self.model.init_weights()
         self.optimizers = [self.model.setup_optimizer()]
 
@@ -85,24 +76,20 @@ class NanoChat:
         return self.model(idx, targets)
 
     @torch.inference_mode()
-    def generate(self, prompts: list[list[int]], n: int) -> None:
+    def generate(self, ids: Tensor, n: int) -> None:
         # Its engine imports its tokenizer, which is not needed here, and that imports rustbpe.
-        sys.modules.setdefault("rustbpe", types.ModuleType("rustbpe"))
+        sys.modules.setdefault("rustbpe", ModuleType("rustbpe"))
         from nanochat.engine import KVCache
 
-        model = self.model.eval()
-        cfg, device, dtype = model.config, model.get_device(), next(model.parameters()).dtype
-        sizes = (cfg.n_kv_head, len(prompts[0]) + n, cfg.n_embd // cfg.n_head, cfg.n_layer)
-        cache = KVCache(len(prompts), *sizes, device, dtype)
-        ids = torch.tensor(prompts, device=device)
+        model, cfg = self.model.eval(), self.model.config
+        sizes = (cfg.n_kv_head, ids.size(1) + n, cfg.n_embd // cfg.n_head, cfg.n_layer)
+        cache = KVCache(len(ids), *sizes, ids.device, next(model.parameters()).dtype)
         for _ in range(n):
             logits = model(ids, kv_cache=cache)[:, -1]
             ids = torch.multinomial(logits.softmax(-1), 1)
 
 
 class HuggingFace:
-    """A model family of the installed transformers."""
-
     def __init__(self, cfg: SimpleNamespace, family: str) -> None:
         import transformers
 
@@ -124,15 +111,13 @@ class HuggingFace:
         logits = self.model(input_ids=idx).logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    def generate(self, prompts: list[list[int]], n: int) -> None:
-        ids = torch.tensor(prompts, device=self.model.device)
-        self.model.eval().generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=True)
+    def generate(self, prompts: Tensor, n: int) -> None:
+        self.model.eval().generate(prompts, max_new_tokens=n, min_new_tokens=n, do_sample=True)
 
 
 def model_fields(shape: SimpleNamespace) -> dict:
-    """Return a shape in the words of our ModelConfig."""
-    fields = {name: getattr(shape, name) for name in ("n_layer", "d_model", "n_head", "seq_len")}
-    return {"vocab_size": shape.vocab, "d_ff": shape.d_ff, **fields}
+    names = ("n_layer", "d_model", "n_head", "seq_len", "d_ff")
+    return {"vocab_size": shape.vocab, **{name: getattr(shape, name) for name in names}}
 
 
 def peer_fields(shape: SimpleNamespace) -> dict:
@@ -141,7 +126,7 @@ def peer_fields(shape: SimpleNamespace) -> dict:
     return fields | {"n_layer": shape.n_layer, "n_head": shape.n_head}
 
 
-def import_file(name: str, path: str) -> types.ModuleType:
+def import_file(name: str, path: str) -> ModuleType:
     """Import a file as a module. It is registered, for torch.compile looks it up."""
     spec = importlib.util.spec_from_file_location(name, path)
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
@@ -149,82 +134,74 @@ def import_file(name: str, path: str) -> types.ModuleType:
     return module
 
 
-SYSTEMS = {  # name -> class, further arguments
-    "ours": (Ours, {}),
-    "ours without sinks": (Ours, {"sinks": False}),
-    "ours with Muon": (Ours, {"optimizer": "muon"}),
-    "ours MoE 8 top 2": (Ours, {"n_expert": 8, "shared_expert": False}),
-    "other": (Ours, {}),
-    "nanoGPT": (NanoGPT, {}),
-    "nanochat": (NanoChat, {}),
-    "Llama": (HuggingFace, {"family": "Llama"}),
-    "Qwen3": (HuggingFace, {"family": "Qwen3"}),
+SYSTEMS = {
+    "ours": Ours,
+    "ours without sinks": partial(Ours, sinks=False),
+    "ours with Muon": partial(Ours, optimizer="muon"),
+    "ours MoE 8 top 2": partial(Ours, n_expert=8, shared_expert=False),
+    "other": Ours,
+    "nanoGPT": NanoGPT,
+    "nanochat": NanoChat,
+    "Llama": partial(HuggingFace, family="Llama"),
+    "Qwen3": partial(HuggingFace, family="Qwen3"),
 }
 
 
-# A job has facts, and round(), which returns what was measured: seconds, or a loss.
+# --------------------------------------------------------------------------------------------------
+# Jobs: each yields facts, then what it measures whenever it is asked, seconds or a loss
 
 
-class ModelJob:
-    """A job of a system that was made for it."""
+def train(cfg: SimpleNamespace) -> Iterator[dict]:
+    """Measure training steps: forward, backward, optimizer."""
+    system = SYSTEMS[cfg.system](cfg)
+    loss_of = torch.compile(system.loss, dynamic=False) if cfg.compile else system.loss
+    size = (2, cfg.shape.batch, cfg.shape.seq_len)
+    idx, targets = torch.randint(cfg.shape.vocab, size, device=cfg.device)
 
-    def __init__(self, cfg: SimpleNamespace) -> None:
-        torch.manual_seed(0)
-        system, arguments = SYSTEMS[cfg.system]
-        self.cfg, self.shape, self.system, self.facts = cfg, cfg.shape, system(cfg, **arguments), {}
-        enabled = cfg.dtype == "bfloat16"
-        self.autocast = torch.autocast(cfg.device, torch.bfloat16, enabled=enabled)
-
-    def seconds_since(self, began: float) -> float:
-        """Return how long it is since `began`, after the device has done what it was given."""
-        if self.cfg.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
-
-
-class Train(ModelJob):
-    """One training step: forward, backward, optimizer."""
-
-    def __init__(self, cfg: SimpleNamespace) -> None:
-        super().__init__(cfg)
-        self.loss = self.system.loss
-        if cfg.compile:
-            self.loss = torch.compile(self.loss, dynamic=False)
-        size = (2, self.shape.batch, self.shape.seq_len)
-        self.idx, self.targets = torch.randint(self.shape.vocab, size, device=cfg.device)
-        self.facts["parameters"] = sum(p.numel() for p in self.system.model.parameters())
-        for _ in range(6):  # compilation, and memory touched for the first time
-            self.round()
-
-    def round(self) -> dict[str, float]:
-        began = time.perf_counter()
-        with self.autocast:
-            loss = self.loss(self.idx, self.targets)
+    def step() -> dict[str, float]:
+        began = clock(cfg)
+        with autocast(cfg):
+            loss = loss_of(idx, targets)
         loss.backward()
-        forward_backward = self.seconds_since(began)
-        for optimizer in self.system.optimizers:
+        forward_backward = clock(cfg) - began
+        for optimizer in system.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return {"step": self.seconds_since(began), "forward_backward": forward_backward}
+        return {"step": clock(cfg) - began, "forward_backward": forward_backward}
+
+    for _ in range(6):  # compilation, and memory touched for the first time
+        step()
+    yield {"parameters": sum(p.numel() for p in system.model.parameters())}
+    while True:
+        yield step()
 
 
-class Generate(ModelJob):
-    """new_tokens for one row, and for eight, from prompts of 16."""
+def generate(cfg: SimpleNamespace) -> Iterator[dict]:
+    """Measure new_tokens for one row, and for eight, from prompts of 16."""
+    system = SYSTEMS[cfg.system](cfg)
 
-    def __init__(self, cfg: SimpleNamespace) -> None:
-        super().__init__(cfg)
-        self.seconds(batch=2, n=4)
+    def seconds(batch: int, n: int) -> float:
+        prompts = torch.randint(cfg.shape.vocab, (batch, 16), device=cfg.device)
+        began = clock(cfg)
+        with torch.no_grad(), autocast(cfg):
+            system.generate(prompts, n)
+        return clock(cfg) - began
 
-    def seconds(self, batch: int, n: int) -> float:
-        """Return the seconds for n tokens in each of `batch` rows."""
-        prompts = torch.randint(self.shape.vocab, (batch, 16)).tolist()
-        began = time.perf_counter()
-        with torch.no_grad(), self.autocast:
-            self.system.generate(prompts, n)
-        return self.seconds_since(began)
+    seconds(batch=2, n=4)
+    yield {}
+    while True:
+        yield {f"batch_{batch}": seconds(batch, cfg.new_tokens) for batch in (1, 8)}
 
-    def round(self) -> dict[str, float]:
-        return {f"batch_{batch}": self.seconds(batch, self.cfg.new_tokens) for batch in (1, 8)}
+
+def clock(cfg: SimpleNamespace) -> float:
+    """Return the time in seconds, after the device has done what it was given."""
+    if cfg.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def autocast(cfg: SimpleNamespace) -> torch.autocast:
+    return torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
 
 
 def peak_memory(cfg: SimpleNamespace) -> float:
@@ -235,8 +212,8 @@ def peak_memory(cfg: SimpleNamespace) -> float:
         return int(re.search(r"VmHWM:\s+(\d+) kB", f.read())[1]) / 1024
 
 
-def serve(jobs: dict[str, type]) -> None:
-    """Set up the job described in argv, and do a round whenever a line "round" comes in.
+def serve(jobs: dict[str, Callable]) -> None:
+    """Start the job described in argv, and measure whenever a line "round" comes in.
 
     The answers are lines of JSON: facts, then the rounds, at the end megabytes; or an error.
     """
@@ -247,14 +224,15 @@ def serve(jobs: dict[str, type]) -> None:
         torch.set_num_threads(cfg.threads or torch.get_num_threads())
         torch.randn(64, 64).matmul(torch.randn(64, 64))  # thread pools belong to no system
         before = peak_memory(cfg)
+        torch.manual_seed(0)
         job = jobs[cfg.task](cfg)
-        print(json.dumps(job.facts), file=answers)
+        print(json.dumps(next(job)), file=answers)
         while sys.stdin.readline() == "round\n":
-            print(json.dumps(job.round()), file=answers)
+            print(json.dumps(next(job)), file=answers)
         print(json.dumps(peak_memory(cfg) - before), file=answers)
     except Exception as error:  # whatever goes wrong in one system, the others are measured
         print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=answers)
 
 
 if __name__ == "__main__":
-    serve({"train": Train, "generate": Generate})
+    serve({"train": train, "generate": generate})

@@ -52,7 +52,6 @@ def render_prompt(messages: list[dict], tokenizer: Tokenizer) -> list[int]:
 
 
 def user_turn(text: str) -> list[dict]:
-    """Return the conversation that consists of one question."""
     return [{"role": "user", "content": text}]
 
 
@@ -65,15 +64,11 @@ class Pair(NamedTuple):
 
     @property
     def longest(self) -> int:
-        """The number of ids of the prompt with the longer answer."""
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
 def encode_pair(record: dict, tokenizer: Tokenizer) -> Pair:
-    """Return the ids of a preference record; both answers end with <|end|>.
-
-    There is one prompt, so no token that merges across its end can make it differ between the two.
-    """
+    """Return the ids of a preference record. No token merges across the end of its prompt."""
     prompt = render_prompt(record["prompt"], tokenizer)
     chosen = [*tokenizer.encode(record["chosen"]), tokenizer.end]
     rejected = [*tokenizer.encode(record["rejected"]), tokenizer.end]
@@ -94,10 +89,7 @@ def show_supervised(ids: list[int], targets: list[int], tokenizer: Tokenizer) ->
 def drop_too_long(
     rows: list, length: Callable[[object], int], space: int, what: str, log: Callable[[str], None]
 ) -> list:
-    """Return the rows whose length is at most space, and log how many are longer.
-
-    Raises UserError where no row is left.
-    """
+    """Return the rows of at most space tokens; log how many are not. Raises UserError for none."""
     kept = [row for row in rows if length(row) <= space]
     dropped = len(rows) - len(kept)
     too_long = f"longer than seq_len={space} tokens"
@@ -111,8 +103,7 @@ def drop_too_long(
 def pack(lengths: list[int], space: int) -> list[list[int]]:
     """Return groups of items whose lengths sum to at most space, by best-fit decreasing.
 
-    Every item is in exactly one group: the longest come first, each into the fullest group that
-    still has room for it.
+    The longest come first, each into the fullest group that still has room for it.
     """
     groups = []
     open_groups = []  # (free space, number of the group), sorted
@@ -133,9 +124,8 @@ def pack(lengths: list[int], space: int) -> list[list[int]]:
 class Packed:
     """Packed documents share rows, and attention stays inside a document.
 
-    A document has "ids" and, under other keys, labels: one per id, -1 where there is none. A
-    document of n ids takes n - 1 places: its first n - 1 ids as inputs, its last n - 1 labels as
-    targets.
+    A document has "ids" and, under other keys, labels: one per id, -1 where there is none. Of n ids
+    the first n - 1 are inputs, and the last n - 1 labels are their targets.
     """
 
     def __init__(self, documents: list[dict], seq_len: int, pad: int, seed: int):
@@ -154,20 +144,17 @@ class Packed:
         for name in self.label_names:
             batch[name] = torch.full(shape, -1)
         for b, number in enumerate(numbers):
-            self.fill_row({name: tensor[b] for name, tensor in batch.items()}, number)
+            start = 0
+            for place, i in enumerate(self.rows[number]):
+                document = self.documents[i]
+                ids = torch.tensor(document["ids"])
+                end = start + len(ids) - 1
+                batch["idx"][b, start:end] = ids[:-1]
+                batch["docs"][b, start:end] = place
+                for name in self.label_names:
+                    batch[name][b, start:end] = torch.tensor(document[name][1:])
+                start = end
         return batch
-
-    def fill_row(self, row: dict[str, Tensor], number: int) -> None:
-        """Write the documents of a row, one after the other, into tensors of shape (T,)."""
-        start = 0
-        for place, i in enumerate(self.rows[number]):
-            document = self.documents[i]
-            end = start + len(document["ids"]) - 1
-            row["idx"][start:end] = torch.tensor(document["ids"][:-1])
-            row["docs"][start:end] = place
-            for name in self.label_names:
-                row[name][start:end] = torch.tensor(document[name][1:])
-            start = end
 
     def shuffled(self, first: int, last: int) -> list[int]:
         """Return the numbers of rows first to last of an endless shuffled sequence."""

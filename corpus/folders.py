@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -23,24 +22,13 @@ from runtime.files import read_jsonl, remove_if_there, sha256, write_json, write
 BATCH_CHARACTERS = 1 << 22  # characters to encode at a time
 
 
-class Manifest(NamedTuple):
-    """A Manifest says what a folder was made from and which files it has."""
-
-    request: dict | None
-    files: list[str]
-
-
-def read_manifest(path: str) -> Manifest:
-    """Return a manifest, or an empty one where the file is missing or damaged.
-
-    The folder of an empty manifest is then made again.
-    """
+def read_manifest(path: str) -> tuple[dict | None, list[str]]:
+    """Return request and files of a manifest; None and [] where it is missing or damaged."""
     try:
         manifest = read_jsonl(path)
-        files = [os.path.basename(name) for name in manifest["sha256"]]
-        return Manifest(manifest["request"], files)
+        return manifest["request"], [os.path.basename(name) for name in manifest["sha256"]]
     except (UserError, KeyError, TypeError):
-        return Manifest(None, [])
+        return None, []
 
 
 def make_folder(folder: str, stage: str, request: dict, write: Callable[[str], dict]) -> None:
@@ -50,9 +38,9 @@ def make_folder(folder: str, stage: str, request: dict, write: Callable[[str], d
     whose manifest names the same request is kept.
     """
     path = os.path.join(folder, f"manifest_{stage}.json")
-    before = read_manifest(path)
-    complete = all(os.path.isfile(os.path.join(folder, name)) for name in before.files)
-    if complete and before.request == request:
+    old_request, old_files = read_manifest(path)
+    complete = all(os.path.isfile(os.path.join(folder, name)) for name in old_files)
+    if complete and old_request == request:
         print(f"data: {folder} ({stage}) is there already")
         return
     made = f"{folder}.{os.getpid()}.part"  # the files move over when all of them are there
@@ -62,15 +50,11 @@ def make_folder(folder: str, stage: str, request: dict, write: Callable[[str], d
     remove_if_there(path)  # it must not vouch for a folder that is half replaced
     for name in digests:
         os.replace(os.path.join(made, name), os.path.join(folder, name))
-    for name in set(before.files) - set(digests):
+    for name in set(old_files) - set(digests):
         remove_if_there(os.path.join(folder, name))
     os.rmdir(made)
     write_json(path, {"request": request, "counts": counts, "sha256": digests})
     print(f"data: {folder}: {json.dumps(counts)}")
-
-
-# --------------------------------------------------------------------------------------------------
-# Token shards of a text
 
 
 class ShardWriter:
@@ -83,7 +67,6 @@ class ShardWriter:
         self.waiting = self.n_tokens = self.n_shards = 0
 
     def add(self, ids: np.ndarray) -> None:
-        """Take one document, and EOS after it."""
         self.parts += [ids, self.eos]
         self.waiting += len(ids) + 1
 
@@ -99,7 +82,7 @@ class ShardWriter:
 
 
 def write_text_shards(source: Source, folder: str, tokenizer: Tokenizer) -> dict:
-    """Write the shards of a text source and return counts; each document is followed by EOS.
+    """Write the shards of a text source, EOS after each document; return counts.
 
     Every 100th document is for validation; of fewer documents the last 5 % of the tokens are.
     """
@@ -138,10 +121,6 @@ def document_batches(source: Source) -> Iterator[list[str]]:
     yield batch
 
 
-# --------------------------------------------------------------------------------------------------
-# The toy world
-
-
 @dataclass(frozen=True)
 class ToySizes:
     """ToySizes says how large a toy world is, and its seed."""
@@ -160,36 +139,27 @@ def make_toy(sizes: ToySizes, data_dir: str) -> None:
 
 
 def ensure_toy(spec: str, data_dir: str) -> None:
-    """Make the toy world where a mixture names it and it is missing.
-
-    It needs no network, and processes that make it at once write equal files.
-    """
+    """Make the toy world where a mixture names it and it is missing. Many processes may do so."""
     manifest = os.path.join(data_dir, "toy", "manifest_pretrain.json")
-    names = [name for name, _ in parse_mixture(spec)] if spec else []
-    if "toy" in names and not os.path.isfile(manifest):
+    named = spec and "toy" in dict(parse_mixture(spec))
+    if named and not os.path.isfile(manifest):
         make_toy(ToySizes(), data_dir)
 
 
 def write_toy_world(folder: str, sizes: ToySizes) -> dict:
     """Write the shards, chats, pairs and problems of the toy world, and return counts."""
     counts = {}
+    tokenizer = load_tokenizer("toy")
     for split, n in (("train", sizes.stories), ("val", sizes.stories // 40)):
-        stories = toy.records(toy.story, split, n, sizes.seed)
-        counts[f"pretrain_{split}_tokens"] = write_stories(folder, split, stories)
+        writer = ShardWriter(folder, split, tokenizer)
+        for story in toy.records(toy.story, split, n, sizes.seed):
+            writer.add(tokenizer.encode_array(story))
+        writer.flush()
+        counts[f"pretrain_{split}_tokens"] = writer.n_tokens
     for name, rows in toy_records(sizes).items():
         write_jsonl(os.path.join(folder, f"{name}.jsonl"), rows)
         counts[name] = len(rows)
     return counts
-
-
-def write_stories(folder: str, split: str, stories: list[str]) -> int:
-    """Write stories as one shard in the toy world's own tokens, and return their number."""
-    tokenizer = load_tokenizer("toy")
-    writer = ShardWriter(folder, split, tokenizer)
-    for story in stories:
-        writer.add(tokenizer.encode_array(story))
-    writer.flush()
-    return writer.n_tokens
 
 
 def toy_records(sizes: ToySizes) -> dict[str, list[dict]]:

@@ -33,7 +33,6 @@ def with_input(row: dict) -> str:
 
 
 def sft_record(row: dict) -> dict:
-    """Return the chat of a row."""
     if "messages" in row:
         return {"messages": row["messages"]}
     if "question" in row:
@@ -64,12 +63,10 @@ def dpo_record(row: dict) -> dict | None:
 
 
 def pair(prompt: list[dict], chosen: str, rejected: str) -> dict:
-    """Return a preference record."""
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def problem_record(row: dict) -> dict:
-    """Return the problem of a row."""
     return {"question": row["question"], "answer": row["answer"]}
 
 
@@ -81,10 +78,7 @@ RECORDS = {  # stage -> (function, the schemas that it reads, in words)
 
 
 def reason_to_drop(record: dict | None) -> str:
-    """Say why a record cannot be trained on; "" for one that can.
-
-    Raises AttributeError where a text is none.
-    """
+    """Say why a record cannot be trained on, or "". Raises AttributeError where a text is none."""
     if record is None:
         return "answers to different prompts"
     if "question" in record:
@@ -114,27 +108,24 @@ def to_records(rows: Iterable, stage: str, where: str) -> list[dict]:
 
     Raises UserError with the place of a row that has no known schema, and where nothing is left.
     """
-    kept, dropped, seen = [], Counter(), set()
+    kept, dropped = {}, Counter()
     for number, row in enumerate(rows, 1):
         record, reason = to_record(row, stage, f"{where}, record {number}")
         key = json.dumps(record)
-        if not reason and key in seen:
-            reason = "duplicate"
-        seen.add(key)
-        if reason:
-            dropped[reason] += 1
+        if reason or key in kept:
+            dropped[reason or "duplicate"] += 1
         else:
-            kept.append(record)
+            kept[key] = record
     if dropped:
         reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
         total = dropped.total()
         print(f"{where}: {total} of {len(kept) + total} records dropped: {reasons}")
     if not kept:
+        schemas = RECORDS[stage][1]
         raise UserError(
-            f"{where}: no usable {stage} record among {dropped.total()}: give a file with "
-            f"{RECORDS[stage][1]}"
+            f"{where}: no usable {stage} record of {dropped.total()}, expected {schemas}"
         )
-    return kept
+    return list(kept.values())
 
 
 def to_record(row: object, stage: str, where: str) -> tuple[dict | None, str]:
@@ -215,10 +206,7 @@ def load_records(spec: str, data_dir: str, kind: str, split: str) -> list[dict]:
 
 
 def refuse_evaluation_problems(rows: list[dict], spec: str, data_dir: str) -> None:
-    """Raise UserError where a record asks a question of an evaluation set in data_dir.
-
-    Questions are compared without regard to case and blanks.
-    """
+    """Raise UserError where a record asks a question of an evaluation set in data_dir."""
     held_out = {}
     for name in sorted(os.listdir(data_dir)):
         for file in ("problems_test.jsonl", "test.jsonl"):
@@ -226,8 +214,7 @@ def refuse_evaluation_problems(rows: list[dict], spec: str, data_dir: str) -> No
             if os.path.isfile(path):
                 questions = [row["question"] for row in read_jsonl(path) if "question" in row]
                 held_out |= {plain(question): name for question in questions}
-    questions = map(question_of, rows)
-    leaked = [question for question in questions if plain(question) in held_out]
+    leaked = [question for question in map(question_of, rows) if plain(question) in held_out]
     if leaked:
         folder = os.path.join(data_dir, held_out[plain(leaked[0])])
         raise UserError(
@@ -237,7 +224,7 @@ def refuse_evaluation_problems(rows: list[dict], spec: str, data_dir: str) -> No
 
 
 def plain(text: str) -> str:
-    """Return a text in lower case with single blanks."""
+    """Return a text in lower case with single blanks, as questions are compared."""
     return " ".join(text.lower().split())
 
 
@@ -251,10 +238,9 @@ def question_of(record: dict) -> str:
 
 
 def solution_pairs(row: dict) -> list[dict]:
-    """Return pairs of a right and a wrong sample of one problem, as preference records.
+    """Return preference records of a right and a wrong sample of a problem, each text used once.
 
-    row: a problem with its "solutions" from inference.solutions.solve. Each text is in at most one
-    pair. Samples that ran into the length limit are left out: they are no answers to learn from.
+    row: as inference.solutions.solve returns it. Samples cut at the length limit are no answers.
     """
     right, wrong = {}, {}  # in the order of the samples, each text once
     for solution in row["solutions"]:

@@ -22,6 +22,8 @@ from runtime.files import write_atomic
 MAGIC, VERSION, HEADER = 20240520, 1, 256
 # Header words of our own, 0 in shards of llm.c: 3-4 tokenizer hash, 5 vocabulary, 6 EOS, 7 crc32
 SHARD_TOKENS = 100_000_000
+AGAIN = "make it again with data.py"
+EXAMPLE = "write name*0.7,other*0.3"
 
 
 def hash_words(digest: str) -> tuple[int, int]:
@@ -30,24 +32,17 @@ def hash_words(digest: str) -> tuple[int, int]:
 
 
 def write_shard(path: str, tokens: np.ndarray, tokenizer: Tokenizer) -> None:
-    """Write ids of shape (n,) as a shard, all or nothing.
-
-    Raises UserError for an id that the vocabulary or uint16 cannot hold: it would wrap around.
-    """
-    if tokenizer.vocab_size > 65_536:
-        raise UserError(
-            f"the vocabulary has {tokenizer.vocab_size} ids, more than the 65,536 that uint16 "
-            "shards can hold: choose another tokenizer"
-        )
-    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
+    """Write ids (n,) as a shard, all or nothing. Raises UserError for an id that would wrap."""
+    n_ids = tokenizer.vocab_size
+    if n_ids > 65_536:
+        raise UserError(f"{n_ids} ids are more than uint16 can hold: choose another tokenizer")
+    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < n_ids:
         bad = tokens.min() if tokens.min() < 0 else tokens.max()
-        raise UserError(
-            f"token id {bad} of {path} is not in the vocabulary of {tokenizer.vocab_size} ids"
-        )
+        raise UserError(f"token id {bad} of {path} is not in the vocabulary of {n_ids} ids")
     tokens = tokens.astype("<u2")
     header = np.zeros(HEADER, "<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    header[3:7] = *hash_words(tokenizer.hash), tokenizer.vocab_size, tokenizer.eos
+    header[3:7] = *hash_words(tokenizer.hash), n_ids, tokenizer.eos
     header[7:8] = np.array([zlib.crc32(tokens)], "<u4").view("<i4")
     write_atomic(path, lambda f: f.writelines([header, tokens]), tokens.nbytes)
 
@@ -58,9 +53,12 @@ def read_shard(path: str, tokenizer: Tokenizer, headerless: bool = False) -> np.
     Raises UserError where the file is not what its header says, or of another tokenizer.
     """
     if not os.path.isfile(path):
-        raise UserError(f"shard {path} does not exist: make it again with data.py")
-    if headerless:
-        return read_headerless(path)
+        raise UserError(f"shard {path} does not exist: {AGAIN}")
+    if headerless:  # as nanoGPT writes it
+        size = os.path.getsize(path)
+        if size == 0 or size % 2:
+            raise UserError(f"{path} has {size} bytes, expected an even number above 0: uint16")
+        return np.memmap(path, "<u2", "r")
     header = read_header(path)
     count = int(header[2])
     tokens = np.memmap(path, "<u2", "r", 4 * HEADER) if count else np.zeros(0, "<u2")
@@ -68,44 +66,32 @@ def read_shard(path: str, tokenizer: Tokenizer, headerless: bool = False) -> np.
     if ours and tuple(header[3:5]) != hash_words(tokenizer.hash):
         raise UserError(
             f"shard {path} was made with another tokenizer ({header[5]} ids) than {tokenizer.name} "
-            f"({tokenizer.vocab_size} ids): make it again with data.py, or choose its tokenizer"
+            f"({tokenizer.vocab_size} ids): {AGAIN}, or choose its tokenizer"
         )
     if ours and zlib.crc32(tokens) != int(header[7:8].view("<u4")[0]):
-        raise UserError(f"shard {path} is damaged (checksum): make it again with data.py")
+        raise UserError(f"shard {path} is damaged (checksum): {AGAIN}")
     return tokens
-
-
-def read_headerless(path: str) -> np.ndarray:
-    """Return the tokens of a file of bare uint16, as nanoGPT writes it."""
-    size = os.path.getsize(path)
-    if size == 0 or size % 2:
-        raise UserError(f"{path} has {size} bytes, expected an even number above 0: uint16 tokens")
-    return np.memmap(path, "<u2", "r")
 
 
 def read_header(path: str) -> np.ndarray:
     """Return the header of a shard whose size is the one that the header promises."""
     size, least = os.path.getsize(path), 4 * HEADER
     if size < least:
-        raise UserError(
-            f"shard {path} has {size} bytes, expected at least {least}: make it again with data.py"
-        )
+        raise UserError(f"shard {path} has {size} bytes, expected at least {least}: {AGAIN}")
     header = np.fromfile(path, "<i4", HEADER)
     if header[0] != MAGIC:
         raise UserError(
-            f"{path} is not a token shard (magic {header[0]}, expected {MAGIC}): make it again "
-            "with data.py; nanoGPT's files without a header need --headerless"
+            f"{path} is not a token shard (magic {header[0]}, expected {MAGIC}): {AGAIN}; "
+            "nanoGPT's files without a header need --headerless"
         )
     if header[1] != VERSION:
-        raise UserError(
-            f"shard {path} has version {header[1]}, expected {VERSION}: make it again with data.py"
-        )
+        raise UserError(f"shard {path} has version {header[1]}, expected {VERSION}: {AGAIN}")
     count = int(header[2])
     expected = least + 2 * count
     if count < 0 or size != expected:
         raise UserError(
             f"shard {path} promises {count} tokens = {expected} bytes and has {size}: it is "
-            "truncated or damaged, make it again with data.py"
+            f"truncated or damaged, {AGAIN}"
         )
     return header
 
@@ -130,38 +116,28 @@ def parse_mixture(spec: str) -> list[tuple[str, float]]:
         try:
             parts.append((name, float(weight or 1)))
         except ValueError:
-            raise UserError(
-                f"mixture {spec!r}: {weight!r} is not a weight; write name*0.7,other*0.3"
-            ) from None
+            raise UserError(f"mixture {spec!r}: {weight!r} is not a weight; {EXAMPLE}") from None
     total = sum(weight for _, weight in parts)
     faulty = any(weight < 0 or not name for name, weight in parts)
     if faulty or not 0 < total < math.inf:
-        raise UserError(
-            f"mixture {spec!r} names no data, or a weight below 0; write name*0.7,other*0.3"
-        )
+        raise UserError(f"mixture {spec!r} names no data, or a weight below 0; {EXAMPLE}")
     return [(name, weight / total) for name, weight in parts]
 
 
 class Stream:
-    """A Stream cuts the shards of one source into rows of seq_len + 1 tokens.
+    """A Stream cuts shards into rows of seq_len + 1 tokens; a row's last is the next's first."""
 
-    The last token of one row is the first of the next.
-    """
-
-    def __init__(
-        self, folder: str, split: str, seq_len: int, tokenizer: Tokenizer, headerless: bool
-    ):
-        self.seq_len, self.tokenizer = seq_len, tokenizer
-        self.paths = shard_paths(folder, split)
-        self.shards = [read_shard(path, tokenizer, headerless) for path in self.paths]
+    def __init__(self, paths: list[str], seq_len: int, tokenizer: Tokenizer, headerless: bool):
+        self.paths, self.seq_len, self.tokenizer = paths, seq_len, tokenizer
+        self.shards = [read_shard(path, tokenizer, headerless) for path in paths]
         rows = [max(0, len(shard) - 1) // seq_len for shard in self.shards]
         self.ends = np.cumsum(rows)  # of each shard: rows up to its end
         self.n_rows = sum(rows)
         if self.n_rows == 0:
             total = sum(len(shard) for shard in self.shards)
             raise UserError(
-                f"{folder}: the {split} shards hold {total} tokens, fewer than seq_len + 1 = "
-                f"{seq_len + 1}: take more data or a smaller --seq_len"
+                f"{', '.join(paths)}: {total} tokens, fewer than seq_len + 1 = {seq_len + 1}: take "
+                "more data or a smaller --seq_len"
             )
 
     def row(self, index: int, epoch: int = 0) -> np.ndarray:
@@ -175,9 +151,8 @@ class Stream:
         tokens = shard[start : start + self.seq_len + 1]
         if tokens.max() >= self.tokenizer.vocab_size:
             raise UserError(
-                f"{self.paths[number]} holds id {tokens.max()} near token {start}, but the "
-                f"vocabulary has {self.tokenizer.vocab_size} ids: the file is damaged or of "
-                "another tokenizer"
+                f"{self.paths[number]} has id {tokens.max()} near token {start}, the vocabulary "
+                f"{self.tokenizer.vocab_size} ids: it is damaged or of another tokenizer"
             )
         return tokens
 
@@ -209,8 +184,8 @@ class Mixture:
         headerless: bool = False,
     ):
         names, weights = zip(*parse_mixture(spec), strict=True)
-        folders = [os.path.join(data_dir, name) for name in names]
-        self.streams = [Stream(folder, split, seq_len, tokenizer, headerless) for folder in folders]
+        paths = [shard_paths(os.path.join(data_dir, name), split) for name in names]
+        self.streams = [Stream(found, seq_len, tokenizer, headerless) for found in paths]
         self.seed = seed
         self.n_rows = sum(stream.n_rows for stream in self.streams)
         edges = np.round(np.cumsum([0, *weights]) * self.BLOCK).astype(int)
@@ -218,8 +193,7 @@ class Mixture:
         sources = np.repeat(np.arange(len(names)), self.shares)
         # Of each place in a block: its source, and the rows of that source before it
         self.source_of = np.random.default_rng([seed, 7]).permutation(sources)
-        before = [(self.source_of[:i] == source).sum() for i, source in enumerate(self.source_of)]
-        self.place_of = np.array(before)
+        self.place_of = [(self.source_of[:i] == s).sum() for i, s in enumerate(self.source_of)]
         self.fingerprint = fingerprint(spec, self.streams)
 
     def shuffled(self, first: int, last: int) -> Tensor:

@@ -20,9 +20,9 @@ class Preset(NamedTuple):
 
     stage: str
     repo: str
-    config: str | None
     revision: str
     split: str
+    config: str | None = None
     format: str = "plain"
 
 
@@ -34,27 +34,18 @@ GSM8K = ("openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866")
 SST2 = ("stanfordnlp/sst2", "8d51e7e4887a4caaa95b3fbebbf53c0490b58bbb")
 DIALOGSUM = ("knkarthick/dialogsum", "a968e7aee0602e257935f1321a02e4287f7d5848")
 
-
-def preset(
-    stage: str, hub: tuple[str, str], split: str, config: str | None = None, format: str = "plain"
-) -> Preset:
-    """Return the preset of a split of a data set (repo, revision)."""
-    repo, revision = hub
-    return Preset(stage, repo, config, revision, split, format)
-
-
 PRESETS = {
-    "wikitext-103": preset("pretrain", WIKITEXT, "train", "wikitext-103-raw-v1", "wikitext"),
-    "tinystories": preset("pretrain", STORIES, "train"),
-    "alpaca": preset("sft", ALPACA, "train"),
-    "hh-rlhf": preset("dpo", HH, "train"),
-    "gsm8k": preset("verifier", GSM8K, "train", "main"),
-    "gsm8k-test": preset("eval", GSM8K, "test", "main"),
-    "wikitext-2": preset("eval", WIKITEXT, "test", "wikitext-2-raw-v1", "wikitext"),
-    "wikitext-2-valid": preset("eval", WIKITEXT, "validation", "wikitext-2-raw-v1", "wikitext"),
-    "sst2": preset("eval", SST2, "validation"),
-    "sst2-train": preset("eval", SST2, "train"),
-    "dialogsum": preset("eval", DIALOGSUM, "test"),
+    "wikitext-103": Preset("pretrain", *WIKITEXT, "train", "wikitext-103-raw-v1", "wikitext"),
+    "tinystories": Preset("pretrain", *STORIES, "train"),
+    "alpaca": Preset("sft", *ALPACA, "train"),
+    "hh-rlhf": Preset("dpo", *HH, "train"),
+    "gsm8k": Preset("verifier", *GSM8K, "train", "main"),
+    "gsm8k-test": Preset("eval", *GSM8K, "test", "main"),
+    "wikitext-2": Preset("eval", *WIKITEXT, "test", "wikitext-2-raw-v1", "wikitext"),
+    "wikitext-2-valid": Preset("eval", *WIKITEXT, "validation", "wikitext-2-raw-v1", "wikitext"),
+    "sst2": Preset("eval", *SST2, "validation"),
+    "sst2-train": Preset("eval", *SST2, "train"),
+    "dialogsum": Preset("eval", *DIALOGSUM, "test"),
 }
 
 
@@ -70,10 +61,10 @@ class Source:
 
     @classmethod
     def parse(cls, text: str, stage: str, local_dir: str) -> "Source":
-        """Return the source that a text of the form GRAMMAR means.
+        """Return the source that a text of the form GRAMMAR means, with files in local_dir.
 
-        stage: what is meant where the text names no stage and no preset. local_dir: where relative
-        files lie. Raises UserError for a form, a preset or a stage that does not exist.
+        stage: the one of a text that names no stage and no preset. Raises UserError where the text
+        has another form, or names what does not exist.
         """
         head, equals, files = text.partition("=")
         own_stage, _, rest = head.rpartition("/")
@@ -85,16 +76,10 @@ class Source:
         if known and not files:
             stage = known.stage
         stage = own_stage or stage
-        if stage not in STAGES:
+        if stage not in STAGES or not (known or equals):
             raise UserError(
-                f"source {text!r}: unknown preset or stage {stage!r}. Presets are "
-                f"{', '.join(PRESETS)}. Your own files need --stage=STAGE or STAGE/name=FILE, with "
-                f"one of {', '.join(STAGES)}"
-            )
-        if not known and not equals:
-            raise UserError(
-                f"source {text!r}: {name!r} is not a preset, and there is no =FILE. Presets are "
-                f"{', '.join(PRESETS)}"
+                f"source {text!r} is neither a preset ({', '.join(PRESETS)}) nor name=FILE with "
+                f"--stage=STAGE or STAGE/name=FILE, STAGE one of {', '.join(STAGES)}"
             )
         format = format or (known.format if known else "plain")
         paths = [os.path.join(local_dir, file) for file in files.split(";")] if equals else []
@@ -121,20 +106,18 @@ def hub_rows(name: str) -> Iterable[dict]:
     """Return the rows of a preset from the hub. Every failure is a UserError, never a skip."""
     import datasets
 
-    stage, repo, config, revision, split, _ = PRESETS[name]
+    stage, repo, revision, split, config, _ = PRESETS[name]
     try:
         return datasets.load_dataset(repo, config, split=split, revision=revision)
     except Exception as error:  # network, hub, disk: all end the same way
         cause = f"{type(error).__name__}: {str(error)[:200]}"
         raise UserError(
-            f"could not load {repo} {config or ''} at {revision[:12]} ({cause}). On a node without "
-            "network, prepare it where there is one, or give a local file: "
-            f"--sources={stage}/{name}=FILE"
+            f"could not load {repo} {config or ''} at {revision[:12]} ({cause}): prepare it where "
+            f"there is a network, or give a local file with --sources={stage}/{name}=FILE"
         ) from None
 
 
 def source_rows(source: Source) -> list:
-    """Return the rows of a source of records, from all of its files or from the hub."""
     if not source.files:
         return list(hub_rows(source.name))
     return [row for path in source.files for row in read_rows(path)]
@@ -164,7 +147,6 @@ def text_documents(source: Source) -> Iterator[str]:
 
 
 def record_texts(path: str) -> Iterator[str]:
-    """Yield the "text" of every record in a file. Raises UserError where one has none."""
     for number, row in enumerate(read_rows(path), 1):
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise UserError(f'{path}, record {number}: expected a text under "text"')

@@ -20,19 +20,20 @@ SPECIAL = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 # The pattern that OpenAI released with GPT-2, in a form that is faster and cuts the same
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 GPT2_HASH = "306cd27f03c1a714"  # of gpt2.tiktoken
-BYTES = [bytes([i]) for i in range(256)]
+BYTES = {bytes([i]): i for i in range(256)}
 
 
 class Tokenizer:
-    """A Tokenizer turns text into ids and back. Text that spells a special token never becomes it.
-
-    The special tokens take the ids after the ordinary ones.
-    """
+    """A Tokenizer turns text into ids and back. No text becomes a special token."""
 
     def __init__(self, name: str, ranks: dict[bytes, int], digest: str):
         self.name, self.hash = name, digest
         self.n_text = len(ranks)
-        check_ranks(name, ranks)
+        if not ranks.keys() >= BYTES.keys() or sorted(ranks.values()) != list(range(self.n_text)):
+            raise UserError(
+                f"the ranks of tokenizer {name} must be 0 to {self.n_text - 1} without a gap, and "
+                "name all of the 256 bytes: copy the .tiktoken file again"
+            )
         self.special = {token: self.n_text + i for i, token in enumerate(SPECIAL)}
         self.eos, self.system, self.user, self.assistant, self.end, self.pad = self.special.values()
         self.vocab_size = self.n_text + len(SPECIAL)
@@ -57,10 +58,7 @@ class Tokenizer:
             return np.array(self.encode(text), "<u4")
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Return the ids of each text, worked out by all cores.
-
-        Threads are enough, because tiktoken works outside the interpreter's lock.
-        """
+        """Return the ids of each text, by threads: tiktoken works outside the interpreter lock."""
         cores = os.cpu_count()
         size = -(-len(texts) // (8 * cores)) or 1  # a job for each short text would cost too much
 
@@ -80,40 +78,26 @@ class Tokenizer:
         return {"name": self.name, "hash": self.hash, "vocab_size": self.vocab_size}
 
 
-def check_ranks(name: str, ranks: dict[bytes, int]) -> None:
-    """Raise UserError where some text could not be encoded, or an id would mean nothing."""
-    complete = all(byte in ranks for byte in BYTES)
-    if not complete or sorted(ranks.values()) != list(range(len(ranks))):
-        raise UserError(
-            f"the ranks of tokenizer {name} must be 0 to {len(ranks) - 1} without a gap, and name "
-            "all of the 256 bytes: copy the .tiktoken file again"
-        )
-
-
 def load_tokenizer(name: str, data_dir: str = "data", expect: dict | None = None) -> Tokenizer:
-    """Return the tokenizer byte, toy or gpt2, or the one of the ranks file at this path.
+    """Return the tokenizer byte, toy, gpt2 (its ranks are in data_dir) or that of a ranks file.
 
-    The ranks of gpt2 lie in data_dir, where data.py put them. expect: spec() of the tokenizer that
-    a checkpoint or a shard was made with. Raises UserError where this is another one.
+    expect: spec() of a checkpoint's tokenizer. Raises UserError where this is another one.
     """
     if name == "byte":
-        tokenizer = of_words(name, BYTES, "bytes")
+        tokenizer = Tokenizer(name, BYTES, "bytes")
     elif name == "toy":
-        words = BYTES + [word.encode() for word in toy.words()]
-        tokenizer = of_words(name, words, hashlib.sha256(b"\0".join(words)).hexdigest()[:16])
+        words = [*BYTES, *(word.encode() for word in toy.words())]
+        ranks = {word: i for i, word in enumerate(words)}
+        digest = hashlib.sha256(b"\0".join(words)).hexdigest()[:16]
+        tokenizer = Tokenizer(name, ranks, digest)
     else:
         tokenizer = of_file(name, data_dir)
     if expect and tokenizer.hash != expect["hash"]:
         raise UserError(
-            f"tokenizer {tokenizer.name} ({tokenizer.hash}) is not the one the checkpoint was "
-            f"trained with: {expect['name']} ({expect['hash']}). Choose that one with --tokenizer"
+            f"tokenizer {tokenizer.name} ({tokenizer.hash}) is not the checkpoint's: choose "
+            f"{expect['name']} ({expect['hash']}) with --tokenizer"
         )
     return tokenizer
-
-
-def of_words(name: str, words: list[bytes], digest: str) -> Tokenizer:
-    """Return the tokenizer whose ordinary ids are the places of the words in a list."""
-    return Tokenizer(name, {word: i for i, word in enumerate(words)}, digest)
 
 
 def of_file(name: str, data_dir: str) -> Tokenizer:
@@ -121,22 +105,17 @@ def of_file(name: str, data_dir: str) -> Tokenizer:
     path = os.path.join(data_dir, "gpt2.tiktoken") if name == "gpt2" else name
     if not os.path.isfile(path):
         raise UserError(
-            f"tokenizer {name!r} has no ranks file at {path}. Run data.py --tokenizer=gpt2 where "
+            f"tokenizer {name!r} has no ranks file at {path}: run data.py --tokenizer=gpt2 where "
             "there is a network, or give the path of a .tiktoken file; --tokenizer=byte needs none"
         )
     ranks = read_ranks(path)
     digest = sha256(path)[:16]
     if name == "gpt2" and digest != GPT2_HASH:
-        raise UserError(
-            f"{path} is not GPT-2's ranks file (sha256 {digest}..., expected {GPT2_HASH}...): copy "
-            "it again"
-        )
-    shown = "gpt2" if digest == GPT2_HASH else os.path.basename(path)
-    return Tokenizer(shown, ranks, digest)
+        raise UserError(f"{path} has sha256 {digest}, GPT-2's has {GPT2_HASH}: copy it again")
+    return Tokenizer("gpt2" if digest == GPT2_HASH else os.path.basename(path), ranks, digest)
 
 
 def read_ranks(path: str) -> dict[bytes, int]:
-    """Return the rank of every token in a ranks file."""
     ranks = {}
     try:
         with open(path, "rb") as f:
@@ -144,7 +123,5 @@ def read_ranks(path: str) -> dict[bytes, int]:
                 token, rank = line.split()
                 ranks[base64.b64decode(token)] = int(rank)
     except ValueError as error:
-        raise UserError(
-            f"{path} is not a ranks file (expected base64 token, blank, rank on each line): {error}"
-        ) from None
+        raise UserError(f"{path} is no ranks file (lines of base64 token, rank): {error}") from None
     return ranks

@@ -16,7 +16,6 @@ import hashlib
 import random
 import re
 from collections.abc import Callable
-from itertools import count
 
 VERSION = 1  # of what this file makes: raise it when any record changes, and the data is made again
 
@@ -37,6 +36,7 @@ RUDE = [
     "It was a bad day for all.",
     "{A} did not share it.",
 ]
+KIND_ENDINGS = {form.format(A=A, B=B) for form in KIND for A in NAMES for B in NAMES}
 # Tenths of the key space that belong to each split
 SPLITS = {"train": range(6), "verifier": range(6, 8), "val": range(8, 9), "test": range(9, 10)}
 
@@ -44,10 +44,6 @@ SPLITS = {"train": range(6), "verifier": range(6, 8), "val": range(8, 9), "test"
 def in_split(key: str, split: str) -> bool:
     """Tell whether the records of a key belong to a split."""
     return hashlib.sha256(key.encode()).digest()[0] % 10 in SPLITS[split]
-
-
-# --------------------------------------------------------------------------------------------------
-# One record of each kind, with the key that decides its split
 
 
 def step(left: int, op: str, right: int) -> tuple[str, int]:
@@ -95,12 +91,10 @@ def tale(rng: random.Random, A: str, animal: str, thing: str, is_kind: bool = Tr
 
 
 def cast(rng: random.Random) -> tuple[str, str, str]:
-    """Return a name, an animal and a thing."""
     return rng.choice(NAMES), rng.choice(ANIMALS), rng.choice(THINGS)
 
 
 def ask(A: str, animal: str, thing: str) -> str:
-    """Return the prompt that asks for a tale."""
     return f"Tell a tale of {A} the {animal} and a {thing}."
 
 
@@ -159,33 +153,22 @@ def chat(prompt: str, response: str) -> dict:
     return {"messages": [question, {"role": "assistant", "content": response}]}
 
 
-# --------------------------------------------------------------------------------------------------
-# The data sets
-
-
 def records(make: Callable[[random.Random], tuple], split: str, n: int, seed: int) -> list:
     """Return n distinct records of make(rng) in a split: a pure function of the arguments."""
     rng = random.Random(f"{make.__name__} {split} {seed}")
     found = {}
-    for tries in count():
-        if len(found) >= n:
-            break
-        too_many = tries >= 200 * n + 10_000
-        assert not too_many, (
-            f"the toy world is too small for {n} {make.__name__} records in {split!r}"
-        )
+    for _ in range(200 * n + 10_000):
+        if len(found) == n:
+            return list(found.values())
         key, record = make(rng)
         if in_split(key, split):
             found.setdefault(repr(record), record)
-    return list(found.values())
+    raise ValueError(f"the toy world is too small for {n} {make.__name__} records in {split!r}")
 
 
 @functools.cache
 def words() -> list[str]:
-    """Return the words of the world as GPT-2's split pattern cuts them.
-
-    Most have a blank before. Numbers are left to their digits.
-    """
+    """Return the words of the world as GPT-2's pattern cuts them; numbers stay digits."""
     word = re.compile(r" ?[A-Za-z]{2,}| ?[^\sA-Za-z0-9]{2,}| [A-Za-z.]")
     found = set()
     for make in (story, problem, instruction, preference):
@@ -211,9 +194,4 @@ def judge_tale(prompt: str, response: str) -> dict[str, bool]:
     opening, _, ending = response.partition(". ")
     starts_well = opening.startswith(f"{A} the {animal} ")
     on_topic = starts_well and f" {thing} at the " in opening
-    return {"on_topic": on_topic, "kind": any(matches(ending, form) for form in KIND)}
-
-
-def matches(text: str, form: str) -> bool:
-    """Tell whether a text is this ending, for any two names."""
-    return any(text == form.format(A=A, B=B) for A in NAMES for B in NAMES)
+    return {"on_topic": on_topic, "kind": ending in KIND_ENDINGS}

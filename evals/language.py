@@ -1,6 +1,5 @@
 """Language: loss on shards, perplexity of texts, and answers in held-out conversations."""
 
-import glob
 import math
 import os
 from collections import Counter
@@ -9,9 +8,9 @@ from dataclasses import replace
 from configurator import UserError
 from corpus.chat import drop_too_long, render_prompt
 from corpus.records import load_records
-from corpus.shards import Mixture, parse_mixture, read_shard
+from corpus.shards import Mixture, read_shard
 from corpus.tokenizer import load_tokenizer
-from evals.base import PROTOCOLS, EvalConfig, Row, Subject, task
+from evals.base import PROTOCOLS, EvalConfig, Row, Subject, data_files, task
 from evals.perplexity import Peer, detokenize, overlap, perplexity
 from evals.stats import Estimate, mean, proportion, ratio
 from inference.answers import answer_stats
@@ -19,12 +18,9 @@ from inference.scoring import Window, windows_nll
 from runtime.files import open_text
 
 
-@task("val_loss", data=("data",), files=("*val*.bin",))
+@task("val_loss", data="data", files="*val*.bin")
 def val_loss(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
-    """Measure nats per token on the validation shards.
-
-    Beside the untrained row stands the unigram entropy of the same tokens.
-    """
+    """Measure nats per token on the validation shards."""
     model = subject.model(stage)
     T = model.cfg.seq_len
     rows = Mixture(cfg.data, cfg.data_dir, "val", T, 0, subject.tokenizer, subject.headerless)
@@ -43,41 +39,27 @@ def unigram_entropy(ids: list[int]) -> Estimate:
     return Estimate(-sum(c / n * math.log(c / n) for c in Counter(ids).values()), n)
 
 
-# --------------------------------------------------------------------------------------------------
-# Texts
-
-
 def with_baselines(subject: Subject, cfg: EvalConfig) -> list[str]:
     """Load the baselines, for without weights there is no hash; return them after the stages."""
     names = [os.path.basename(os.path.abspath(folder)) for folder in cfg.baselines]
     for name, folder in zip(names, cfg.baselines, strict=True):
         if name in subject.checkpoints:
             raise UserError(f"baseline {folder}: a row is called {name} already; rename the folder")
-        tokenizer = load_tokenizer("gpt2", cfg.data_dir)  # whatever the run's own is
+        tokenizer = load_tokenizer("gpt2", cfg.data_dir)  # not the run's own
         subject.add(name, Peer(folder, tokenizer), tokenizer)
     return [*subject.policies, *names]
 
 
-@task(
-    "text_perplexity",
-    data=("text",),
-    files=("test.txt",),
-    settings=("protocols",),
-    stages=with_baselines,
-)
+@task("text_perplexity", data="text", files="test.txt", settings="protocols", stages=with_baselines)
 def text_perplexity(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
-    """Measure every protocol on every text.
-
-    Beside each number stands how much of the text stood in the pretraining shards. What a baseline
-    was trained on is not known here.
-    """
-    results = []
+    """Measure every protocol on every text, and how much of it stood in the pretraining shards."""
     protocols = cfg.protocols or PROTOCOLS
+    results = []
     for name in cfg.text.split(","):
         with open_text(os.path.join(cfg.data_dir, name, "test.txt")) as f:
             text = f.read()
-        known = stage in subject.policies
-        marked, plain = overlaps(subject, text, cfg) if known else (None, None)
+        ours = stage in subject.policies  # a baseline's training data are not known
+        marked, plain = overlaps(subject, text, cfg) if ours else (None, None)
         for row in perplexity(subject.model(stage), subject.tokenizers[stage], text, protocols):
             seen = plain if row.protocol in ("words", "bpb") else marked
             results.append(replace(row, split=name, extra={"overlap": seen}))
@@ -92,29 +74,18 @@ def overlaps(subject: Subject, text: str, cfg: EvalConfig) -> tuple[float | None
     """Return the overlap of a text with the pretraining shards (or None), marked and plain."""
     if text not in subject.overlaps:
         runs = subject.checkpoints.values()
-        pretraining = [saved["train_config"] for saved in runs if saved.get("task") == "pretrain"]
-        mixture = (pretraining[0].get("data") if pretraining else None) or cfg.data
-        names = [name for name, _ in parse_mixture(mixture)] if mixture else []
-        folders = [os.path.join(glob.escape(cfg.data_dir), name) for name in names]
-        patterns = [os.path.join(folder, "*train*.bin") for folder in folders]
-        paths = sorted(path for pattern in patterns for path in glob.glob(pattern))
+        configs = (run["train_config"] for run in runs if run.get("task") == "pretrain")
+        mixture = next(configs, {}).get("data") or cfg.data
+        paths = data_files([mixture], ["*train*.bin"], cfg.data_dir)
         shards = [read_shard(path, subject.tokenizer, subject.headerless) for path in paths]
-        forms = (text, detokenize(text))
-        ids = [subject.tokenizer.encode_array(form) for form in forms]
+        ids = [subject.tokenizer.encode_array(form) for form in (text, detokenize(text))]
         subject.overlaps[text] = [overlap(x, shards) if shards else None for x in ids]
     return subject.overlaps[text]
 
 
-# --------------------------------------------------------------------------------------------------
-# Conversations
-
-
-@task("chats", data=("chats",), files=("sft_val.jsonl",), settings=("n_chats", "max_new_tokens"))
+@task("chats", data="chats", files="sft_val.jsonl", settings="n_chats max_new_tokens")
 def chats(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
-    """Measure held-out conversations: the loss of their last answers, and the model's own answers.
-
-    The loss is in nats per token. The model answers greedily in the place of the last answer.
-    """
+    """Measure the loss of the last answers of held-out conversations, and the model's own."""
     model, tokenizer = subject.model(stage), subject.tokenizer
     prompts, windows = [], []
     for record in load_records(cfg.chats, cfg.data_dir, "sft", "val"):
@@ -124,11 +95,9 @@ def chats(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
         prompts.append(prompt)
         windows.append(Window(prompt + answer, len(answer)))
     what = f"eval: conversations of {cfg.chats}"
-    windows = drop_too_long(
-        windows, lambda window: len(window.ids), subject.seq_len, what, subject.log_once
-    )[:512]
-    counts = [window.n_scored for window in windows]
-    loss = ratio(windows_nll(model, windows), counts)
+    windows = drop_too_long(windows, lambda w: len(w.ids), subject.seq_len, what, subject.log_once)
+    windows = windows[:512]
+    loss = ratio(windows_nll(model, windows), [window.n_scored for window in windows])
     prompts = [prompt for prompt in prompts if len(prompt) < model.cfg.seq_len][: cfg.n_chats]
     own = answer_stats(model, tokenizer, prompts, cfg.max_new_tokens)
     results = [Row("response_loss", "teacher", loss, "val")]

@@ -7,7 +7,7 @@ from inference.solutions import arithmetic, final_answer
 
 
 def taxonomy(rows: list[dict]) -> tuple[dict[str, list[bool]], dict[str, list[dict]]]:
-    """Return what became of each first solution, a flag a problem, and three examples an error."""
+    """Return a flag per problem for each outcome and error, and three examples of each error."""
     flags, examples = {}, {}
     for row in rows:
         text, correct = row["solutions"][0]["text"], row["solutions"][0]["correct"]
@@ -41,14 +41,10 @@ def last_number(text: str) -> str | None:
 
 
 def false_equation(text: str) -> str | None:
-    """Return the first equation of a solution that does not hold (3+4=8), or None.
-
-    Only sums that both sides spell out in numbers are judged, inside <<>> or outside.
-    """
+    """Return the first equation between numbers alone that does not hold (3+4=8), or None."""
     outside = re.sub(r"<<[^<>]*>>", "", text)
     for part in re.findall(r"<<([^<>]*)>>", text) + outside.split("\n"):
-        sides = part.split("=")
-        for before, after in pairwise(sides):
+        for before, after in pairwise(part.split("=")):
             left = re.search(r"[-+*/x().$\d\s,]*$", before)[0].split(", ")[-1].strip()
             right = re.match(r"[-+*/x().,$\d\s]*", after)[0].strip()
             if is_false(left, right):
@@ -63,7 +59,7 @@ def is_false(left: str, right: str) -> bool:
         return False
     # 2*3=6+1=7 is bad style and good arithmetic.
     first_number = side_value(re.match(r"[-$(\d.,]*", right)[0])
-    return not (is_close(exact, claimed) or is_close(exact, first_number))
+    return not any(is_close(exact, x) for x in (claimed, first_number) if x is not None)
 
 
 def side_value(side: str) -> float | None:
@@ -74,9 +70,7 @@ def side_value(side: str) -> float | None:
     return arithmetic(side) if re.match(r"[-(\d.]", side) else None
 
 
-def is_close(exact: float, claimed: float | None) -> bool:
+def is_close(exact: float, claimed: float) -> bool:
     """Return whether a claim is right up to rounding to cents or to whole numbers."""
-    if claimed is None:
-        return False
     rounded = claimed == int(claimed) and exact != int(exact)
     return abs(exact - claimed) < max(0.011, 0.01 * abs(exact), float(rounded))

@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,26 +19,21 @@ from model import GPT
 
 
 class Peer(torch.nn.Module):
-    """transformers' GPT-2 from a folder, with the part of our GPT that windows_nll uses."""
+    """transformers' GPT-2 from a folder, with the methods of our GPT that windows_nll calls."""
 
     def __init__(self, folder: str, tokenizer: Tokenizer):
         super().__init__()
         self.model = load_gpt2(folder)
         vocab_size = self.model.config.vocab_size
         if vocab_size != tokenizer.eos + 1:
-            raise UserError(
-                f"baseline {folder} has {vocab_size} ids, the tokenizer {tokenizer.name} has "
-                f"{tokenizer.eos + 1} with <|endoftext|>: only models of GPT-2's own vocabulary "
-                "can be compared"
-            )
+            expected = f"expected GPT-2's own vocabulary of {tokenizer.eos + 1}"
+            raise UserError(f"baseline {folder} has {vocab_size} ids, {expected}")
         self.cfg = SimpleNamespace(seq_len=self.model.config.n_positions)
 
     def hidden(self, idx: Tensor) -> Tensor:
-        """Return the hidden states (B, T, C) of ids (B, T)."""
         return self.model.transformer(idx, use_cache=False).last_hidden_state
 
     def logprobs(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Return log p(target) at every position (B, T); 0 where target < 0."""
         parts = []  # all logits at once would be gigabytes
         chunks = zip(x.flatten(0, 1).split(1024), targets.flatten().split(1024), strict=True)
         for h, t in chunks:
@@ -49,36 +43,27 @@ class Peer(torch.nn.Module):
 
 
 def load_gpt2(folder: str) -> torch.nn.Module:
-    """Return transformers' GPT-2 with every weight from the folder, or raise a UserError.
-
-    from_pretrained alone would fill what is missing with random weights and go on.
-    """
+    """Return transformers' GPT-2 with every weight from the folder, or raise a UserError."""
     try:
         from transformers import GPT2LMHeadModel
     except ImportError:
         how = "pip install -r requirements-peers.txt"
         raise UserError(f"baseline {folder} needs the transformers library: {how}") from None
     if not os.path.isfile(os.path.join(folder, "config.json")):
-        raise UserError(
-            f"baseline {folder} is not the folder of a transformers model: it has no config.json"
-        )
+        raise UserError(f"baseline {folder} has no config.json: give the folder of a GPT-2")
     options = {"local_files_only": True, "output_loading_info": True, "dtype": torch.float32}
     try:
         model, info = GPT2LMHeadModel.from_pretrained(folder, **options)
-    except Exception as error:  # whatever the library raises: a damaged file, another shape, ...
+    except Exception as error:  # whatever the library raises
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
         raise UserError(f"baseline {folder} cannot be loaded ({reason})") from None
-    unexpected = info["unexpected_keys"]  # older versions of the library saved a constant, too
+    unexpected = info["unexpected_keys"]  # old versions of the library saved a constant
     info["unexpected_keys"] = [key for key in unexpected if not key.endswith(".attn.masked_bias")]
     for what, names in info.items():
-        if names:
+        if names:  # from_pretrained alone would go on with random weights
             some = f"{what.replace('_', ' ')} {sorted(map(str, names))[:3]}"
             raise UserError(f"baseline {folder} is not a whole GPT-2: {some}")
     return model
-
-
-# --------------------------------------------------------------------------------------------------
-# Windows: which ids are scored, and with what before them
 
 
 def disjoint(ids: list[int], length: int) -> list[Window]:
@@ -116,10 +101,6 @@ def lines_alone(text: str, tokenizer: Tokenizer, length: int) -> list[Window]:
     return [Window(ids, len(ids) - 1) for ids in parts if len(ids) > 1]
 
 
-# --------------------------------------------------------------------------------------------------
-# Protocols
-
-
 def perplexity(
     model: GPT | Peer, tokenizer: Tokenizer, text: str, protocols: tuple[str, ...] = PROTOCOLS
 ) -> list[Row]:
@@ -134,15 +115,20 @@ def perplexity(
     The figures are GPT-2 small's; README.md says whose they are. words and bpb are lm-eval's task
     wikitext, and compare models of any tokenizer.
     """
-    rows = []
-    for protocol, windows in token_windows(tokenizer, text, model.cfg.seq_len, protocols):
-        counts = [window.n_scored for window in windows]
-        rows.append(Row("perplexity", protocol, ratio(windows_nll(model, windows), counts, "exp")))
+    rows, windows = [], {}
+    length = model.cfg.seq_len
+    if "per_line" in protocols:
+        windows["per_line"] = lines_alone(text, tokenizer, min(512, length))
+    if "tokens" in protocols:
+        windows["tokens"] = disjoint(tokenizer.encode(text), length)
+    if "strided" in protocols:
+        windows["strided"] = strided(tokenizer.encode(text), length, length // 2)
+    for protocol, own in windows.items():
+        loss = ratio(windows_nll(model, own), [window.n_scored for window in own], "exp")
+        rows.append(Row("perplexity", protocol, loss))
     articles = articles_of(text) if {"words", "bpb"} & set(protocols) else []
-    nll = []
-    for article in articles:
-        ids = tokenizer.encode(detokenize(article))
-        nll.append(sum(windows_nll(model, rolling(ids, model.cfg.seq_len, tokenizer.eos))))
+    ids = [tokenizer.encode(detokenize(article)) for article in articles]
+    nll = [sum(windows_nll(model, rolling(own, length, tokenizer.eos))) for own in ids]
     if "words" in protocols:
         # The harness counts so: the empty strings at both ends are words too.
         words = [len(re.split(r"\s+", article)) for article in articles]
@@ -153,27 +139,14 @@ def perplexity(
     return rows
 
 
-def token_windows(
-    tokenizer: Tokenizer, text: str, length: int, protocols: tuple[str, ...]
-) -> Iterator[tuple[str, list[Window]]]:
-    """Return the protocols that count tokens, each with its windows."""
-    if "per_line" in protocols:
-        yield "per_line", lines_alone(text, tokenizer, min(512, length))
-    if "tokens" in protocols:
-        yield "tokens", disjoint(tokenizer.encode(text), length)
-    if "strided" in protocols:
-        yield "strided", strided(tokenizer.encode(text), length, length // 2)
-
-
 def articles_of(text: str) -> list[str]:
     """Return the articles of a text in WikiText's form, as the harness's data set cuts them."""
     lines = re.findall(r"[^\n]*\n", text + "\n")  # splitlines would cut at U+2028 too
-    articles = wikitext_articles(lines)
     # The pages of the data set lack the newline before the next heading.
-    return [article.removesuffix("\n") for article in articles if article.strip()]
+    return [text.removesuffix("\n") for text in wikitext_articles(lines) if text.strip()]
 
 
-PUNCTUATION = [  # WikiText's marks and what they stand for, after lm-evaluation-harness's wikitext
+PUNCTUATION = [  # WikiText's marks and what they stand for, after lm-eval's wikitext
     *((f" @{mark}@ ", mark) for mark in "-,."),
     *((f" {mark} ", f"{mark} ") for mark in ":;.!?,"),
 ]
@@ -199,10 +172,6 @@ def detokenize(text: str) -> str:
     return text
 
 
-# --------------------------------------------------------------------------------------------------
-# Contamination, after GPT-3 (arXiv 2005.14165, appendix C), of tokens
-
-
 def run_hashes(ids: np.ndarray, n: int) -> np.ndarray:
     """Return a 64-bit hash of every run of n ids: (len - n + 1,)."""
     ids, multiplier = ids.astype(np.uint64) + np.uint64(1), np.uint64(0x9E3779B97F4A7C15)
@@ -213,7 +182,8 @@ def run_hashes(ids: np.ndarray, n: int) -> np.ndarray:
 
 
 def overlap(ids: np.ndarray, shards: list[np.ndarray], n: int = 13, chunk: int = 1 << 22) -> float:
-    """Return the share of a text's runs of n ids (GPT-3's 13-grams) that stand in the shards."""
+    """Return the share of a text's runs of n ids that stand in the shards."""
+    # GPT-3's measure of contamination (arXiv 2005.14165, appendix C), of tokens
     wanted, inverse = np.unique(run_hashes(ids, n), return_inverse=True)
     if not len(wanted):
         return 0.0

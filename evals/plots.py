@@ -1,43 +1,33 @@
 """The plots of a report.
 
-Each function takes rows of result files and the folder to write to. It returns the name of its
-file, or None where there is nothing to show.
+Each takes rows of results and the folder to write to, and returns its file's name, or None.
 """
 
 import os
 import re
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
 
 from evals.results import RERANKERS, newest
 from runtime.files import read_jsonl, write_atomic
 
 RERANKER_COLORS = ("tab:blue", "tab:red", "tab:green", "tab:orange", "tab:gray")
-STREAM_STYLES = {  # by the way to read a stream
-    "rolling": {"ls": "-"},
-    "dense": {"ls": ":"},
-    "recompute": {"ls": "", "marker": "x", "ms": 5},
-}
+STREAM_STYLES = {"rolling": "-", "dense": ":", "recompute": "x"}  # by the way to read a stream
 
 
-def finish(figure: Figure, folder: str, name: str) -> str:
-    """Add grids and legends, then save."""
-    for axes in figure.axes:
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
-    figure.tight_layout()
-    return save(figure, folder, name)
-
-
-def save(figure: Figure, folder: str, name: str) -> str:
+def save(figure: plt.Figure, folder: str, name: str, grid: bool = True) -> str:
     """Write the picture and return its name, without blanks: a link with one does not work."""
+    if grid:
+        for axes in figure.axes:
+            axes.grid(alpha=0.3)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(fontsize=8)
+        figure.tight_layout()
     name = re.sub(r"[^\w.-]+", "_", name)
     path = os.path.join(folder, name)
     write_atomic(path, lambda f: figure.savefig(f, format="png", dpi=110))
@@ -46,19 +36,16 @@ def save(figure: Figure, folder: str, name: str) -> str:
 
 
 def column(rows: list[dict], key: str, scale: float = 1) -> list[float]:
-    """Return one field of every row."""
     return [scale * row[key] for row in rows]
 
 
 def error_bars(rows: list[dict]) -> list[list[float]]:
     """Return what matplotlib calls error bars: distances to low and high, never below 0."""
     below = [max(0, row["value"] - row["low"]) for row in rows]
-    above = [max(0, row["high"] - row["value"]) for row in rows]
-    return [below, above]
+    return [below, [max(0, row["high"] - row["value"]) for row in rows]]
 
 
 def plot_loss(rows: list[dict], folder: str, run: str) -> str | None:
-    """Plot training and validation loss against the step."""
     train = [row for row in rows if "loss" in row]
     val = [row for row in rows if "val_loss" in row]
     if not train:
@@ -70,52 +57,42 @@ def plot_loss(rows: list[dict], folder: str, run: str) -> str | None:
     if max(losses) > 10 * min(losses) > 0:
         axes.set_yscale("log")
     axes.set(xlabel="step", ylabel="loss", title=f"{run}: loss")
-    return finish(figure, folder, f"loss_{run}.png")
+    return save(figure, folder, f"loss_{run}.png")
 
 
 def plot_dpo(rows: list[dict], folder: str, run: str) -> str | None:
-    """Plot the four curves by which a DPO run is judged, held out.
-
-    They are the log-probs and the rewards of the chosen and of the rejected answers.
-    """
+    """Plot held-out log-probs and rewards, by which a DPO run is judged."""
     rows = [row for row in rows if "val_logps/chosen" in row]
     if not rows:
         return None
-    titles = {
-        "logps": "log-prob of the answers",
-        "rewards": "reward: beta x log-ratio to the reference",
-    }
+    titles = ("log-prob of the answers", "reward: beta x log-ratio to the reference")
     figure, both = plt.subplots(1, 2, figsize=(9, 3.5))
-    for axes, (metric, title) in zip(both, titles.items(), strict=True):
+    for axes, metric, title in zip(both, ("logps", "rewards"), titles, strict=True):
         for side, color in (("chosen", "tab:green"), ("rejected", "tab:red")):
             values = column(rows, f"val_{metric}/{side}")
             axes.plot(column(rows, "step"), values, "o-", ms=3, color=color, label=side)
         axes.set(xlabel="step", title=f"{run}: {title}")
-    return finish(figure, folder, f"{run}_curves.png")
+    return save(figure, folder, f"{run}_curves.png")
 
 
 def plot_rerank(rows: list[dict], folder: str, greedy: dict | None) -> str:
     """Plot the ways to choose among k samples, against k."""
+    latest = {row["protocol"]: row for row in rows if "@" in row["protocol"]}
+    ks = sorted({int(protocol.partition("@")[2]) for protocol in latest})
     figure, axes = plt.subplots(figsize=(6, 3.5))
-    for reranker, color in zip(RERANKERS, RERANKER_COLORS, strict=True):
-        points = {}  # k -> newest row
-        for row in rows:
-            how, at, number = row["protocol"].partition("@")
-            if at and how == reranker:
-                points[int(number)] = row
-        k = sorted(points)
-        points = [points[number] for number in k]
+    for how, color in zip(RERANKERS, RERANKER_COLORS, strict=True):
+        points = [latest[f"{how}@{k}"] for k in ks]
         low, high = column(points, "low", 100), column(points, "high", 100)
-        label = reranker.replace("_", " ")
-        axes.plot(k, column(points, "value", 100), "o-", ms=4, color=color, label=label)
-        axes.fill_between(k, low, high, color=color, alpha=0.12, lw=0)
+        style = {"ms": 4, "color": color, "label": how.replace("_", " ")}
+        axes.plot(ks, column(points, "value", 100), "o-", **style)
+        axes.fill_between(ks, low, high, color=color, alpha=0.12, lw=0)
     if greedy:
         axes.axhline(100 * greedy["value"], color="black", ls="--", lw=1, label="greedy")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(k, map(str, k))
+    axes.set_xticks(ks, map(str, ks))
     axes.set_title("Choosing among samples (95 % intervals)")
     axes.set(xlabel="samples per problem", ylabel="exact match, %")
-    return finish(figure, folder, "best_of_n.png")
+    return save(figure, folder, "best_of_n.png")
 
 
 def plot_calibration(rows: list[dict], folder: str) -> str | None:
@@ -130,14 +107,11 @@ def plot_calibration(rows: list[dict], folder: str) -> str | None:
     axes.plot([0, 1], [0, 1], "k--", lw=1, label="calibrated")
     axes.set_title("Calibration (95 % intervals)")
     axes.set(xlabel="probability given by the verifier", ylabel="share of right solutions")
-    return finish(figure, folder, "calibration.png")
+    return save(figure, folder, "calibration.png")
 
 
 def plot_tradeoff(points: dict[str, tuple[dict, dict]], folder: str) -> str | None:
-    """Plot what tuning gains and what it forgets, one point per model.
-
-    points: model -> (loss on held-out answers, perplexity of plain text). Down and left is better.
-    """
+    """Plot points: model -> (loss on held-out answers, perplexity of plain text)."""
     if len(points) < 3:
         return None
     figure, axes = plt.subplots(figsize=(6, 4))
@@ -150,7 +124,7 @@ def plot_tradeoff(points: dict[str, tuple[dict, dict]], folder: str) -> str | No
     axes.set_xlabel(f"perplexity of {text['split']}, {text['protocol']}")
     axes.set_ylabel("loss on held-out answers, nats/token")
     axes.plot([], [], " ", label="down and left is better")
-    return finish(figure, folder, "tradeoff.png")
+    return save(figure, folder, "tradeoff.png")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -162,26 +136,26 @@ def plot_streaming(results: list[dict], folder: str) -> str:
     rows = [row for row in results if row["task"] == "streaming"]
     layout = [["loss"] * 4, ["ms", "cache", "share", "share"]]
     figure, axes = plt.subplot_mosaic(layout, figsize=(12, 8.5))
-    colors = {row["model"]: None for row in rows}
-    colors = {model: f"C{number}" for number, model in enumerate(colors)}
-    draw_stream_losses(axes["loss"], rows, colors)
-    draw_stream_costs(axes["ms"], rows, colors, "ms_per_token", 1)
+    models = dict.fromkeys(row["model"] for row in rows)
+    colors = {model: f"C{number}" for number, model in enumerate(models)}
+    draw_losses(axes["loss"], rows, colors)
+    draw_curves(axes["ms"], stream_curves(rows, "ms_per_token"), colors)
     axes["ms"].set(title="Time per token, ms", ylim=(0, None))
-    draw_stream_costs(axes["cache"], rows, colors, "cache_bytes", 1e-3)
+    draw_curves(axes["cache"], stream_curves(rows, "cache_bytes"), colors, scale=1e-3)
     axes["cache"].set(title="Keys and values kept, kB", ylim=(0, None))
     draw_head_shares(axes["share"], rows, colors)
     for panel in axes.values():
         panel.title.set_fontsize(10)
-    return finish(figure, folder, "streaming.png")
+    return save(figure, folder, "streaming.png")
 
 
 def stream_curves(rows: list[dict], metric: str) -> dict[tuple[str, str], list[dict]]:
     """Return the newest rows of a metric by (model, way to read), in the order of positions."""
     latest = {(row["model"], row["protocol"]): row for row in rows if row["metric"] == metric}
     curves = {}
-    for (model, protocol), row in latest.items():
-        curves.setdefault((model, protocol.split()[0]), []).append(row)
-    return {key: sorted(curve, key=lambda row: row["position"]) for key, curve in curves.items()}
+    for row in sorted(latest.values(), key=lambda row: row["position"]):
+        curves.setdefault((row["model"], row["protocol"].split()[0]), []).append(row)
+    return curves
 
 
 def middles(curve: list[dict]) -> list[float]:
@@ -189,27 +163,26 @@ def middles(curve: list[dict]) -> list[float]:
     return [(row["position"] + row["width"] / 2) / row["seq_len"] for row in curve]
 
 
-def draw_stream_costs(
-    axes: Axes, rows: list[dict], colors: dict, metric: str, scale: float, label: bool = False
-) -> None:
-    """Draw a metric of every model and way to read, against the position."""
-    for (model, how), curve in stream_curves(rows, metric).items():
-        style = STREAM_STYLES[how] | {"label": f"{model}, {how}" if label else None}
-        values = column(curve, "value", scale)
-        axes.plot(middles(curve), values, color=colors[model], lw=1.8, **style)
+def draw_curves(axes: plt.Axes, curves: dict, colors: dict, scale: float = 1) -> None:
+    for (model, how), curve in curves.items():
+        style = {"color": colors[model], "lw": 1.8, "ms": 5}
+        axes.plot(middles(curve), column(curve, "value", scale), STREAM_STYLES[how], **style)
     axes.axvline(1, color="black", lw=0.8)
     axes.set_xlabel("position / training context")
 
 
-def draw_stream_losses(axes: Axes, rows: list[dict], colors: dict) -> None:
+def draw_losses(axes: plt.Axes, rows: list[dict], colors: dict) -> None:
     """Draw the losses with their intervals; name what a rolling cache loses to recomputation."""
-    draw_stream_costs(axes, rows, colors, "loss_at_position", 1, label=True)
-    for (model, how), curve in stream_curves(rows, "loss_at_position").items():
-        x, low, high = middles(curve), column(curve, "low"), column(curve, "high")
+    curves = stream_curves(rows, "loss_at_position")
+    draw_curves(axes, curves, colors)
+    lines = axes.lines[: len(curves)]
+    for ((model, how), curve), line in zip(curves.items(), lines, strict=True):
+        line.set_label(f"{model}, {how}")
+        limits = (middles(curve), column(curve, "low"), column(curve, "high"))
         if how == "recompute":
-            axes.vlines(x, low, high, color=colors[model], lw=0.8)
+            axes.vlines(*limits, color=colors[model], lw=0.8)
         else:
-            axes.fill_between(x, low, high, color=colors[model], alpha=0.1, lw=0)
+            axes.fill_between(*limits, color=colors[model], alpha=0.1, lw=0)
     gaps = []
     wanted = {"metric": "loss_beyond_context", "protocol": "rolling - recompute"}
     for model in colors:
@@ -222,18 +195,16 @@ def draw_stream_losses(axes: Axes, rows: list[dict], colors: dict) -> None:
     )
 
 
-def draw_head_shares(axes: Axes, rows: list[dict], colors: dict) -> None:
-    """Draw what each head gives to the sink and to the first token."""
+def draw_head_shares(axes: plt.Axes, rows: list[dict], colors: dict) -> None:
     for model, color in colors.items():
         for metric, marker in (("sink_share", "o"), ("first_token_share", "^")):
-            of_metric = [row for row in rows if (row["model"], row["metric"]) == (model, metric)]
-            latest = list({row["protocol"]: row for row in of_metric}.values())
-            if latest:
-                heads = [f"{row['layer']}.{row['head']}" for row in latest]
-                shares = column(latest, "value", 100)
+            found = [row for row in rows if (row["model"], row["metric"]) == (model, metric)]
+            found = list({row["protocol"]: row for row in found}.values())  # the newest of each
+            heads = [f"{row['layer']}.{row['head']}" for row in found]
+            if found:
                 label = f"{model}: {metric.removesuffix('_share').replace('_', ' ')}"
-                axes.plot(heads, shares, color=color, ms=6, ls="", marker=marker, label=label)
-                uniform = 100 * latest[0]["uniform"]
+                axes.plot(heads, column(found, "value", 100), marker, ms=6, c=color, label=label)
+                uniform = 100 * found[0]["uniform"]
     axes.axhline(uniform, color="black", ls="--", lw=1, label="all looked at alike")
     axes.set_title("Attention given by the second half of the training context, %")
     axes.set(xlabel="layer.head", ylim=(0, None))
@@ -253,17 +224,15 @@ def plot_attention(results: list[dict], source: str, folder: str, model: str, se
     size = (side * n_head + 1, (side + 0.4) * n_layer + 0.6)
     shape = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
     figure, grid = plt.subplots(n_layer, n_head, figsize=size, **shape)
-    rows = [row for row in results if row["task"] == "attention" and row["model"] == model]
-    for layer, maps in enumerate(kept["maps"]):
-        for head, weights in enumerate(maps):
-            axes = grid[layer, head]
-            weights = [line[: len(columns)] for line in weights]
-            image = axes.imshow(weights, "Blues", PowerNorm(0.5, 0, 1), aspect="auto")
-            protocol = f"sentence {sentence} layer {layer + 1} head {head + 1}"
-            found = {row["metric"]: row for row in rows if row["protocol"] == protocol}
-            axes.set_title(map_title(found, layer + 1, head + 1), fontsize=max(8, 2.4 * side))
-            axes.set_xticks(range(len(columns)), columns, fontsize=6, rotation=90)
-            axes.set_yticks(range(len(tokens)), tokens, fontsize=6)
+    rows = [row for row in results if row["model"] == model]
+    for (layer, head), axes in np.ndenumerate(grid):
+        weights = [line[: len(columns)] for line in kept["maps"][layer][head]]
+        image = axes.imshow(weights, "Blues", PowerNorm(0.5, 0, 1), aspect="auto")
+        protocol = f"sentence {sentence} layer {layer + 1} head {head + 1}"
+        found = {row["metric"]: row for row in rows if row["protocol"] == protocol}
+        axes.set_title(map_title(found), fontsize=max(8, 2.4 * side))
+        axes.set_xticks(range(len(columns)), columns, fontsize=6, rotation=90)
+        axes.set_yticks(range(len(tokens)), tokens, fontsize=6)
     figure.suptitle(
         f"{model}: attention of each token (row) to those before it (columns); {len(tokens)} "
         f"tokens. Entropy in nats: {found['attention_entropy']['uniform']:.2f} where all are "
@@ -271,15 +240,15 @@ def plot_attention(results: list[dict], source: str, folder: str, model: str, se
         fontsize=max(10, 3 * side),
     )
     figure.colorbar(image, ax=grid, shrink=0.5, aspect=40, label="weight")
-    return save(figure, folder, f"attention_{model}_{sentence}.png")
+    return save(figure, folder, f"attention_{model}_{sentence}.png", grid=False)
 
 
-def map_title(found: dict[str, dict], layer: int, head: int) -> str:
-    """Return the title of one map: its entropy and its shares. found: metric -> row."""
+def map_title(found: dict[str, dict]) -> str:
     shares = []
     for name in ("sink", "first_token"):
         row = found.get(f"{name}_share")
         if row:
             shares.append(f"{name.replace('_', ' ')} {100 * row['value']:.1f} %")
-    entropy = found["attention_entropy"]["value"]
-    return f"layer {layer} head {head}: entropy {entropy:.2f}\n{', '.join(shares)}"
+    row = found["attention_entropy"]
+    words = f"layer {row['layer']} head {row['head']}: entropy {row['value']:.2f}"
+    return f"{words}\n{', '.join(shares)}"

@@ -14,13 +14,9 @@ from inference.sampling import generate
 from inference.scoring import pair_logprobs
 
 
-@task("preference", data=("pairs",), files=("dpo_test.jsonl", "dpo_val.jsonl"))
+@task("preference", data="pairs", files="dpo_test.jsonl dpo_val.jsonl")
 def preference(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
-    """Measure how often the chosen answer of a pair has the higher log-prob.
-
-    The log-prob is a sum, or a mean per token; for DPO also the reward, relative to SFT. Beside the
-    untrained row stands the rule that the longer answer wins.
-    """
+    """Measure how often the chosen answer of a pair has the higher log-prob, or reward."""
     has_test = os.path.exists(os.path.join(cfg.data_dir, cfg.pairs, "dpo_test.jsonl"))
     split = "test" if has_test else "val"
     records = load_records(cfg.pairs, cfg.data_dir, "dpo", split)
@@ -32,10 +28,8 @@ def preference(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     values = {"logprob": logp, "logprob_per_token": logp / lengths}
     if stage == "dpo" and "sft" in subject.checkpoints:
         values["reward"] = logp - pair_logprobs(subject.model("sft"), pairs)
-    results = []
-    for protocol, of_pair in values.items():
-        right = proportion(of_pair[:, 0] > of_pair[:, 1])
-        results.append(Row("accuracy", protocol, right, split))
+    shares = {protocol: proportion(x[:, 0] > x[:, 1]) for protocol, x in values.items()}
+    results = [Row("accuracy", protocol, share, split) for protocol, share in shares.items()]
     if stage == "untrained":
         tie = lengths[:, 0] == lengths[:, 1]
         hits = proportion(np.where(tie, 0.5, lengths[:, 0] > lengths[:, 1]))
@@ -44,16 +38,13 @@ def preference(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
 
 
 def tuned_on_toy(subject: Subject, cfg: EvalConfig) -> list[str]:
-    """Return the tuned stages where the pairs are the toy world's, whose tales can be judged."""
+    """Return the tuned stages; only tales of the toy world can be judged."""
     return subject.tuned if cfg.pairs == "toy" else []
 
 
-@task("tales", ("pairs",), ("dpo_test.jsonl",), ("seed",), tuned_on_toy)
+@task("tales", "pairs", "dpo_test.jsonl", "seed", tuned_on_toy)
 def tales(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
-    """Check what the toy world's pairs teach, on tales that are sampled at temperature 1.
-
-    Four tales are told for each of the held-out casts.
-    """
+    """Check what the toy world's pairs teach, on four tales of each held-out cast."""
     tokenizer = subject.tokenizer
     records = load_records(cfg.pairs, cfg.data_dir, "dpo", "test")
     requests = sorted({record["prompt"][0]["content"] for record in records})
@@ -61,11 +52,10 @@ def tales(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     prompts = [render_prompt(user_turn(request), tokenizer) for request in requests]
     seeds = [(cfg.seed, number) for number in range(len(prompts))]
     outputs = generate(subject.model(stage), prompts, 128, stops(tokenizer), seeds)
-    flags = {"on_topic": [], "kind": [], "on_topic_and_kind": [], "stop_rate": []}
+    verdicts = []
     for request, ids in zip(requests, outputs, strict=True):
-        verdict = toy.judge_tale(request, tokenizer.decode(ids[:-1]))
-        flags["on_topic"].append(verdict["on_topic"])
-        flags["kind"].append(verdict["kind"])
-        flags["on_topic_and_kind"].append(verdict["on_topic"] and verdict["kind"])
-        flags["stop_rate"].append(ids[-1] == tokenizer.end)
-    return [Row(metric, "sampled", proportion(values)) for metric, values in flags.items()]
+        verdict = toy.judge_tale(request, tokenizer.decode(ids[:-1]))  # on_topic, kind
+        verdict["on_topic_and_kind"] = all(verdict.values())
+        verdicts.append({**verdict, "stop_rate": ids[-1] == tokenizer.end})
+    shares = {name: proportion(verdict[name] for verdict in verdicts) for name in verdicts[0]}
+    return [Row(metric, "sampled", share) for metric, share in shares.items()]

@@ -15,7 +15,7 @@ import configurator
 from configurator import UserError
 from evals import plots, tables
 from evals.results import RERANKERS, newest, read_results, run_folders
-from evals.tables import Source, format_value, table
+from evals.tables import format_value, table
 from runtime.files import read_jsonl, read_log, write_atomic
 
 DETAILS = {  # task -> heading of the section with all of its numbers
@@ -61,8 +61,6 @@ class ReportConfig:
 
 @dataclass
 class Run:
-    """What a report is made from."""
-
     folder: str  # of the results
     target: str  # where report.md and its plots go
     results: list[dict]
@@ -70,67 +68,52 @@ class Run:
     n_samples: int
 
 
-# --------------------------------------------------------------------------------------------------
-# Sections: each returns Markdown blocks and names of images, or nothing
-
-
-def stages_section(run: Run) -> list[str]:
-    """Show the first numbers by stage, and which differences are real."""
+def stages(run: Run) -> list[str]:
     parts = ["## What each stage brought", tables.by_model(run.results, tables.MEASURES)]
     gains = tables.gains_table(run.results, run.folder)
     return [*parts, "## Which differences are real", gains, GAINS_NOTE] if gains else parts
 
 
-def verifier_section(run: Run) -> list[str]:
+def verifier(run: Run) -> list[str]:
     """Show what choosing among samples brings, and how far the verifier's scores can be trusted."""
     rows = [row for row in run.results if row["task"] == "rerank"]
     if not rows:
         return []
-    model = rows[-1]["model"]
-    greedy = newest(run.results, task="problems", model=model, metric="exact_match")
-    parts = ["## The verifier", rerank_table(run, rows, greedy), RERANK_NOTE]
+    greedy = newest(run.results, task="problems", model=rows[-1]["model"], metric="exact_match")
+    parts = ["## The verifier", rerank_table(run.folder, rows, greedy), RERANK_NOTE]
     if any("@" in row["protocol"] for row in rows):
         parts.append(plots.plot_rerank(rows, run.target, greedy))
     return [*parts, plots.plot_calibration(rows, run.target)]
 
 
-def rerank_table(run: Run, rows: list[dict], greedy: dict | None) -> str:
-    """Return the ways to choose among the largest number of samples, each against greedy.
-
-    Then comes how well the scores separate right from wrong.
-    """
-    numbers = [row["protocol"].partition("@")[2] for row in rows]
-    k = max((int(number) for number in numbers if number), default=0)
+def rerank_table(folder: str, rows: list[dict], greedy: dict | None) -> str:
+    """Return the ways to choose among most samples, then how scores separate right from wrong."""
+    k = max(int(row["protocol"].partition("@")[2] or 0) for row in rows)
     lines = [["greedy, exact match", format_value(greedy), ""]]
     for how in RERANKERS:
         row = newest(rows, metric="exact_match", protocol=f"{how}@{k}")
-        against = tables.paired_cell(Source(run.folder, greedy), Source(run.folder, row))
+        against = tables.paired_cell(greedy, row, folder)
         lines.append([f"{how}, samples = {k}, exact match", format_value(row), against])
     for key, words in SEPARATION.items():
         metric, protocol = key.split()
         row = newest(rows, metric=metric, protocol=protocol)
         if row:
             lines.append([f"{words}, n = {row['n']} solutions", format_value(row), ""])
-    heads = ["", "", "against greedy, paired"]
-    return table(heads, [line for line in lines if line[1]])
+    return table(["", "", "against greedy, paired"], [line for line in lines if line[1]])
 
 
-def published_section(run: Run) -> list[str]:
+def published(run: Run) -> list[str]:
     """Show the verifier's judgement of solutions that others have published."""
-    found = {}  # (metric, protocol) -> newest row
+    found = {}  # words -> newest row
     for row in run.results:
         if row["task"] == "published" and row["metric"] in ("auc", "exact_match"):
-            found[row["metric"], row["protocol"]] = row
-    lines = []
-    for (metric, protocol), row in found.items():
-        words = f"{metric.replace('_', ' ')}, {protocol}"
-        lines.append([words, format_value(row), str(row["n"])])
+            found[f"{row['metric'].replace('_', ' ')}, {row['protocol']}"] = row
+    lines = [[words, format_value(row), str(row["n"])] for words, row in found.items()]
     heading = "## Published solutions of GSM8K's test problems, judged"
     return [heading, table(["", "", "n"], lines)] if lines else []
 
 
-def details_sections(run: Run) -> list[str]:
-    """Show every number of some tasks."""
+def details(run: Run) -> list[str]:
     parts = []
     for task, title in DETAILS.items():
         if newest(run.results, task=task):
@@ -141,25 +124,21 @@ def details_sections(run: Run) -> list[str]:
 
 
 def mistakes(results: list[dict]) -> str:
-    """Return examples of each kind of error, of the last stage."""
-    rows = [row for row in results if row["task"] == "problems" and row.get("examples")]
+    """Return examples of each kind of error of the last stage, with the right answers."""
+    found = [row for row in results if row["task"] == "problems" and row.get("examples")]
     lines = []
-    for row in rows:
-        if row["stage"] == rows[-1]["stage"]:
-            kind = row["metric"].replace("_", " ")
-            lines += [f"- {kind}: {describe(example)}" for example in row["examples"][:2]]
+    for row in [row for row in found if row["stage"] == found[-1]["stage"]]:
+        kind = row["metric"].replace("_", " ")
+        for example in row["examples"][:2]:
+            asked, said = shorten(example["question"]), shorten(example["text"])
+            line = f"- {kind}: `{asked}` said `{said}`, right is {example['answer']}"
+            if example["false_equation"]:
+                line += f"; false: `{example['false_equation']}`"
+            lines.append(line)
     return "\n".join(lines)
 
 
-def describe(example: dict) -> str:
-    """Return a question, its wrong answer and the right one in a line."""
-    asked, answered = shorten(example["question"]), shorten(example["text"])
-    false = f"; false: `{example['false_equation']}`" if example["false_equation"] else ""
-    return f"`{asked}` said `{answered}`, right is {example['answer']}{false}"
-
-
-def sinks_sections(run: Run) -> list[str]:
-    """Show streams and attention maps."""
+def sinks(run: Run) -> list[str]:
     parts = []
     if newest(run.results, task="streaming"):
         parts += ["## Streams of 16 training contexts", tables.streaming_table(run.results)]
@@ -168,15 +147,13 @@ def sinks_sections(run: Run) -> list[str]:
     shown = sorted({(row["model"], int(row["protocol"].split()[1])) for row in rows})
     if shown:
         parts.append("## Attention maps")
-    for model, sentence in shown:
-        parts.append(plots.plot_attention(rows, run.folder, run.target, model, sentence))
-    return parts
+    return parts + [plots.plot_attention(rows, run.folder, run.target, *which) for which in shown]
 
 
-def curves_section(run: Run) -> list[str]:
+def curves(run: Run) -> list[str]:
     """Show losses against steps, and what tuning gains and forgets."""
     points = {}
-    for model in tables.models_of(run.results):
+    for model in dict.fromkeys(row["model"] for row in run.results):
         answers = newest(run.results, model=model, task="chats", metric="response_loss")
         text = newest(run.results, model=model, task="text_perplexity", metric="perplexity")
         if answers and text and model != "untrained":
@@ -187,7 +164,7 @@ def curves_section(run: Run) -> list[str]:
     return ["## Curves", *images] if any(images) else []
 
 
-def samples_section(run: Run) -> list[str]:
+def samples(run: Run) -> list[str]:
     """Show the same test problems answered greedily by every stage, from stored generations."""
     folder = os.path.join(run.folder, "generations")
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
@@ -196,40 +173,26 @@ def samples_section(run: Run) -> list[str]:
         rows = read_jsonl(os.path.join(folder, name))
         if len(rows[0]["solutions"]) == 1:
             answers[name.rsplit("_", 2)[0]] = rows
-    stages = [stage for stage in tables.models_of(run.results) if stage in answers]
-    if not stages:
-        return []
+    shown = [name for name in dict.fromkeys(row["model"] for row in run.results) if name in answers]
+    problems = list(zip(*(answers[stage] for stage in shown), strict=False))
     blocks = []
-    for i, row in enumerate(answers[stages[0]][: run.n_samples]):
-        lines = [f"**{row['question']}** (right: `{shorten(row['answer'])}`)"]
-        for stage in stages:
-            text = answers[stage][i]["solutions"][0]["text"]
-            lines.append(f"- **{stage}**: `{shorten(text)}`")
+    for rows in problems[: run.n_samples]:
+        lines = [f"**{rows[0]['question']}** (right: `{shorten(rows[0]['answer'])}`)"]
+        for stage, row in zip(shown, rows, strict=True):
+            lines.append(f"- **{stage}**: `{shorten(row['solutions'][0]['text'])}`")
         blocks.append("\n".join(lines))
     return ["## The same problems at every stage", *blocks] if blocks else []
 
 
 def shorten(text: str, width: int = 100) -> str:
     """Return text as one short line of printable ASCII without backquotes."""
-    text = text.replace("\n", "; ").replace("`", "'")
-    text = re.sub(r"[^ -~]+", " ", text)
+    text = re.sub(r"[^ -~]+", " ", text.replace("\n", "; ").replace("`", "'"))
     return text[:width] + " ..." * (len(text) > width)
 
 
-def cost_section(run: Run) -> list[str]:
-    """Show what training took, and the hashes of the weights."""
-    hashes = {row["stage"]: row["weights_hash"] for row in run.results}
-    for row in run.results:
-        if "verifier_hash" in row:
-            hashes["verifier"] = row["verifier_hash"]
-    weights = table(["stage", "sha256 of the weights"], [list(pair) for pair in hashes.items()])
-    return ["## Cost", cost_table(run.logs), "## Weights", weights]
-
-
-def cost_table(logs: dict[str, list[dict]]) -> str:
-    """Return steps, tokens, FLOPs and seconds of every run."""
-    rows, seconds = [], 0.0
-    for run, log in logs.items():
+def cost(run: Run) -> list[str]:
+    lines, seconds = [], 0.0
+    for name, log in run.logs.items():
         steps = [row for row in log if "tokens" in row]
         if steps:
             last = steps[-1]
@@ -237,21 +200,19 @@ def cost_table(logs: dict[str, list[dict]]) -> str:
             took = last["step_ms"] * n_steps / 1e3
             seconds += took
             amounts = [f"{n_steps}", f"{last['tokens'] / 1e6:.2f}M", f"{last['flops']:.2e}"]
-            rows.append([run, *amounts, f"{last['tokens_per_s']:,.0f}", f"{took:.0f}"])
-    rows.append(["all", "", "", "", "", f"{seconds:.0f}"])
-    return table(["run", "steps", "tokens", "FLOPs", "tokens/s", "training s"], rows)
+            lines.append([name, *amounts, f"{last['tokens_per_s']:,.0f}", f"{took:.0f}"])
+    lines.append(["all", "", "", "", "", f"{seconds:.0f}"])
+    costs = table(["run", "steps", "tokens", "FLOPs", "tokens/s", "training s"], lines)
+    hashes = {row["stage"]: row["weights_hash"] for row in run.results}
+    for row in run.results:
+        if "verifier_hash" in row:
+            hashes["verifier"] = row["verifier_hash"]
+    weights = table(["stage", "sha256 of the weights"], [list(pair) for pair in hashes.items()])
+    return ["## Cost", costs, "## Weights", weights]
 
 
-SECTIONS = (
-    stages_section,
-    verifier_section,
-    published_section,
-    details_sections,
-    sinks_sections,
-    curves_section,
-    samples_section,
-    cost_section,
-)
+# Each returns Markdown blocks and names of images, or nothing
+SECTIONS = (stages, verifier, published, details, sinks, curves, samples, cost)
 
 
 def write_report(folder: str, target: str, n_samples: int) -> str:

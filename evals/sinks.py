@@ -1,20 +1,16 @@
 """Attention sinks and streaming: loss far beyond the training context, and what heads look at.
 
-    python eval.py --out_dir=out/streaming --tasks=streaming --streaming=novels
-    python eval.py --out_dir=out/streaming --tasks=attention --sentences="One sentence.;Another."
-
 A stream of 16 times the training context (seq_len) is read in three ways (arXiv 2309.17453):
 
     rolling    token by token through a KV cache of seq_len slots, as sample.py does
     dense      every token sees all before it: RoPE meets distances that training never had
     recompute  the last seq_len tokens from scratch for every token: no key knows what is older
 
-Rolling that is as good as recompute is stable, no more. No key is older than the cache (those of
-upper layers were formed when older tokens were still there, and carry a little of them), so this
-says nothing about recall, and loss on ordinary text could not show it.
+Rolling as good as recompute means stable, not a longer memory: no key is older than the cache, if
+those of upper layers carry a little of older tokens. Loss on ordinary text cannot show recall.
 """
 
-import os
+import itertools
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -117,25 +113,20 @@ def head_numbers(maps: Tensor) -> dict[str, Tensor]:
 
 
 def by_head(numbers: dict[str, Tensor], sinks: bool, skip: int = 0, where: str = "") -> list[Row]:
-    """Return means over all queries but the first `skip`; the rows B are independent parts.
-
-    Beside each stands what a head has that looks at all it can see alike: the i-th query has
-    (without a window) entropy ln i, 1/i for the first token, or 1/(i + 1) for the sink.
-    """
+    """Return means over all queries but the first `skip`; the rows B are independent parts."""
     layers, B, H, T = numbers["attention_entropy"].shape
     i = torch.arange(1 + skip, 1 + T)
+    # What the i-th query has, without a window, if it looks at all it can see alike
     uniform = {"attention_entropy": i.log(), "first_token_share": 1 / i}
     if sinks:
         uniform["sink_share"] = 1 / (i + 1)
     rows = []
-    for metric, alike in uniform.items():
-        for layer in range(layers):
-            for head in range(H):
-                sums = numbers[metric][layer, :, head, skip:].double().sum(-1)  # (B,)
-                mean = ratio(sums.tolist(), [len(i)] * B)
-                extra = {"layer": layer + 1, "head": head + 1, "uniform": alike.mean().item()}
-                protocol = f"{where}layer {layer + 1} head {head + 1}"
-                rows.append(Row(metric, protocol, mean, extra=extra))
+    for metric, layer, head in itertools.product(uniform, range(layers), range(H)):
+        sums = numbers[metric][layer, :, head, skip:].double().sum(-1)  # (B,)
+        mean = ratio(sums.tolist(), [len(i)] * B)
+        extra = {"layer": layer + 1, "head": head + 1, "uniform": uniform[metric].mean().item()}
+        protocol = f"{where}layer {layer + 1} head {head + 1}"
+        rows.append(Row(metric, protocol, mean, extra=extra))
     return rows
 
 
@@ -145,8 +136,8 @@ def streams(subject: Subject, cfg: EvalConfig, length: int) -> tuple[Tensor, boo
     try:
         rows = Mixture(spec, cfg.data_dir, "val", length, 0, tokenizer, subject.headerless)
     except UserError as error:
-        streams = f"streams of {FACTOR} x seq_len = {length} tokens"
-        raise UserError(f"streaming={spec} has no validation text in {streams}: {error}") from None
+        needed = f"{FACTOR} x seq_len = {length} tokens"
+        raise UserError(f"streaming={spec}: a stream needs {needed}: {error}") from None
     ids = rows.validation(0, min(rows.n_rows, 16 * cfg.n_streams))
     whole = ids[(ids != tokenizer.eos).all(1)]
     if not len(whole):
@@ -161,31 +152,26 @@ def mean_loss(nll: Tensor, chosen: np.ndarray) -> Estimate:
     return ratio(nll.sum(1).tolist(), [nll.size(1)] * len(nll))
 
 
-def buckets(
-    metric: str, how: str, at: np.ndarray, width: int, estimate: Callable[[np.ndarray], Estimate]
+def fastest(ms: np.ndarray, chosen: np.ndarray) -> Estimate:
+    """Return the least of the chosen times, because other work on a machine only adds."""
+    return Estimate(float(ms[chosen].min()), int(chosen.sum()))
+
+
+def largest(sizes: np.ndarray, chosen: np.ndarray) -> Estimate:
+    return Estimate(int(sizes[chosen].max()), 1)
+
+
+def by_position(
+    metric: str, how: str, at: np.ndarray, width: int, estimate: Callable, values: object
 ) -> list[Row]:
-    """Return a row for every `width` positions: estimate(which of the positions `at` are in it)."""
+    """Return a row for every `width` positions: an estimate of those values whose `at` is in it."""
     rows = []
-    for first in np.unique(at // width) * width:
-        inside = at // width == first // width
-        extra = {"position": int(first), "width": width}
+    for bucket in np.unique(at // width):
+        first = int(bucket) * width
+        extra = {"position": first, "width": width}
         protocol = f"{how} {first}-{first + width - 1}"
-        rows.append(Row(metric, protocol, estimate(inside), extra=extra))
+        rows.append(Row(metric, protocol, estimate(values, at // width == bucket), extra=extra))
     return rows
-
-
-def loss_rows(how: str, at: np.ndarray, width: int, nll: Tensor) -> list[Row]:
-    """Return the loss by position."""
-    return buckets("loss_at_position", how, at, width, lambda inside: mean_loss(nll, inside))
-
-
-def time_rows(how: str, at: np.ndarray, width: int, ms: np.ndarray) -> list[Row]:
-    """Return ms per token by position: the fastest, because other work on a machine only adds."""
-
-    def fastest(inside: np.ndarray) -> Estimate:
-        return Estimate(float(ms[inside].min()), int(inside.sum()))
-
-    return buckets("ms_per_token", how, at, width, fastest)
 
 
 def against_recompute(losses: dict[str, Tensor], T: int, at: np.ndarray) -> list[Row]:
@@ -201,39 +187,31 @@ def against_recompute(losses: dict[str, Tensor], T: int, at: np.ndarray) -> list
 
 
 def trained(subject: Subject, cfg: EvalConfig) -> list[str]:
-    """Return all stages that write text but the untrained one."""
     return subject.policies[1:]
 
 
-@task("streaming", ("streaming",), ("*val*.bin",), ("n_streams",), trained)
+@task("streaming", "streaming", "*val*.bin", "n_streams", trained)
 def streaming(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
-    """Measure loss, ms per token and cache bytes by position, and what sink and first token get.
-
-    recompute takes eight positions of every training context, and so do the comparisons with it.
-    Time and memory are of one stream.
-    """
+    """Measure loss, ms per token and cache bytes by position, and what sink and first token get."""
     model = subject.model(stage)
     T, P = model.cfg.seq_len, FACTOR * model.cfg.seq_len
     width = max(1, T // 2)
     ids, one_document = streams(subject, cfg, P)
+    # recompute is slow: eight positions of every training context are enough
     every, few = np.arange(P), np.arange(width // 8, P, max(1, width // 4))
     nll = {"rolling": cached(model, ids, T)[0], "dense": dense(model, ids)}
     nll["recompute"] = recomputed(model, ids, few)[0]
-    _, rolling_ms, rolling_bytes = cached(model, ids[:1], T)
-    _, dense_ms, dense_bytes = cached(model, ids[:1], P)
-    rows = loss_rows("rolling", every, width, nll["rolling"])
-    rows += time_rows("rolling", every, width, rolling_ms)
-    rows += loss_rows("dense", every, width, nll["dense"])
-    rows += time_rows("dense", every, width, dense_ms)
-    rows += loss_rows("recompute", few, T, nll["recompute"])
-    rows += time_rows("recompute", few, width, recomputed(model, ids[:1], few)[1])
-
-    def dense_size(inside: np.ndarray) -> Estimate:
-        return Estimate(dense_bytes * int(every[inside][-1] + 1) // P, 1)
-
-    size = Estimate(rolling_bytes, 1)
-    rows += buckets("cache_bytes", "rolling", every, width, lambda inside: size)
-    rows += buckets("cache_bytes", "dense", every, width, dense_size)
+    rows, kept = [], {}
+    for how, slots in (("rolling", T), ("dense", P)):
+        _, ms, kept[how] = cached(model, ids[:1], slots)
+        rows += by_position("loss_at_position", how, every, width, mean_loss, nll[how])
+        rows += by_position("ms_per_token", how, every, width, fastest, ms)
+    ms = recomputed(model, ids[:1], few)[1]
+    rows += by_position("loss_at_position", "recompute", few, T, mean_loss, nll["recompute"])
+    rows += by_position("ms_per_token", "recompute", few, width, fastest, ms)
+    sizes = {"rolling": np.full(P, kept["rolling"]), "dense": kept["dense"] * (every + 1) // P}
+    for how, n_bytes in sizes.items():
+        rows += by_position("cache_bytes", how, every, width, largest, n_bytes)
     nll |= {how: nll[how][:, few] for how in ("rolling", "dense")}
     rows += against_recompute(nll, T, few)
     # One stream at a time, because maps are large.
@@ -244,12 +222,9 @@ def streaming(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     return [replace(row, split="val", extra=about | row.extra) for row in rows]
 
 
-@task("attention", data=("sentences",))
+@task("attention", data="sentences")
 def attention(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
-    """Measure every head on each of the given sentences; attention/ keeps the weights, to draw.
-
-    The untrained model stands beside the trained ones: what it has too is no finding.
-    """
+    """Measure every head on each of the given sentences; attention/ keeps the weights, to draw."""
     model, tokenizer = subject.model(stage), subject.tokenizer
     rows = []
     sentences = filter(None, map(str.strip, cfg.sentences.split(";")))
@@ -264,8 +239,7 @@ def attention(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
         tokens = map(tokenizer.bpe.decode_single_token_bytes, ids)
         kept = {"text": text, "tokens": [token.decode("utf-8", "replace") for token in tokens]}
         kept |= {"sinks": model.cfg.sinks, "maps": maps[:, 0].double().numpy().round(5).tolist()}
-        path = os.path.join(cfg.out_dir, "attention", f"{stage}_{number}.jsonl")
-        write_jsonl(path, [kept])
+        write_jsonl(f"{cfg.out_dir}/attention/{stage}_{number}.jsonl", [kept])
     return [replace(row, split="sentences") for row in rows]
 
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Of a mean, by the name under which items are kept.
-TRANSFORMS = {"": lambda x: x, "exp": np.exp, "bits": lambda x: x / math.log(2)}
+TRANSFORMS = {"": lambda x: x, "exp": np.exp, "bits": lambda x: x / math.log(2)}  # of a mean
 
 
 @dataclass(frozen=True)
@@ -27,18 +26,17 @@ class Estimate:
     n: int
     low: float | None = None
     high: float | None = None
-    p: float | None = None  # of a difference: how likely it is where there is none
+    p: float | None = None  # p-value of a difference
     items: Items | None = None
 
     def as_json(self) -> dict:
-        """Return the fields that a row of results.jsonl holds; what is not known is left out."""
-        known = {"value": self.value, "low": self.low, "high": self.high, "p": self.p, "n": self.n}
-        return {name: value for name, value in known.items() if value is not None}
+        names = ("value", "low", "high", "p", "n")
+        return {name: x for name in names if (x := getattr(self, name)) is not None}
 
 
-def wilson(hits: float, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(hits: float, n: int) -> tuple[float, float]:
     """Return the 95 % interval of a proportion (Wilson 1927)."""
-    p = hits / n
+    p, z = hits / n, 1.96
     centre = p + z * z / (2 * n)
     spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
@@ -52,22 +50,21 @@ def proportion(flags: Iterable[float]) -> Estimate:
 
 
 def bootstrap(n: int, draws: int = 1000) -> np.ndarray:
-    """Return numbers of items drawn with replacement (draws, n), alike for all of one n."""
+    """Return numbers of items drawn with replacement (draws, n), the same for the same n."""
     return np.random.default_rng(0).integers(0, n, (draws, n))
 
 
 def ratio(num: Sequence[float], den: Sequence[float], transform: str = "") -> Estimate:
-    """Return transform(sum / sum) over independent parts; the interval is of bootstrap draws."""
+    """Return transform(sum / sum) over independent parts, with its bootstrap interval."""
     a, b, f = np.array(num, float), np.array(den, float), TRANSFORMS[transform]
     draws = bootstrap(len(a))
     low, high = np.quantile(a[draws].sum(1) / b[draws].sum(1), [0.025, 0.975])
-    value = float(f(a.sum() / b.sum()))
     items = Items(a.tolist(), b.tolist(), transform)
-    return Estimate(value, int(b.sum()), float(f(low)), float(f(high)), items=items)
+    value, low, high = (float(f(x)) for x in (a.sum() / b.sum(), low, high))
+    return Estimate(value, int(b.sum()), low, high, items=items)
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """Return the mean of independent values, with its bootstrap interval."""
     return ratio(values, np.ones(len(values)))
 
 
@@ -79,10 +76,10 @@ def difference(before: Items, after: Items) -> Estimate:
     a, n = np.array(before.num), np.array(before.den)
     b, m = np.array(after.num), np.array(after.den)
     if before.transform != after.transform or len(a) != len(b) or (n != m).any():
-        raise ValueError(f"{len(a)} and {len(b)} items are not the same ones")
+        raise ValueError(f"{len(a)} and {len(b)} items are not the same")
     f, draws = TRANSFORMS[before.transform], bootstrap(len(a))
     deltas = f(b[draws].sum(1) / m[draws].sum(1)) - f(a[draws].sum(1) / n[draws].sum(1))
-    if set(a) | set(b) <= {0.0, 1.0} and (n == 1).all():  # right or wrong
+    if set(a) | set(b) <= {0.0, 1.0} and (n == 1).all():
         p = mcnemar(int((b > a).sum()), int((b < a).sum()))
     else:
         smaller_tail = min((deltas <= 0).sum(), (deltas >= 0).sum())

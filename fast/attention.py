@@ -49,23 +49,19 @@ def kernel_for(q: Tensor, k: Tensor, sinks: Tensor | None, mask: Mask) -> Callab
 
 def dense(q: Tensor, k: Tensor, v: Tensor, sinks: None, mask: Mask) -> Tensor:
     """Attention without sinks: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D)."""
-    bias = None if mask.bias is None else mask.bias.to(q.dtype)
-    causal, grouped = is_causal(q, mask), q.size(1) != k.size(1)
+    bias, causal = for_kernel(mask, q)
+    grouped = q.size(1) != k.size(1)
     return F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, enable_gqa=grouped)
 
 
-def is_causal(q: Tensor, mask: Mask) -> bool:
-    """Say whether a kernel must mask; a single query sees every key."""
-    return mask.causal and q.size(2) > 1
-
-
-# ------------------------------------------------------------------------------------------------
-# Documents and windows on CUDA
+def for_kernel(mask: Mask, q: Tensor) -> tuple[Tensor | None, bool]:
+    """Return bias and causal as the kernels want them; a single query sees every key."""
+    bias = None if mask.bias is None else mask.bias.to(q.dtype)
+    return bias, mask.causal and q.size(2) > 1
 
 
 @functools.cache
-def compiled_flex() -> Callable:
-    """FlexAttention pays only when compiled, and is compiled once."""
+def compiled_flex() -> Callable:  # it pays only when compiled
     return torch.compile(flex_attention)
 
 
@@ -78,27 +74,20 @@ def flex(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, mask: Mask) -> T
 
 
 def block_mask(allowed: Callable, batch: int, T: int, device: torch.device) -> Mask:
-    """Return the mask of allowed(b, h, q, k) for FlexAttention."""
     return Mask(blocks=create_block_mask(allowed, batch, None, T, T, device=device))
-
-
-# ------------------------------------------------------------------------------------------------
-# Sinks on a flash kernel that knows none
 
 
 def sink_gate(lse: Tensor, sinks: Tensor) -> Tensor:
     """Return the share of the softmax that the sink leaves to the keys: (B, H, T, 1).
 
-    A sink adds exp(s) to the denominator exp(lse), so that every output is scaled by
-    exp(lse) / (exp(lse) + exp(s)) = sigmoid(lse - s).
+    It adds exp(s) to the denominator: exp(lse) / (exp(lse) + exp(s)) = sigmoid(lse - s).
     """
     return torch.sigmoid(lse - sinks.view(1, -1, 1).to(lse.dtype)).unsqueeze(-1)
 
 
 def flash_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, mask: Mask) -> Tensor:
     """Attention with one sink logit per head: q (B, H, T, D), k and v (B, K, S, D), sinks (H,)."""
-    bias = None if mask.bias is None else mask.bias.to(q.dtype)
-    causal = is_causal(q, mask)
+    bias, causal = for_kernel(mask, q)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return FlashSinks.apply(q, k, v, sinks, bias, causal)
     return flash(q, k, v, sinks, bias, causal)[0]  # an autograd function costs more than a token

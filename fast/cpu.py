@@ -74,25 +74,3 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         return torch.bmm(eighths, rows.T.expand(8, -1, 1)).view(*x.shape[:-1], -1)
     y = (weight @ rows.T).T.contiguous()  # the attention kernel wants rows that lie whole
     return y.view(*x.shape[:-1], -1)
-
-
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up"""
-    return SiluMul.apply(gate, up) if pays(gate) else F.silu(gate) * up
-
-
-class SiluMul(torch.autograd.Function):
-    """silu(gate) * up with one tensor less to write in each direction."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        silu = F.silu(gate)
-        ctx.save_for_backward(gate, up, silu)
-        return silu * up
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple:
-        gate, up, silu = ctx.saved_tensors
-        dgate = dout * up
-        aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
-        return dgate, dout * silu

@@ -1,4 +1,4 @@
-"""Cross-entropy and log-probs of a language model's head, without a (B, T, V) tensor of logits.
+"""Cross-entropy and log-probs of a head, without a (B, T, V) tensor of logits.
 
 Shapes: N rows, C width, V vocabulary with its padding; ids from n_vocab on are padding.
 """
@@ -24,22 +24,16 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> T
 
 
 def supervised_rows(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the rows that need logits, (n, C) and (n,), and which of all (N,) are supervised.
-
-    A compiled graph wants fixed shapes: there all rows are returned.
-    """
+    """Return the rows that need logits, (n, C) and (n,), and which of all (N,) are supervised."""
     x, targets = x.flatten(0, -2), targets.flatten()
     supervised = targets >= 0
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # a compiled graph wants fixed shapes
         return x, targets, supervised
     return x[supervised], targets[supervised], supervised
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The forward pass walks over chunks of rows and takes loss and both gradients from each.
-
-    So no logits are kept. Peak memory and time beside other forms: docs/log.md.
-    """
+    """The forward pass takes loss and both gradients from each chunk, and keeps no logits."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> Tensor:
@@ -92,7 +86,6 @@ def logprobs(x: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> Tensor
 
 
 def chunk_logprobs(x: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> Tensor:
-    """Return log p(target) of the rows of one chunk: (n,)."""
     logits = (x @ weight.to(x.dtype).T)[:, :n_vocab]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.gather(1, targets.unsqueeze(1)).squeeze(1) - logits.logsumexp(-1)

@@ -4,6 +4,7 @@ Sources: kellerjordan.github.io/posts/muon and arXiv 2502.16982.
 """
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,22 +18,14 @@ class Muon(torch.optim.Optimizer):
     and in float32 on a CPU, where bf16 costs 16 x as much (docs/log.md).
     """
 
-    def __init__(
-        self,
-        params: list[Tensor],
-        lr: float = 0.02,  # for updates of unit spectral norm
-        momentum: float = 0.95,
-        weight_decay: float = 0.0,  # decoupled
-        ns_steps: int = 5,  # Newton-Schulz iterations
-        dtype: torch.dtype | None = None,  # of the iterations; None = as above
-    ):
-        defaults = {"lr": lr, "momentum": momentum}
-        super().__init__(params, defaults | {"weight_decay": weight_decay, "ns_steps": ns_steps})
-        self.dtype = dtype
+    DEFAULTS: ClassVar = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.0, "ns_steps": 5}
+
+    def __init__(self, params: list, dtype: torch.dtype | None = None, **settings: float):
+        super().__init__(params, self.DEFAULTS | settings)
+        self.dtype = dtype  # of the iterations
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             for (rows, columns, _), members in self.updates_by_shape(group).items():
                 updates = [full_tensor(update).view(-1, rows, columns) for _, update in members]

@@ -7,12 +7,11 @@ from itertools import pairwise
 from configurator import UserError
 from corpus.chat import TEMPLATE
 from corpus.tokenizer import Tokenizer
-from inference.sampling import GREEDY, generate
+from inference.sampling import GREEDY, Ids, generate
 from model import GPT
 
 
 def check_template(checkpoint: dict, ref: str) -> None:
-    """Raise UserError where a checkpoint was tuned with another chat template than this code's."""
     template = checkpoint.get("template", TEMPLATE)
     if template != TEMPLATE:
         raise UserError(f"{ref} was tuned with chat template {template}, this code has {TEMPLATE}")
@@ -23,22 +22,14 @@ def stops(tokenizer: Tokenizer) -> tuple[int, int]:
     return tokenizer.end, tokenizer.eos
 
 
-def answer_text(ids: list[int], tokenizer: Tokenizer) -> str:
+def answer_text(ids: Ids, tokenizer: Tokenizer) -> str:
     """Return the text of an answer, without the id that ended it."""
     stopped = ids[-1] in stops(tokenizer)
     return tokenizer.decode(ids[:-1] if stopped else ids)
 
 
-def answer_stats(
-    model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int
-) -> dict[str, list[float]]:
-    """Answer the prompts greedily and describe each answer.
-
-    stop_rate   whether it stops by itself
-    length      its tokens
-    repetition  the share of its 4-grams that it repeats
-    distinct_2  the share of its 2-grams that no other answer has
-    """
+def answer_stats(model: GPT, tokenizer: Tokenizer, prompts: list[Ids], max_new_tokens: int) -> dict:
+    """Answer the prompts greedily. -> {measure: its value for every answer}"""
     answers = generate(model, prompts, max_new_tokens, stops(tokenizer), sampling=GREEDY)
     return {
         "stop_rate": [ids[-1] in stops(tokenizer) for ids in answers],
@@ -48,63 +39,35 @@ def answer_stats(
     }
 
 
-def repetition(ids: list[int], n: int = 4) -> float:
-    """Return the share of the n-grams that stood in the same text before."""
-    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+def repetition(ids: Ids) -> float:
+    """Return the share of the 4-grams that stood in the same text before."""
+    grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def distinct_2(answers: list[list[int]]) -> list[float]:
-    """Return the share of each answer's 2-grams that no other answer has.
-
-    It is 0 where a model says the same to everyone (distinct-2, arXiv 1510.03055, across answers).
-    """
+def distinct_2(answers: list[Ids]) -> list[float]:
+    """Return the share of each answer's 2-grams that no other answer has (arXiv 1510.03055)."""
     grams = [set(pairwise(ids)) for ids in answers]
     answers_with = Counter(gram for own in grams for gram in own)
-    shares = []
-    for own in grams:
-        unshared = sum(answers_with[gram] == 1 for gram in own)
-        shares.append(unshared / max(1, len(own)))
-    return shares
+    n_unshared = [sum(answers_with[gram] == 1 for gram in own) for own in grams]
+    return [n / max(1, len(own)) for n, own in zip(n_unshared, grams, strict=True)]
 
 
-# ------------------------------------------------------------------------------------------------
-# Before and after tuning
-
-
-def mean_stats(
-    model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int
-) -> dict[str, float]:
-    """Return the means of answer_stats()."""
-    stats = answer_stats(model, tokenizer, prompts, max_new_tokens)
-    return {key: sum(values) / len(values) for key, values in stats.items()}
-
-
-def changes(before: dict, after: dict) -> str:
-    """Return what became of the answers, on one line."""
-    stops = f"stop by themselves {before['stop_rate']:.0%} -> {after['stop_rate']:.0%}"
+def changes(before: dict, after: dict) -> tuple[str, list[str]]:
+    """Say on one line what became of the answers, and list what went wrong with them."""
+    stopped = f"{before['stop_rate']:.0%} -> {after['stop_rate']:.0%}"
     length = f"{before['length']:.0f} -> {after['length']:.0f} tokens"
-    repeated = f"repeated 4-grams {before['repetition']:.0%} -> {after['repetition']:.0%}"
-    what = "greedy answers to held-out prompts, before -> after"
-    return f"{what}: {stops}, {length}, {repeated}"
-
-
-def answer_notes(before: dict, after: dict) -> list[str]:
-    """Return what went wrong with the answers of a model tuned by DPO, if anything."""
+    repeated = f"{before['repetition']:.0%} -> {after['repetition']:.0%}"
+    line = f"stop by themselves {stopped}, {length}, repeated 4-grams {repeated}"
     notes = []
     if after["stop_rate"] < before["stop_rate"] - 0.1:
-        change = f"{before['stop_rate']:.0%} -> {after['stop_rate']:.0%}"
-        notes.append(f"answers stop by themselves less often: {change}")
+        notes.append(f"answers stop by themselves less often: {stopped}")
     if after["repetition"] > before["repetition"] + 0.1:
-        change = f"{before['repetition']:.0%} -> {after['repetition']:.0%}"
-        notes.append(
-            f"the text collapses into repetition: {change} of 4-grams are repeated; "
-            "lower --learning_rate, raise --beta, or add --rpo_alpha=1"
-        )
+        remedy = "lower --learning_rate, raise --beta, or add --rpo_alpha=1"
+        notes.append(f"the text collapses into repetition: {repeated} of 4-grams; {remedy}")
     if not 0.7 < after["length"] / before["length"] < 1.4:
-        change = f"{before['length']:.0f} -> {after['length']:.0f} tokens"
-        notes.append(f"the length of answers drifts: {change}; compare it with the chosen ones")
-    return notes
+        notes.append(f"the length of answers drifts: {length}; compare it with the chosen ones")
+    return f"greedy answers to held-out prompts, before -> after: {line}", notes
 
 
 def curve_notes(result: dict, before: dict) -> list[str]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,13 +11,17 @@ from torch import Tensor
 
 from model import GPT, Mask, ModelConfig
 
+Ids = list[int]
+Seed = int | tuple[int, ...]
+Stop = tuple[int, ...]
+Calculate = Callable[[Ids], Ids] | None  # the ids that must follow those of a row so far
+
 
 class KVCache:
     """A cache keeps the rotated keys and the values of the last `slots` tokens in every layer.
 
-    When the slots are full, the oldest are overwritten: memory and time per token stay constant,
-    and the model sees the last `slots` tokens, no more. Rows of unequal length are padded on the
-    left; nothing attends to the pads, and RoPE does not mind the shift.
+    When they are full, the oldest are overwritten: memory and time per token stay constant. Rows
+    are padded on the left; nothing attends to the pads, and RoPE does not mind the shift.
     """
 
     def __init__(
@@ -64,7 +69,6 @@ class KVCache:
         return self.k[layer, :, :, : self.used], self.v[layer, :, :, : self.used]
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all rows of the batch but these."""
         self.k = self.k[:, rows]
         self.v = self.v[:, rows]
         self.real = self.real[rows]
@@ -72,8 +76,6 @@ class KVCache:
 
 @dataclass(frozen=True)
 class Sampling:
-    """These settings say how an id is drawn; the defaults draw from the model's distribution."""
-
     temperature: float = 1.0  # 0 = greedy: the most likely id
     top_k: int | None = None  # keep the k most likely ids
     top_p: float | None = None  # keep the smallest set of this probability
@@ -82,16 +84,6 @@ class Sampling:
 
 PLAIN = Sampling()
 GREEDY = Sampling(temperature=0)
-
-
-def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
-    """Set the logits (B, vocab) outside the smallest set of probability top_p to -inf."""
-    ordered, order = logits.sort(descending=True)
-    probs = ordered.softmax(-1)
-    beyond = probs.cumsum(-1) - probs >= top_p
-    beyond[:, 0] = False  # the most likely id always stays
-    ordered = ordered.masked_fill(beyond, -math.inf)
-    return torch.full_like(logits, -math.inf).scatter(1, order, ordered)
 
 
 def sample(logits: Tensor, sampling: Sampling = PLAIN, draws: Tensor | None = None) -> Tensor:
@@ -109,7 +101,11 @@ def sample(logits: Tensor, sampling: Sampling = PLAIN, draws: Tensor | None = No
         lowest = logits.topk(sampling.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < lowest, -math.inf)
     if sampling.top_p is not None and sampling.top_p < 1:
-        logits = keep_top_p(logits, sampling.top_p)
+        ordered, order = logits.sort(descending=True)
+        probs = ordered.softmax(-1)
+        beyond = probs.cumsum(-1) - probs >= sampling.top_p
+        beyond[:, 0] = False  # the most likely id always stays
+        logits = logits.masked_fill(beyond.scatter(1, order, beyond), -math.inf)
     if draws is None:
         draws = torch.rand(len(logits), device=logits.device)
     below = logits.softmax(-1).cumsum(-1)  # (B, vocab)
@@ -119,16 +115,7 @@ def sample(logits: Tensor, sampling: Sampling = PLAIN, draws: Tensor | None = No
     return torch.searchsorted(below, place, right=True).squeeze(1)
 
 
-Ids = list[int]
-Seed = int | tuple[int, ...]
-Seeds = Sequence[Seed] | None  # None: 0, 1, 2, ...
-Stop = tuple[int, ...]
-Calculate = Callable[[Ids], Ids] | None  # the ids that must follow those of a row so far
-
-
-class Writer:
-    """A writer holds the state of one row: its random numbers, its ids, whether it has ended."""
-
+class Writer:  # the state of one row
     def __init__(self, seed: Seed, stop: Stop, calculator: Calculate):
         self.random = np.random.default_rng(seed)
         self.stop = stop
@@ -148,37 +135,34 @@ class Writer:
         return token
 
 
-def pad_left(prompts: list[Ids], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return the prompts as a tensor (B, T), and the pads of each (B,) where there are any."""
-    width = max(map(len, prompts))
-    pads = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
-    idx = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-    return idx, pads if pads.any() else None
-
-
 @torch.no_grad()
 def stream(
     model: GPT,
     prompts: list[Ids],
     max_new_tokens: int,
     stop: Stop = (),
-    seeds: Seeds = None,
+    seeds: Sequence[Seed] | None = None,
     sampling: Sampling = PLAIN,
     calculator: Calculate = None,
 ) -> Iterator[dict[int, int]]:
-    """Yield, step by step, {row: new id} of all rows that have not ended; see generate()."""
+    """Sample all prompts at once. -> step by step, {row: new id} of the rows that have not ended
+
+    A row ends with its first id of stop, and depends on its prompt and its seed (None: 0, 1, ...)
+    alone. The cache has room for the prompt and max_new_tokens, at most seq_len; then it rolls, and
+    longer prompts lose their beginning. What the calculator returns replaces sampled ids.
+    """
     if not prompts:
         return
     device = model.embed.weight.device
     slots = min(model.cfg.seq_len, max(map(len, prompts)) + max_new_tokens)
-    idx, pads = pad_left([prompt[-slots:] for prompt in prompts], device)
+    shown = [prompt[-slots:] for prompt in prompts]
+    width = max(map(len, shown))
+    pads = torch.tensor([width - len(prompt) for prompt in shown], device=device)
+    idx = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in shown], device=device)
     cache = KVCache(model.cfg, len(prompts), slots, device, model.embed.weight.dtype)
-    if seeds is None:
-        seeds = range(len(prompts))
-    writers = [Writer(seed, stop, calculator) for seed in seeds]
     rows = list(range(len(prompts)))  # the prompt that each row of the batch belongs to
-
-    x = model.hidden(idx, cache=cache, pads=pads)[:, -1]
+    writers = [Writer(seed, stop, calculator) for seed in seeds or rows]
+    x = model.hidden(idx, cache=cache, pads=pads if pads.any() else None)[:, -1]
     for step in range(max_new_tokens):
         draws = [writers[row].random.random(dtype=np.float32) for row in rows]
         ids = sample(model.logits(x), sampling, torch.tensor(draws, device=device))
@@ -190,7 +174,6 @@ def stream(
                 if written[row] != token:
                     ids[i] = written[row]
         yield written
-
         running = [i for i, row in enumerate(rows) if not writers[row].done]
         if not running or step + 1 == max_new_tokens:
             return
@@ -202,23 +185,10 @@ def stream(
         x = model.hidden(ids.unsqueeze(1), cache=cache)[:, -1]
 
 
-def generate(
-    model: GPT,
-    prompts: list[Ids],
-    max_new_tokens: int,
-    stop: Stop = (),
-    seeds: Seeds = None,
-    sampling: Sampling = PLAIN,
-    calculator: Calculate = None,
-) -> list[Ids]:
-    """Return the new ids of every prompt, sampled all at once; a row ends with its first stop id.
-
-    A row depends on its prompt and its seed alone, not on the rows beside it. The cache has room
-    for the prompt and max_new_tokens, at most seq_len, beyond which it rolls; longer prompts lose
-    their beginning. What a calculator hands over is written in place of sampled ids.
-    """
+def generate(model: GPT, prompts: list[Ids], *args: Any, **settings: Any) -> list[Ids]:
+    """Return the new ids of every prompt, all that stream() yields for the same arguments."""
     texts = [[] for _ in prompts]
-    for step in stream(model, prompts, max_new_tokens, stop, seeds, sampling, calculator):
+    for step in stream(model, prompts, *args, **settings):
         for row, token in step.items():
             texts[row].append(token)
     return texts

@@ -1,17 +1,15 @@
 """This module scores given text: its log-likelihood under a model, and a verifier's judgement."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from corpus.chat import Pair, render_prompt, user_turn
 from corpus.tokenizer import Tokenizer
 from model import GPT
-
-# ------------------------------------------------------------------------------------------------
-# Log-likelihoods
 
 
 class Window(NamedTuple):
@@ -21,31 +19,34 @@ class Window(NamedTuple):
     n_scored: int
 
 
-def pad_windows(windows: list[Window]) -> tuple[Tensor, Tensor]:
-    """Return inputs and targets (B, T), padded on the right; targets are -1 where not scored."""
-    width = max(len(ids) for ids, _ in windows) - 1
-    idx = torch.zeros(len(windows), width, dtype=torch.long)
-    targets = torch.full((len(windows), width), -1)
-    for row, (ids, n_scored) in enumerate(windows):
-        end = len(ids) - 1
-        idx[row, :end] = torch.tensor(ids[:-1])
-        targets[row, end - n_scored : end] = torch.tensor(ids[len(ids) - n_scored :])
-    return idx, targets
+def batches(model: nn.Module, windows: list[Window], size: int) -> Iterator[tuple]:
+    """Yield (numbers of windows of similar length, their inputs, their targets (B, T)).
+
+    Rows are padded on the right; targets are -1 where nothing is scored.
+    """
+    device = next(model.parameters()).device
+    lengths = [len(ids) for ids, _ in windows]
+    order = sorted(range(len(windows)), key=lambda i: lengths[i])
+    for first in range(0, len(order), size):
+        numbers = order[first : first + size]
+        width = max(lengths[i] for i in numbers) - 1
+        idx = torch.zeros(len(numbers), width, dtype=torch.long)
+        targets = torch.full_like(idx, -1)
+        for row, i in enumerate(numbers):
+            ids, n_scored = windows[i]
+            end = len(ids) - 1
+            begin = end - n_scored
+            idx[row, :end] = torch.tensor(ids[:-1])
+            targets[row, begin:end] = torch.tensor(ids[begin + 1 :])
+        yield numbers, idx.to(device), targets.to(device)
 
 
 @torch.no_grad()
 def windows_nll(model: nn.Module, windows: list[Window], batch: int = 16) -> list[float]:
-    """Return the nats of each window.
-
-    The model is a GPT, or anything else that has its hidden() and logprobs().
-    """
-    device = next(model.parameters()).device
+    """Return the nats of each window; the model is anything with hidden() and logprobs()."""
     nll = [0.0] * len(windows)
-    order = sorted(range(len(windows)), key=lambda i: len(windows[i][0]))
-    for first in range(0, len(order), batch):
-        numbers = order[first : first + batch]
-        idx, targets = pad_windows([windows[i] for i in numbers])
-        logp = model.logprobs(model.hidden(idx.to(device)), targets.to(device))
+    for numbers, idx, targets in batches(model, windows, batch):
+        logp = model.logprobs(model.hidden(idx), targets)
         for i, total in zip(numbers, logp.sum(-1).tolist(), strict=True):
             nll[i] = -total
     return nll
@@ -54,18 +55,13 @@ def windows_nll(model: nn.Module, windows: list[Window], batch: int = 16) -> lis
 def pair_logprobs(model: GPT, pairs: list[Pair]) -> np.ndarray:
     """Return the summed log-probs (n, 2) of the chosen and the rejected answers."""
     windows = []
-    for prompt, chosen, rejected in pairs:
-        windows.append(Window(prompt + chosen, len(chosen)))
-        windows.append(Window(prompt + rejected, len(rejected)))
+    for prompt, *answers in pairs:
+        windows += [Window(prompt + answer, len(answer)) for answer in answers]
     return -np.array(windows_nll(model, windows, batch=64)).reshape(-1, 2)
 
 
-# ------------------------------------------------------------------------------------------------
-# Solutions of word problems (rows as solutions.solve() makes them)
-
-
 def with_prompts(rows: list[dict], tokenizer: Tokenizer) -> list[tuple[list[int], dict]]:
-    """Return (ids of prompt and solution, the solution) for every solution of the rows."""
+    """Return (ids of prompt and solution, the solution) for every solution that solve() made."""
     items = []
     for row in rows:
         prompt = render_prompt(user_turn(row["question"]), tokenizer)
@@ -83,34 +79,21 @@ def log_likelihoods(model: GPT, tokenizer: Tokenizer, rows: list[dict]) -> None:
 
 
 @torch.no_grad()
-def score_solutions(
-    verifier: GPT, tokenizer: Tokenizer, rows: list[dict], batch: int = 128
-) -> None:
-    """Write the verifier's logit at the last token of every solution into it, as "score"."""
-    device = verifier.embed.weight.device
-    items = sorted(with_prompts(rows, tokenizer), key=lambda item: len(item[0]))
-    for first in range(0, len(items), batch):
-        part = items[first : first + batch]
-        width = max(len(ids) for ids, _ in part)
-        idx = torch.full((len(part), width), tokenizer.pad)
-        judged = torch.zeros(len(part), width, dtype=torch.bool)
-        for row, (ids, solution) in enumerate(part):
-            idx[row, : len(ids)] = torch.tensor(ids)
-            judged[row, len(ids) - len(solution["ids"]) : len(ids)] = True
-        idx = idx.to(device)
-        scores = verifier.scores(verifier.hidden(idx), idx, judged.to(device))
-        for row, (ids, solution) in enumerate(part):
+def score_solutions(model: GPT, tokenizer: Tokenizer, rows: list[dict], batch: int = 128) -> None:
+    """Write a verifier's logit at the last token of every solution into it, as "score"."""
+    items = with_prompts(rows, tokenizer)
+    # one more id follows each solution, so that its last token is an input and has a score
+    windows = [Window([*ids, tokenizer.eos], len(solution["ids"])) for ids, solution in items]
+    for numbers, idx, targets in batches(model, windows, batch):
+        scores = model.scores(model.hidden(idx), idx, targets >= 0)
+        for row, i in enumerate(numbers):
+            ids, solution = items[i]
             solution["score"] = float(scores[row, len(ids) - 1])
 
 
-@torch.no_grad()
-def scale_scores(verifier: GPT, tokenizer: Tokenizer, rows: list[dict]) -> None:
-    """Let the scores of a new verifier, multiples of log-likelihoods, begin small.
-
-    The log-likelihoods of long solutions spread over tens of nats; the scores' standard deviation
-    over the rows becomes at most 2.
-    """
-    log_likelihoods(verifier, tokenizer, rows)
+def scale_scores(model: GPT, tokenizer: Tokenizer, rows: list[dict]) -> None:
+    """Let the scores of a new verifier, multiples of log-likelihoods, spread by 2 at most."""
+    log_likelihoods(model, tokenizer, rows)
     logliks = [solution["loglik"] for row in rows for solution in row["solutions"]]
-    spread = float(torch.tensor(logliks).std(correction=0))
-    verifier.score_loglik.fill_(1 / max(1.0, spread / 2))
+    spread = float(torch.tensor(logliks).std(correction=0))  # tens of nats for long solutions
+    model.score_loglik.data.fill_(1 / max(1.0, spread / 2))

@@ -1,7 +1,6 @@
 """This module samples solutions of word problems and checks them, with a calculator if wanted.
 
-A problem is {question, answer}; its answer ends with "#### " and a number, as in GSM8K (Cobbe et
-al. 2021, arXiv 2110.14168).
+A problem is {question, answer}; its answer ends in "#### " and a number (GSM8K, arXiv 2110.14168).
 """
 
 import ast
@@ -15,19 +14,10 @@ from dataclasses import dataclass
 from corpus.chat import render_prompt, user_turn
 from corpus.tokenizer import Tokenizer
 from inference.answers import answer_text, stops
-from inference.sampling import Sampling, generate
+from inference.sampling import Ids, Sampling, generate
 from model import GPT
 
-# ------------------------------------------------------------------------------------------------
-# Answers and arithmetic
-
-
-def final_answer(text: str) -> str | None:
-    """Return the number after ####, commas removed, or None (GSM8K's strict match)."""
-    found = re.search(r"#### (\-?[0-9\.\,]+)", text)
-    return found[1].replace(",", "").rstrip(".") if found else None
-
-
+BATCH = 512  # solutions that are sampled at once
 OPERATORS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -37,6 +27,12 @@ OPERATORS = {
     ast.UAdd: operator.pos,
     ast.USub: operator.neg,
 }
+
+
+def final_answer(text: str) -> str | None:
+    """Return the number after ####, commas removed, or None (GSM8K's strict match)."""
+    found = re.search(r"#### (\-?[0-9\.\,]+)", text)
+    return found[1].replace(",", "").rstrip(".") if found else None
 
 
 def value_of(node: ast.expr) -> float:
@@ -76,7 +72,7 @@ class Calculator:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
 
-    def __call__(self, ids: list[int]) -> list[int]:
+    def __call__(self, ids: Ids) -> Ids:
         """Return the ids of the result and >> where ids end in an open <<expression=, else none."""
         if b"=" not in self.tokenizer.bpe.decode_single_token_bytes(ids[-1]):
             return []
@@ -88,16 +84,8 @@ class Calculator:
         return self.tokenizer.encode(digits.rstrip("0").rstrip(".") + ">>")
 
 
-# ------------------------------------------------------------------------------------------------
-# Solutions
-
-BATCH = 512  # solutions that are sampled at once
-
-
 @dataclass(frozen=True)
 class Attempts:
-    """These settings say how many solutions of each problem are sampled, and how."""
-
     n_samples: int
     temperature: float
     max_new_tokens: int
@@ -105,12 +93,7 @@ class Attempts:
     seed: int = 0
 
 
-def seed_of(question: str) -> int:
-    """Return a number that depends on the question alone."""
-    return int(hashlib.sha256(question.encode()).hexdigest()[:8], 16)
-
-
-def checked(ids: list[int], answer: str, tokenizer: Tokenizer) -> dict:
+def checked(ids: Ids, answer: str, tokenizer: Tokenizer) -> dict:
     """Return a solution {ids, text, stopped, correct}, checked by its final answer."""
     text = answer_text(ids, tokenizer)
     found = final_answer(text)
@@ -132,34 +115,27 @@ def solve(
     """
     rows = [{**problem, "solutions": []} for problem in problems]
     prompts = [render_prompt(user_turn(row["question"]), tokenizer) for row in rows]
+    hashes = [hashlib.sha256(row["question"].encode()).hexdigest() for row in rows]
     by_length = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
     order = [(i, k) for i in by_length for k in range(attempts.n_samples)]
+    length = attempts.max_new_tokens
+    end = stops(tokenizer)
     sampling = Sampling(attempts.temperature)
     calculator = Calculator(tokenizer) if attempts.calculator else None
     began = time.perf_counter()
     n_tokens = 0
     for first in range(0, len(order), BATCH):
         part = order[first : first + BATCH]
-        texts = generate(
-            model,
-            [prompts[i] for i, _ in part],
-            attempts.max_new_tokens,
-            stops(tokenizer),
-            [(attempts.seed, seed_of(rows[i]["question"]), k) for i, k in part],
-            sampling,
-            calculator,
-        )
+        batch = [prompts[i] for i, _ in part]
+        seeds = [(attempts.seed, int(hashes[i][:8], 16), k) for i, k in part]
+        texts = generate(model, batch, length, end, seeds, sampling, calculator)
         for (i, _), ids in zip(part, texts, strict=True):
             rows[i]["solutions"].append(checked(ids, rows[i]["answer"], tokenizer))
             n_tokens += len(ids)
         n_done = first + len(part)
         if n_done == len(order) or (first // BATCH) % 4 == 3:
-            log(progress(n_done, len(order), n_tokens, time.perf_counter() - began))
+            seconds = time.perf_counter() - began
+            speed = f"{n_tokens / seconds:,.0f} tok/s"
+            eta = seconds * (len(order) / n_done - 1)
+            log(f"sampled {n_done}/{len(order)} solutions | {speed} | eta {eta:.0f} s")
     return rows
-
-
-def progress(n_done: int, n_all: int, n_tokens: int, seconds: float) -> str:
-    """Return a line that says how far the sampling is."""
-    eta = seconds * (n_all / n_done - 1)
-    speed = n_tokens / seconds
-    return f"sampled {n_done}/{n_all} solutions | {speed:,.0f} tok/s | eta {eta:.0f} s"

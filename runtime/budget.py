@@ -23,8 +23,7 @@ def device_peak_flops() -> float | None:
 def flops_per_token(model: nn.Module) -> float:
     """Return forward + backward FLOPs of a token: 6 per active weight, 12 L H D T of attention.
 
-    As PaLM counts them (arXiv 2204.02311, appendix B): the causal half is not subtracted, and the
-    embedding is a lookup.
+    As PaLM counts them (arXiv 2204.02311, appendix B): with both halves of a causal attention.
     """
     cfg = model.cfg
     weights = sum(p.numel() for p in model.param_groups()["muon"])
@@ -63,31 +62,25 @@ def state_bytes(model: nn.Module, optimizers: list) -> int:
 
 
 def free_disk(folder: str, need: int, checkpoint: int) -> int:
-    """Return the free bytes of a run folder's disk.
-
-    Raises UserError where `need` bytes do not fit, the run's own checkpoints taken off.
-    """
+    """Return a disk's free bytes; raise UserError where `need` more than a run has do not fit."""
     free = shutil.disk_usage(folder).free
     paths = [os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".pt")]
     if need > free + sum(map(os.path.getsize, paths)):
-        raise UserError(
-            f"{folder} has {free / 1e9:.2f} GB free; {need // checkpoint} checkpoints of "
-            f"{checkpoint / 1e9:.2f} GB need {need / 1e9:.2f} GB: free some space, or choose "
-            "another --out_dir"
-        )
+        what = f"{need // checkpoint} checkpoints of {checkpoint / 1e9:.2f} GB"
+        needs = f"{folder} has {free / 1e9:.2f} GB free; {what} need {need / 1e9:.2f} GB"
+        raise UserError(f"{needs}: free some space, or choose another --out_dir")
     return free
 
 
 def preflight(
     model: nn.Module, optimizers: list, tokens: tuple, world: World, shards: int, disk: tuple
 ) -> str:
-    """Say in one line what a run will need.
+    """Say in one line what a run will need; raise UserError where its checkpoints do not fit.
 
     tokens: at once on a rank, and of the whole run. shards: of the model, one a rank. disk: run
-    folder, and how many checkpoints it must hold. Raises UserError where they do not fit.
+    folder, and how many checkpoints it must hold.
     """
-    at_once, in_all = tokens
-    folder, copies = disk
+    (at_once, in_all), (folder, copies) = tokens, disk
     checkpoint = state_bytes(model, optimizers)
     memory = (checkpoint + 4 * model.num_params()) / shards  # and the gradients
     memory += activation_bytes(model.cfg, at_once, world.dtype.itemsize, model.recompute)

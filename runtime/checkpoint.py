@@ -1,8 +1,6 @@
-"""Checkpoints: one file each, written whole, read whole, or refused in words.
+"""Checkpoints: one file each, written whole, read whole, or refused in words (docs/log.md)."""
 
-What torch.load and torch.save do not promise, and why this file does: docs/log.md.
-"""
-
+import glob
 import hashlib
 import os
 import zipfile
@@ -32,20 +30,15 @@ def save_checkpoint(path: str, checkpoint: dict) -> None:
     state = checkpoint["model"]
     bad = [name for name, x in state.items() if not torch.isfinite(x).all()]
     if bad:
-        raise UserError(
-            f"{path} is not written: the weights of {', '.join(bad[:3])} are non-finite. "
-            "The last good checkpoint stays"
-        )
+        names = f"non-finite weights in {', '.join(bad[:3])}"
+        raise UserError(f"{path} is not written: {names}. The last good checkpoint stays")
     need = 3 * sum(x.numel() * x.element_size() for x in state.values())
     checkpoint = {"format": FORMAT, "weights_hash": weights_hash(state), **checkpoint}
     write_atomic(path, lambda f: torch.save(checkpoint, f), need)
 
 
 def read_checkpoint(path: str) -> dict:
-    """Return the checkpoint in a file.
-
-    Raises UserError where the file is missing, truncated, damaged, foreign or of a newer format.
-    """
+    """Return the checkpoint in a file; raise UserError where it is damaged, foreign or newer."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not notice a flipped byte
             damaged = archive.testzip()
@@ -63,24 +56,20 @@ def read_checkpoint(path: str) -> dict:
     if not known or "model" not in checkpoint:
         raise UserError(f"{path} was not written by this project: it has no format number")
     if checkpoint["format"] > FORMAT:
-        raise UserError(
-            f"{path} was written by a newer version (format {checkpoint['format']}, this code "
-            f"reads {FORMAT}): update the code"
-        )
+        versions = f"format {checkpoint['format']}, this code reads {FORMAT}"
+        raise UserError(f"{path} was written by a newer version ({versions}): update the code")
     return checkpoint
 
 
 def checkpoint_files(folder: str) -> list[str]:
     """Return the paths of a run's checkpoints, newest first."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    names = [name for name in names if name.startswith("ckpt_") and name.endswith(".pt")]
-    return [os.path.join(folder, name) for name in sorted(names, reverse=True)]
+    return sorted(glob.glob(os.path.join(glob.escape(folder), "ckpt_*.pt")), reverse=True)
 
 
 def newest_checkpoint(folder: str, log: Callable = print) -> tuple[str, dict] | None:
-    """Return path and content of the newest checkpoint that reads well; None where there is none.
+    """Return path and content of the newest checkpoint that can be read; None without any file.
 
-    Damaged ones are passed over with a warning. Raises UserError where all are damaged.
+    A damaged one is passed over with a warning. Raises UserError where all are damaged.
     """
     files = checkpoint_files(folder)
     for path in files:
@@ -101,24 +90,20 @@ def load_checkpoint(ref: str) -> dict:
         found = newest_checkpoint(folder)
         if found:
             return found[1]
-    raise UserError(
-        f"no checkpoint at {ref!r}: it is no file, no run folder with ckpt_*.pt, and no run "
-        "under out/"
-    )
+    tried = "it is no file, no run folder with ckpt_*.pt, and no run under out/"
+    raise UserError(f"no checkpoint at {ref!r}: {tried}")
 
 
 def model_from(checkpoint: dict, **changes: object) -> GPT:
-    """Return the model of a checkpoint, with all its weights.
+    """Return the model of a checkpoint, with all its weights or a UserError.
 
     changes: fields of ModelConfig; after score_head=True the new head keeps its initial weights.
-    Raises UserError where weights are missing or too many.
     """
     model = GPT(ModelConfig(**{**checkpoint["model_config"], **changes}))
     missing, unexpected = model.load_state_dict(checkpoint["model"], strict=False)
     if changes.get("score_head"):
         missing = [key for key in missing if key not in ("score.weight", "score_loglik")]
     if missing or unexpected:
-        raise UserError(
-            f"the checkpoint does not fit its model: missing {missing}, unexpected {unexpected}"
-        )
+        faults = f"missing {missing}, unexpected {unexpected}"
+        raise UserError(f"the checkpoint does not fit its model: {faults}")
     return model

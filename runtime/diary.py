@@ -22,14 +22,12 @@ class Clock:
         self.spent, self.since, self.began = 0.0, time.perf_counter(), time.perf_counter()
 
     def read(self) -> float:
-        """Return the seconds spent so far."""
         now = time.perf_counter()
         self.spent, self.since = self.spent + now - self.since, now
         return self.spent
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Let the clock stand still."""
         self.read()
         yield
         self.since = time.perf_counter()
@@ -41,15 +39,13 @@ class Diary:
     def __init__(self, path: str, task: Any, model: nn.Module, sizes: tuple, world: World):
         self.task, self.world = task, world
         first, self.max_steps, self.tokens_per_step = sizes
-        self.flops_per_token = flops_per_token(model)
-        self.path = path
+        self.path, self.flops_per_token = path, flops_per_token(model)
         hidden = not (world.main and sys.stderr.isatty())
         steps = {"total": self.max_steps, "initial": first}
         self.bar = tqdm(desc=task.name, leave=False, disable=hidden, **steps)
         self.clock, self.timed_steps = Clock(), 0
 
     def record(self, row: dict) -> None:
-        """Append a row to metrics.jsonl."""
         if self.world.main:
             with open(self.path, "a") as f:
                 f.write(json.dumps(row) + "\n")
@@ -62,27 +58,25 @@ class Diary:
         self.world.log(f"{self.heading(step)} | {shown}")
         return row
 
-    def training(self, step: int, means: dict[str, float], step_facts: dict, extra: dict) -> None:
-        """Write down a training step: its metrics, {lr_share, grad_norm}, and what is special."""
+    def training(self, step: int, means: dict, norm: float, lr_share: float, skipped: int) -> None:
+        """Write down a training step; skipped: steps without a finite gradient so far."""
         step_s = self.clock.read() / self.timed_steps
         tokens = (step + 1) * self.tokens_per_step
-        row = {"step": step, **means, **step_facts}
+        row = {"step": step, **means, "lr_share": lr_share, "grad_norm": norm}
         row |= {"step_ms": step_s * 1e3, "tokens_per_s": self.tokens_per_step / step_s}
         row |= {"tokens": tokens, "flops": self.flops_per_token * tokens}
         row["eta_s"] = (self.max_steps - step - 1) * step_s
+        if peak := device_peak_flops():
+            row["mfu"] = row["tokens_per_s"] * self.flops_per_token / peak / self.world.size
         if torch.cuda.is_available():
-            peak = device_peak_flops()
-            if peak:
-                row["mfu"] = row["tokens_per_s"] * self.flops_per_token / peak / self.world.size
             row["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
-        self.record(row | extra)
+        self.record(row | ({"skipped": skipped} if skipped else {}))
         if self.bar.disable:
             self.world.log(self.line(row))
         else:
             self.bar.set_postfix_str(f"loss {means[self.task.metrics[0]]:.3f}")
 
     def line(self, row: dict) -> str:
-        """Return a row of metrics.jsonl as a line for people."""
         first, *others = self.task.metrics
         parts = [self.heading(row["step"]), f"loss {row[first]:.4f}"]
         parts += [f"{key.removeprefix('rewards/')} {row[key]:.3f}" for key in others[:3]]
@@ -92,5 +86,4 @@ class Diary:
         return " | ".join([*parts, f"eta {row['eta_s']:.0f} s"])
 
     def heading(self, step: int) -> str:
-        """Return what every line about a step begins with."""
         return f"{self.task.name} step {step:05d}/{self.max_steps:05d}"

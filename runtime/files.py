@@ -1,7 +1,4 @@
-"""Files: written all or nothing, read whole, or refused in words.
-
-A reader sees the old file or the new one, never half of one, also after a kill or on a full disk.
-"""
+"""Files: written all or nothing (also after a kill, on a full disk), read whole or refused."""
 
 import contextlib
 import gzip
@@ -19,8 +16,7 @@ from configurator import UserError
 def write_atomic(path: str, write: Callable[[BinaryIO], Any], need: int = 0) -> None:
     """Let write(file) fill a temporary file, then put that file in the place of path.
 
-    need: expected bytes, for the message. Raises UserError where the disk is full or the folder
-    cannot be written. What was at path before stays untouched then.
+    need: expected bytes, for the message of the UserError that a full disk raises.
     """
     folder = os.path.dirname(path) or "."
     temporary = f"{path}.{os.getpid()}.tmp"
@@ -42,29 +38,22 @@ def write_atomic(path: str, write: Callable[[BinaryIO], Any], need: int = 0) -> 
 
 
 def remove_if_there(path: str) -> None:
-    """Remove a file, or do nothing where there is none."""
     with contextlib.suppress(OSError):
         os.remove(path)
 
 
 def write_json(path: str, value: object) -> None:
-    """Write a value as indented JSON, all or nothing."""
     write_atomic(path, lambda f: f.write(json.dumps(value, indent=1).encode() + b"\n"))
 
 
 def write_jsonl(path: str, rows: Iterable) -> None:
-    """Write one line of JSON per row, all or nothing."""
     texts = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomic(path, lambda f: f.writelines(text.encode(errors="replace") for text in texts))
 
 
 @contextlib.contextmanager
 def open_text(path: str) -> Iterator[TextIO]:
-    """Open a UTF-8 text file, gzipped or not.
-
-    Raises UserError where the file is missing or empty, and where reading meets bytes that are no
-    UTF-8 or a gzip stream that was cut off.
-    """
+    """Open a UTF-8 text file, gzipped or not; a missing, empty or damaged one is a UserError."""
     if not os.path.isfile(path):
         raise UserError(f"file {path} does not exist")
     if os.path.getsize(path) == 0:
@@ -80,10 +69,7 @@ def open_text(path: str) -> Iterator[TextIO]:
 
 
 def read_jsonl(path: str) -> list:
-    """Read every line of a .jsonl file, or every element of the list in a .json file.
-
-    Raises UserError with file:line where a line is no JSON.
-    """
+    """Read the lines of a .jsonl file or the list of a .json file; errors name file:line."""
     with open_text(path) as f:
         number = 0
         try:
@@ -96,8 +82,7 @@ def read_jsonl(path: str) -> list:
                     rows.append(json.loads(text))
             return rows
         except json.JSONDecodeError as error:
-            where = f"{path}:{number or error.lineno}"
-            raise UserError(f"{where} is no JSON: {error}") from None
+            raise UserError(f"{path}:{number or error.lineno} is no JSON: {error}") from None
 
 
 def read_rows(path: str) -> Iterator:
@@ -117,10 +102,7 @@ def read_rows(path: str) -> Iterator:
 
 
 def read_log(path: str) -> list[dict]:
-    """Read the rows of a log that a kill may have torn, up to the first line that is no JSON.
-
-    A log that does not exist has no rows.
-    """
+    """Read a log's rows up to the first line that is no JSON, torn by a kill; no file, no rows."""
     if not os.path.exists(path):
         return []
     rows = []
@@ -134,12 +116,10 @@ def read_log(path: str) -> list[dict]:
 
 
 def sha256(path: str) -> str:
-    """Return the sha256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def digest(value: object, sort_keys: bool = True) -> str:
     """Return the first 16 hexadecimal digits of the sha256 of a value written as JSON."""
-    text = json.dumps(value, sort_keys=sort_keys)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(value, sort_keys=sort_keys).encode()).hexdigest()[:16]

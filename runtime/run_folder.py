@@ -1,7 +1,7 @@
 """The folder of one run: locked, resumed, saved to, logged to.
 
-It holds config.json, metrics.jsonl, state.json (running, preempted, done or failed),
-ckpt_<step>.pt (the newest) and best.pt (the lowest validation loss).
+It holds config.json, metrics.jsonl, state.json (running, preempted, done or failed), ckpt_<step>.pt
+(the newest) and best.pt (the lowest validation loss).
 """
 
 import fcntl
@@ -17,12 +17,8 @@ from dataclasses import asdict
 from typing import Any, Self
 
 import torch
+import torch.distributed.checkpoint.state_dict as full
 import torch.nn as nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
-)
 
 from configurator import UserError, as_dict
 from runtime.checkpoint import FORMAT, checkpoint_files, newest_checkpoint, save_checkpoint
@@ -31,33 +27,30 @@ from runtime.files import read_log, remove_if_there, write_json, write_jsonl
 from runtime.world import StopFlag, World
 
 PREEMPTED = 75  # exit code (EX_TEMPFAIL): saved; run the same command again
+START_OVER = "Choose another --out_dir, or --force to delete that run and start over"
 # Keys that cannot change the result of a run: they may differ when it goes on
 HARMLESS = "log_interval save_interval keep device micro_batch compile recompute fsdp force "
 HARMLESS += "out_dir data_dir"
 # Weights and optimizer state whole, on the CPU, by name: the same file from one rank, DDP or FSDP
-FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+FULL_STATE = full.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def provenance() -> dict:
     """Return code and machine of this run."""
-    here = os.path.dirname(os.path.abspath(__file__))
+    on_gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if on_gpu else f"cpu x{torch.get_num_threads()}"
+    dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
+    origin = {"commit": git("rev-parse", "--short", "HEAD"), "dirty": dirty}
+    return origin | {"torch": torch.__version__, "device": device, "command": " ".join(sys.argv)}
 
-    def git(*args: str) -> str | None:
-        command = ["git", "-C", here, *args]
-        with suppress(OSError):  # no git on this machine: unknown
-            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+def git(*args: str) -> str | None:
+    """Return what a git command prints about this code; None on a machine without git."""
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), *args]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
         return None
-
-    device = f"cpu x{torch.get_num_threads()}"
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    return {
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "torch": torch.__version__,
-        "device": device,
-        "command": " ".join(sys.argv),
-    }
 
 
 @contextmanager
@@ -66,23 +59,20 @@ def lock(folder: str) -> Iterator[None]:
 
     The lock dies with its process.
     """
+    path, another = os.path.join(folder, ".lock"), "choose another --out_dir"
     try:
         os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, ".lock"), "a+"):
+        with open(path, "a"):
             pass
     except OSError as error:
-        raise UserError(
-            f"cannot use {folder} as run folder ({error}): choose another --out_dir"
-        ) from None
-    with open(os.path.join(folder, ".lock"), "a+") as f:
+        raise UserError(f"cannot use {folder} as run folder ({error}): {another}") from None
+    with open(path, "a+") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             f.seek(0)
             owner = f.read().strip() or "another process"
-            raise UserError(
-                f"{folder} is in use by {owner}: wait for it, or choose another --out_dir"
-            ) from None
+            raise UserError(f"{folder} is in use by {owner}: wait for it, or {another}") from None
         f.truncate(0)
         job = os.environ.get("SLURM_JOB_ID")
         where = f"{os.uname().nodename}{f', job {job}' if job else ''}"
@@ -105,17 +95,15 @@ def check_same_run(folder: str, parts: tuple, saved: dict) -> None:
 
     A key that is newer than the run had its default then.
     """
-    types = [type(part) for part in parts]
-    own = [{key: saved[key] for key in as_dict(part) if key in saved} for part in parts]
-    before = [kind(**values) for kind, values in zip(types, own, strict=True)]
+    before = []
+    for part in parts:
+        own = {key: saved[key] for key in as_dict(part) if key in saved}
+        before.append(type(part)(**own))
     was, now = (json.loads(json.dumps(as_dict(*some))) for some in (before, parts))
     changed = [key for key in now if key not in HARMLESS.split() and was[key] != now[key]]
     if changed:
         differ = "; ".join(f"{key}: {was[key]!r} -> {now[key]!r}" for key in changed)
-        raise UserError(
-            f"{folder} holds a run with other settings: {differ}. Choose another --out_dir, or "
-            "--force to delete that run and start over"
-        )
+        raise UserError(f"{folder} holds a run with other settings: {differ}. {START_OVER}")
 
 
 def is_done(folder: str, parts: tuple, force: bool, world: World) -> bool:
@@ -142,7 +130,6 @@ class RunFolder:
         self.result = {}
 
     def path(self, name: str) -> str:
-        """Return the path of a file of the run."""
         return os.path.join(self.folder, name)
 
     def __enter__(self) -> Self:
@@ -162,8 +149,6 @@ class RunFolder:
                 write_json(self.path("state.json"), {"state": "failed", "error": reason})
         self.stack.close()
 
-    # Start
-
     def resume(self, model: nn.Module, optimizers: list) -> int:
         """Load the newest checkpoint that reads well, if there is one. -> the first step to do
 
@@ -175,24 +160,18 @@ class RunFolder:
         path, saved = found
         check_same_run(self.folder, self.parts, saved["train_config"])
         if saved["format"] < FORMAT:
-            raise UserError(
-                f"{path} is of format {saved['format']}, from which a run cannot be resumed (this "
-                f"code writes {FORMAT}); its weights can be used: --init_from in align.py. Choose "
-                "another --out_dir, or --force to start over"
-            )
+            what = f"{path} is of format {saved['format']} (this code writes {FORMAT})"
+            use = "A run cannot go on from it; its weights can be used: --init_from in align.py"
+            raise UserError(f"{what}. {use}. {START_OVER}")
         if saved["data"] != self.task.fingerprint:
-            raise UserError(
-                f"the data of {self.folder} has changed since {path} was written "
-                f"({saved['data']} -> {self.task.fingerprint}): restore it, choose another "
-                "--out_dir, or --force to start over"
-            )
+            change = f"{saved['data']} -> {self.task.fingerprint}"
+            what = f"the data of {self.folder} has changed since {path} was written ({change})"
+            raise UserError(f"{what}: restore it. {START_OVER}")
         self.first, self.best = saved["step"], saved["best"]
         states = {"model_state_dict": saved["model"], "optim_state_dict": saved["optimizers"]}
-        set_state_dict(model, optimizers, **states, options=FULL_STATE)
+        full.set_state_dict(model, optimizers, **states, options=FULL_STATE)
         torch.set_rng_state(saved["rng"])
-        rest = f"resuming {path} at step {self.first}"
-        at_end = self.first >= self.loop.max_steps
-        self.world.log(f"{self.task.name}: {f'{path} is at its last step' if at_end else rest}")
+        self.world.log(f"{self.task.name}: resuming {path} at step {self.first}")
         return self.first
 
     def begin(self, model: nn.Module, tokens_per_step: int, *lines: str) -> None:
@@ -210,14 +189,11 @@ class RunFolder:
         self.stack.enter_context(self.stop)
         sizes = (self.first, self.loop.max_steps, tokens_per_step)
         self.diary = Diary(self.path("metrics.jsonl"), self.task, model, sizes, self.world)
-        self.stack.callback(self.diary.bar.close)
+        self.stack.enter_context(self.diary.bar)
         self.clock = self.diary.clock
-
-    # Inside the loop
 
     @property
     def stop_requested(self) -> bool:
-        """Say whether a signal asked this process to stop."""
         return self.stop.signal is not None
 
     def validated(self, step: int, values: dict[str, float]) -> None:
@@ -228,7 +204,6 @@ class RunFolder:
         self.result |= self.diary.validation(step, values)
 
     def save_is_due(self, step: int, ending: bool) -> bool:
-        """Say whether a checkpoint is to be written before this step."""
         regular = step > self.first and (ending or step % self.loop.save_interval == 0)
         return regular or (step == self.best_step and step > 0)
 
@@ -237,7 +212,7 @@ class RunFolder:
         if not (self.world.main or self.loop.fsdp):
             return
         # under FSDP all ranks give their share, and rank 0 gets the whole
-        weights, moments = get_state_dict(model, optimizers, options=FULL_STATE)
+        weights, moments = full.get_state_dict(model, optimizers, options=FULL_STATE)
         if not self.world.main:
             return
         settings = json.loads(json.dumps(as_dict(*self.parts)))
@@ -263,16 +238,15 @@ class RunFolder:
             return True
         self.bad_steps, self.skipped = self.bad_steps + 1, self.skipped + 1
         counts = f"{self.bad_steps} in a row, {self.skipped} in all"
-        what = f"non-finite gradient, step skipped ({counts})"
-        self.world.log(f"{self.task.name} step {step:05d}: {what}")
+        name = f"{self.task.name} step {step:05d}"
+        self.world.log(f"{name}: non-finite gradient, step skipped ({counts})")
         if self.bad_steps == self.loop.max_bad_steps:
             path = self.path(f"bad_batch_{self.world.rank}.pt")
             torch.save({"step": step, "batches": batches}, path)
-            raise UserError(
-                f"{self.bad_steps} steps in a row had non-finite gradients; the last batch is in "
-                f"{path}, the last good checkpoint is intact. Lower learning_rate and muon_lr, or "
-                "look at that batch"
-            )
+            what = f"{self.bad_steps} steps in a row had non-finite gradients"
+            advice = "Lower learning_rate and muon_lr, or look at that batch"
+            kept = f"the last batch is in {path}, the last good checkpoint is intact"
+            raise UserError(f"{what}; {kept}. {advice}")
         return False
 
     def log(self, step: int, sums: dict, units: float, norm: float, lr_share: float) -> None:
@@ -282,20 +256,17 @@ class RunFolder:
             keys = self.task.metrics
             totals = self.world.sum([float(sums[key]) for key in keys])
             means = {key: total / units for key, total in zip(keys, totals, strict=True)}
-            extra = {"skipped": self.skipped} if self.skipped else {}
-            self.diary.training(step, means, {"lr_share": lr_share, "grad_norm": norm}, extra)
+            self.diary.training(step, means, norm, lr_share, self.skipped)
             self.result |= means
         self.diary.bar.update(1)
 
-    # End
-
     def finish(self, step: int, preempted: bool) -> dict:
-        """Write the final state of the run. -> its last metrics, with "state" and "seconds\""""
+        """Write the final state of the run. -> its last metrics, state and seconds"""
         seconds = time.perf_counter() - self.clock.began
         state = "preempted" if preempted else "done"
         self.result |= {"state": state, "step": step, "seconds": seconds}
-        what = f"{state} at step {step} after {seconds:.0f} s"
-        self.world.log(f"{self.task.name}: {what}, {self.folder}")
+        line = f"{state} at step {step} after {seconds:.0f} s, {self.folder}"
+        self.world.log(f"{self.task.name}: {line}")
         self.world.barrier()
         if self.world.main:
             write_json(self.path("state.json"), {**self.result, **provenance()})

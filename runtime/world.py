@@ -25,21 +25,16 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of a name; "auto" is the best that this machine has.
-
-    Of several processes each gets the GPU of its local rank. Raises UserError where it has none.
-    """
+    """Return the device of a name, of CUDA the GPU of this rank; "auto" is the best there is."""
     if name == "auto":
-        has_mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
     if name != "cuda":
         return torch.device(name)
     local, found = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local >= found:
-        raise UserError(
-            f"device=cuda: process {local} of this node has no GPU, {found} found. "
-            f"Use --device=cpu, or --nproc_per_node={max(1, found)}"
-        )
+        advice = f"Use --device=cpu, or --nproc_per_node={max(1, found)}"
+        raise UserError(f"device=cuda: process {local} has no GPU, {found} found. {advice}")
     return torch.device(name, local)
 
 
@@ -73,7 +68,6 @@ class World:
             dist.destroy_process_group()
 
     def autocast(self) -> AbstractContextManager:
-        """Return the context in which a forward pass runs in the compute dtype."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def sum(self, values: list[float]) -> list[float]:
@@ -84,11 +78,9 @@ class World:
         return self.all_reduce(total).tolist()
 
     def any(self, flag: bool) -> bool:
-        """Say whether the flag is set on any rank."""
         return self.sum([float(flag)])[0] > 0
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum a tensor over the ranks, in place."""
         if self.size > 1:
             dist.all_reduce(x)
         return x
@@ -102,33 +94,25 @@ class World:
         return [row for part in parts for row in part]
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
         if self.size > 1:
             dist.barrier()
 
     def log(self, text: str) -> None:
-        """Print a line, on rank 0 alone."""
         if self.main:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
     def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return a batch on this rank's device."""
         if self.device.type == "cuda":
-            pinned = {key: x.pin_memory() for key, x in batch.items()}
-            return {key: x.to(self.device, non_blocking=True) for key, x in pinned.items()}
-        return {key: x.to(self.device) for key, x in batch.items()}
-
-
-# ------------------------------------------------------------------------------------------------
-# Several ranks, one model
+            batch = {key: x.pin_memory() for key, x in batch.items()}
+        return {key: x.to(self.device, non_blocking=True) for key, x in batch.items()}
 
 
 def distribute(module: nn.Module, world: World, compiled: bool, fsdp: bool) -> nn.Module:
     """Return the module to call in training: on the device, its gradients averaged over the ranks.
 
-    module.model is a GPT. With fsdp, weights, gradients and optimizer state are shared out among
-    the ranks (FSDP2); without, each rank has a copy (DDP).
+    module.model is a GPT. With fsdp the ranks share weights, gradients and optimizer state out
+    (FSDP2); without, each rank has a copy (DDP).
     """
     if fsdp:
         mesh = init_device_mesh(world.device.type, (world.size,))
@@ -154,20 +138,14 @@ def sync_gradients(module: nn.Module, on: bool) -> None:
         module.set_requires_gradient_sync(on)
 
 
-# ------------------------------------------------------------------------------------------------
-# Signals
-
-
 class StopFlag:
-    """SIGTERM or SIGUSR1 asks the loop to save and stop; a later one ends the process at once.
+    """SIGTERM or SIGUSR1 asks the loop to save and stop; one 2 s later ends the process at once.
 
-    "Later" is 2 s or more: a signal to a whole job reaches torchrun too, which sends it on, so
-    that the same warning comes twice within milliseconds.
+    torchrun sends on what a whole job gets: one warning comes twice within milliseconds.
     """
 
     def __init__(self):
-        self.signal, self.since = None, 0.0
-        self.previous = {}
+        self.signal, self.since, self.previous = None, 0.0, {}
 
     def __enter__(self) -> Self:
         for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -179,7 +157,6 @@ class StopFlag:
             signal.signal(number, handler)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Take a signal."""
         if self.signal is None:
             self.signal, self.since = number, time.monotonic()
         elif time.monotonic() - self.since > 2:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from inference.answers import answer_notes, curve_notes, repetition
+from inference.answers import changes, curve_notes, repetition
 
 
 @pytest.mark.parametrize(
@@ -26,8 +26,8 @@ def test_notes_say_in_words_what_the_curves_show():
 def test_habits_that_go_wrong_are_said_in_words():
     """What users notice weeks later in samples: no stop, repetition, longer and longer answers."""
     good = {"stop_rate": 0.9, "length": 20.0, "repetition": 0.02}
-    assert answer_notes(good, good) == []
-    notes = answer_notes(good, {"stop_rate": 0.1, "length": 48.0, "repetition": 0.8})
+    assert changes(good, good)[1] == []
+    _, notes = changes(good, {"stop_rate": 0.1, "length": 48.0, "repetition": 0.8})
     assert len(notes) == 3
     assert "stop by themselves" in notes[0]
     assert "repetition: 2% -> 80%" in notes[1]

@@ -95,7 +95,8 @@ def test_the_interval_of_an_auc_is_drawn_over_problems():
         {"solutions": [{"score": i % 7 + 2.0 * right, "correct": right} for right in (True, False)]}
         for i in range(60)
     ]
-    result = problems.auc_interval(rows, "score")
+    (row,) = problems.auc_rows("best_of", rows, "score")
+    result = row.estimate
     solutions = [s for row in rows for s in row["solutions"]]
     scores, right = [s["score"] for s in solutions], [s["correct"] for s in solutions]
     assert result.value == stats.auc(scores, right) and result.n == 120
