@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configurator import UserError, load, require, run
-from corpus import chat, documents, folders, records, shards
+from corpus import chat, folders, records, shards
 from corpus.tokenizer import Tokenizer, load_tokenizer
 from inference import answers, scoring
 from inference.solutions import Attempts, solve
@@ -178,10 +178,10 @@ class SFT(PackedTask):
         found = {}
         for split in ("train", "val"):
             rows = records.load_records(loop.data, loop.data_dir, "sft", split)
-            found[split] = [documents.chat_document(row["messages"], tokenizer) for row in rows]
+            found[split] = [chat.chat_document(row["messages"], tokenizer) for row in rows]
         self.prompts = [chat.render_prompt(row["messages"][:-1], tokenizer) for row in rows]  # val
         self.pack_splits(found, "chats", setup)
-        log(f"sft: {documents.describe_chats(self.packed['train'].documents, tokenizer)}")
+        log(f"sft: {chat.describe_chats(self.packed['train'].documents, tokenizer)}")
         self.replay, spec = setup.mode.replay, setup.mode.replay_data
         if self.replay:
             T = self.tokens_per_row
@@ -243,7 +243,7 @@ class DPO:
         self.width = min(space, -(-longest // 64) * 64)
         self.tokens_per_row = 2 * self.width
         self.n_val_rows = len(kept)
-        log(f"dpo: {documents.describe_pairs(self.pairs['train'])}")
+        log(f"dpo: {chat.describe_pairs(self.pairs['train'])}")
         has_reference = self.cfg.loss_type != "simpo"
         start = weights_hash(setup.model.state_dict()) if has_reference else True
         self.fingerprint = digest([self.pairs, start])
@@ -291,7 +291,7 @@ class DPO:
     def tensors(self, split: str, numbers: list | range) -> dict[str, Tensor]:
         """Return idx and targets (2B, T) of pairs, chosen answers first; lengths (2, B)."""
         pairs = [self.pairs[split][number] for number in numbers]
-        return documents.pair_rows(pairs, self.width, self.pad)
+        return chat.pair_rows(pairs, self.width, self.pad)
 
     def batch(self, split: str, first: int, last: int) -> dict[str, Tensor]:
         numbers = list(range(first, last))
@@ -335,8 +335,8 @@ class Verifier(PackedTask):
         found = {}
         for split, source in (("train", "verifier"), ("val", "val")):
             rows = sampled_solutions(setup, source)
-            found[split] = documents.solution_documents(rows, tokenizer, self.cfg.level)
-            world.log(f"verifier {split}: {documents.describe_solutions(rows)}")
+            found[split] = chat.solution_documents(rows, tokenizer, self.cfg.level)
+            world.log(f"verifier {split}: {chat.describe_solutions(rows)}")
             if split == "train":
                 scoring.scale_scores(setup.model.to(world.device), tokenizer, rows[:256])
         self.pack_splits(found, "solutions", setup)

@@ -41,32 +41,27 @@ class DataConfig:
     toy_test: int = ToySizes.test  # toy world: problems and pairs to test on
 
     def __post_init__(self):
-        bounds = {
-            "[0, inf)": "seed",
-            "[40, inf)": "toy_stories",
-            "[1, inf)": "toy_problems toy_test",
-        }
+        bounds = {"[0, inf)": "seed", "[40, inf)": "toy_stories"}
+        bounds["[1, inf)"] = "toy_problems toy_test"
         require(self, bounds, {"stage": (*STAGES, "all")})
 
 
 def prepare(cfg: DataConfig) -> None:
     """Make the folder of every source; a folder that was made by the same request is kept."""
     presets = [name for name, preset in PRESETS.items() if cfg.stage in (preset.stage, "all")]
-    texts = cfg.sources or presets
-    sources = {
-        text: Source.parse(text, cfg.stage, cfg.local_dir) for text in texts if text != "toy"
-    }
-    for text in texts:
-        if text == "toy":
+    sources = {}
+    for text in cfg.sources or presets:  # all are read before the first is made
+        toy = text == "toy"
+        sources[text] = None if toy else Source.parse(text, cfg.stage, cfg.local_dir)
+    for source in sources.values():
+        if source:
+            prepare_source(source, cfg)
+        else:
             sizes = ToySizes(cfg.seed, cfg.toy_stories, cfg.toy_problems, cfg.toy_test)
             make_toy(sizes, cfg.data_dir)
-        else:
-            prepare_source(sources[text], cfg)
 
 
 def prepare_source(source: Source, cfg: DataConfig) -> None:
-    """Make the folder of a source, as its stage needs it."""
-
     def write(folder: str) -> dict:
         if source.stage == "pretrain":
             return write_text_shards(source, folder, tokenizer_for_preparation(cfg))
@@ -86,13 +81,9 @@ def request_of(source: Source, cfg: DataConfig) -> dict:
         files.append([os.path.basename(path), digest])
     preset = PRESETS.get(source.name)
     from_hub = preset and not source.files
-    request = {
-        "stage": source.stage,
-        "cap": source.cap,
-        "tokenizer": cfg.tokenizer,
-        "files": files,
-        "from": [preset.repo, preset.config, preset.revision, preset.split] if from_hub else None,
-    }
+    origin = [preset.repo, preset.config, preset.revision, preset.split] if from_hub else None
+    request = {"stage": source.stage, "cap": source.cap, "tokenizer": cfg.tokenizer}
+    request |= {"files": files, "from": origin}
     if source.format != (preset.format if preset else "plain"):
         request["format"] = source.format
     return request
@@ -109,10 +100,7 @@ def prepare_records(source: Source, folder: str) -> dict:
 
 
 def prepare_eval(source: Source, folder: str) -> dict:
-    """Write evaluation data in their own form; return counts.
-
-    Text becomes test.txt, problems become problems_test.jsonl, other records test.jsonl.
-    """
+    """Write text as test.txt, problems as problems_test.jsonl, other records as test.jsonl."""
     kind = file_kind(source.files[0]) if source.files else None
     if source.format == "wikitext" or kind == "txt":
         text = whole_text(source).encode()
@@ -163,10 +151,8 @@ def fetch_ranks(path: str) -> None:
     try:
         ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
     except Exception as error:
-        raise UserError(
-            f"could not fetch the GPT-2 ranks ({type(error).__name__}): give a local file with "
-            "--tokenizer=gpt2.tiktoken"
-        ) from None
+        cause = f"could not fetch the GPT-2 ranks ({type(error).__name__})"
+        raise UserError(f"{cause}: give a local --tokenizer=gpt2.tiktoken") from None
     tokens = sorted(ranks, key=ranks.get)
     lines = [base64.b64encode(token) + b" %d\n" % ranks[token] for token in tokens]
     write_atomic(path, lambda f: f.writelines(lines))

@@ -14,13 +14,13 @@ import os
 import time
 
 from configurator import UserError, load, run
-from evals import classify, language, preferences, problems, sinks, summarize, tables
+from evals import language, preferences, problems, sinks, tables, transfer
 from evals.base import VERSION, EvalConfig, Row, Subject, chosen_tasks, inputs_of, judged
 from evals.results import append_results, item_key, matches, read_results
 from runtime.files import digest, write_json
 from runtime.run_folder import provenance
 
-TASK_MODULES = (language, problems, preferences, classify, summarize, sinks)  # they fill TASKS
+TASK_MODULES = (language, problems, preferences, transfer, sinks)  # they fill TASKS
 
 
 def results_path(cfg: EvalConfig, existing: list[dict]) -> str:

@@ -376,5 +376,4 @@ class GPT(nn.Module):
         return groups
 
     def num_params(self) -> int:
-        """Return the number of parameters; a tied matrix counts once."""
         return sum(p.numel() for p in self.parameters())

@@ -103,7 +103,6 @@ class Programs:
         return code or self.run(["-P", "-m", "evals.report", out_dir, keep])
 
     def run_stages(self, cfg: SpeedrunConfig) -> int:
-        """Run what is asked for, and return the first exit code that is not 0."""
         start = cfg.checkpoint
         for stage in STAGES:
             if cfg.stage in ("all", stage):
@@ -116,7 +115,6 @@ class Programs:
 
 
 def main(argv: list[str]) -> int:
-    """Run the stages under the lock of their folder, and say what came of it."""
     cfg = load(argv, SpeedrunConfig, quiet=False)
     began, code = time.perf_counter(), 1
     programs, state_path = Programs(), os.path.join(cfg.out_dir, "state.json")

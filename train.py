@@ -2,7 +2,6 @@
 
     python train.py config/smoke.py                                  # one process, CPU or GPU
     torchrun --nproc_per_node=4 train.py config/h100_pretrain.py     # the same batches on 4 GPUs
-    (with --fsdp for a model that outgrows one GPU)
 
 Started again in the same out_dir, a run goes on from its newest good checkpoint, bitwise; a
 finished run is left alone. Schedule: WSD, arXiv 2404.06395. Muon: fast/muon.py.
@@ -284,7 +283,6 @@ def clip_gradients(model: GPT, largest: float) -> float:
 
 
 def take_step(optimizers: list[torch.optim.Optimizer], lr_share: float) -> None:
-    """Update the weights at a share of each group's peak learning rate."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_share

@@ -227,7 +227,6 @@ def in_columns(rows: list[dict]) -> str:
 
 
 def in_words(value: object) -> str:
-    """Return a value with three digits or more."""
     if isinstance(value, list):
         return " ".join(map(in_words, value))
     if isinstance(value, float) and abs(value) < 10:
@@ -236,7 +235,6 @@ def in_words(value: object) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Measure every task at every shape and batch."""
     cfg = configurator.load(argv, BenchConfig)
     os.makedirs(os.path.dirname(cfg.out) or ".", exist_ok=True)
     for task in cfg.tasks:

@@ -93,7 +93,6 @@ def our_batches(mixture: Mixture, size: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def nanogpt_batches(path: str, shape: SimpleNamespace) -> Iterator[tuple[Tensor, Tensor]]:
-    """Do as nanoGPT's get_batch."""
     while True:
         tokens, T = np.memmap(path, dtype=np.uint16, mode="r"), shape.seq_len
         starts = torch.randint(len(tokens) - T, (shape.batch,))
@@ -125,7 +124,6 @@ class Race:
             self.prepare_nanogpt(parts, np.unique(tokens))
 
     def prepare_nanogpt(self, parts: dict[str, np.ndarray], symbols: np.ndarray) -> None:
-        """Copy the checkout, and write its data: each character as its number."""
         numbers = np.searchsorted(symbols, np.arange(256))
         self.numbers = torch.from_numpy(numbers)
         self.nanogpt = shutil.copytree(self.cfg.nanogpt, self.home / "nanogpt")

@@ -121,7 +121,6 @@ def model_fields(shape: SimpleNamespace) -> dict:
 
 
 def peer_fields(shape: SimpleNamespace) -> dict:
-    """Return what nanoGPT and nanochat name alike."""
     fields = {"vocab_size": shape.vocab, "n_embd": shape.d_model}
     return fields | {"n_layer": shape.n_layer, "n_head": shape.n_head}
 
@@ -145,10 +144,6 @@ SYSTEMS = {
     "Llama": partial(HuggingFace, family="Llama"),
     "Qwen3": partial(HuggingFace, family="Qwen3"),
 }
-
-
-# --------------------------------------------------------------------------------------------------
-# Jobs: each yields facts, then what it measures whenever it is asked, seconds or a loss
 
 
 def train(cfg: SimpleNamespace) -> Iterator[dict]:

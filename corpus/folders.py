@@ -71,7 +71,6 @@ class ShardWriter:
         self.waiting += len(ids) + 1
 
     def flush(self) -> None:
-        """Write what is waiting as the next shard."""
         if self.parts:
             tokens = np.concatenate(self.parts)
             name = f"{self.split}_{self.n_shards:03d}.bin"

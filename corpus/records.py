@@ -104,10 +104,7 @@ def reason_to_drop(record: dict | None) -> str:
 
 
 def to_records(rows: Iterable, stage: str, where: str) -> list[dict]:
-    """Return the records of a stage, each once; print how many were dropped and why.
-
-    Raises UserError with the place of a row that has no known schema, and where nothing is left.
-    """
+    """Return the records of a stage, each once; print how many were dropped and why."""
     kept, dropped = {}, Counter()
     for number, row in enumerate(rows, 1):
         record, reason = to_record(row, stage, f"{where}, record {number}")
@@ -121,10 +118,8 @@ def to_records(rows: Iterable, stage: str, where: str) -> list[dict]:
         total = dropped.total()
         print(f"{where}: {total} of {len(kept) + total} records dropped: {reasons}")
     if not kept:
-        schemas = RECORDS[stage][1]
-        raise UserError(
-            f"{where}: no usable {stage} record of {dropped.total()}, expected {schemas}"
-        )
+        found = f"no usable {stage} record of {dropped.total()}"
+        raise UserError(f"{where}: {found}, expected {RECORDS[stage][1]}")
     return list(kept.values())
 
 
@@ -136,10 +131,8 @@ def to_record(row: object, stage: str, where: str) -> tuple[dict | None, str]:
         return record, reason_to_drop(record)
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise UserError(
-            f"{where} is not a record for {stage} ({type(error).__name__}: {error}): it has "
-            f"{found}, expected {schemas}"
-        ) from None
+        fault = f"{where} is not a record for {stage} ({type(error).__name__}: {error})"
+        raise UserError(f"{fault}: it has {found}, expected {schemas}") from None
 
 
 def prompt_of(record: dict) -> str:
@@ -148,10 +141,7 @@ def prompt_of(record: dict) -> str:
 
 
 def split_records(records: list[dict], stage: str, name: str) -> dict[str, list[dict]]:
-    """Cut records by a hash of the prompt: 5 % validation; of problems 25 % for the verifier.
-
-    Raises UserError where there are too few prompts for a part to have one.
-    """
+    """Cut records by a hash of the prompt: 5 % validation; of problems 25 % for the verifier."""
     splits = {"train": [], "val": []} | ({"verifier": []} if stage == "verifier" else {})
     for record in records:
         percent = int(hashlib.sha256(prompt_of(record).encode()).hexdigest(), 16) % 100
@@ -166,11 +156,9 @@ def split_records(records: list[dict], stage: str, name: str) -> dict[str, list[
             take_a_prompt(part, max(splits.values(), key=len))
     lacking = " and ".join(split for split, part in splits.items() if not part)
     if lacking:
-        prompts = set(map(prompt_of, records))
-        raise UserError(
-            f"source {name}: {len(records)} usable records of {len(prompts)} prompts, too few to "
-            f"hold some out for {lacking}: at least {len(splits)} different prompts are needed"
-        )
+        has = f"{len(records)} usable records of {len(set(map(prompt_of, records)))} prompts"
+        needs = f"too few to hold some out for {lacking}: at least {len(splits)} different"
+        raise UserError(f"source {name}: {has}, {needs}")
     return splits
 
 
@@ -217,14 +205,13 @@ def refuse_evaluation_problems(rows: list[dict], spec: str, data_dir: str) -> No
     leaked = [question for question in map(question_of, rows) if plain(question) in held_out]
     if leaked:
         folder = os.path.join(data_dir, held_out[plain(leaked[0])])
-        raise UserError(
-            f"{len(leaked)} of {len(rows)} training records of {spec} ask a question of {folder}, "
-            f"an evaluation set: take them out. The first is {leaked[0][:100]!r}"
-        )
+        what = f"{len(leaked)} of {len(rows)} training records of {spec} ask a question of {folder}"
+        first = f"The first is {leaked[0][:100]!r}"
+        raise UserError(f"{what}, an evaluation set: take them out. {first}")
 
 
 def plain(text: str) -> str:
-    """Return a text in lower case with single blanks, as questions are compared."""
+    """Return a text as questions are compared: in lower case, with single blanks."""
     return " ".join(text.lower().split())
 
 

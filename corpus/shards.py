@@ -64,10 +64,9 @@ def read_shard(path: str, tokenizer: Tokenizer, headerless: bool = False) -> np.
     tokens = np.memmap(path, "<u2", "r", 4 * HEADER) if count else np.zeros(0, "<u2")
     ours = header[5] != 0  # llm.c's shards say nothing of the tokenizer and have no checksum
     if ours and tuple(header[3:5]) != hash_words(tokenizer.hash):
-        raise UserError(
-            f"shard {path} was made with another tokenizer ({header[5]} ids) than {tokenizer.name} "
-            f"({tokenizer.vocab_size} ids): {AGAIN}, or choose its tokenizer"
-        )
+        this = f"{tokenizer.name} ({tokenizer.vocab_size} ids)"
+        what = f"shard {path} was made with another tokenizer ({header[5]} ids) than {this}"
+        raise UserError(f"{what}: {AGAIN}, or choose its tokenizer")
     if ours and zlib.crc32(tokens) != int(header[7:8].view("<u4")[0]):
         raise UserError(f"shard {path} is damaged (checksum): {AGAIN}")
     return tokens
@@ -80,25 +79,20 @@ def read_header(path: str) -> np.ndarray:
         raise UserError(f"shard {path} has {size} bytes, expected at least {least}: {AGAIN}")
     header = np.fromfile(path, "<i4", HEADER)
     if header[0] != MAGIC:
-        raise UserError(
-            f"{path} is not a token shard (magic {header[0]}, expected {MAGIC}): {AGAIN}; "
-            "nanoGPT's files without a header need --headerless"
-        )
+        what = f"{path} is not a token shard (magic {header[0]}, expected {MAGIC})"
+        raise UserError(f"{what}: {AGAIN}; nanoGPT's files need --headerless")
     if header[1] != VERSION:
         raise UserError(f"shard {path} has version {header[1]}, expected {VERSION}: {AGAIN}")
     count = int(header[2])
     expected = least + 2 * count
     if count < 0 or size != expected:
-        raise UserError(
-            f"shard {path} promises {count} tokens = {expected} bytes and has {size}: it is "
-            f"truncated or damaged, {AGAIN}"
-        )
+        what = f"shard {path} promises {count} tokens = {expected} bytes and has {size}"
+        raise UserError(f"{what}: it is truncated or damaged, {AGAIN}")
     return header
 
 
 @functools.lru_cache(maxsize=8)
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the order of n things in one epoch."""
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
@@ -135,10 +129,8 @@ class Stream:
         self.n_rows = sum(rows)
         if self.n_rows == 0:
             total = sum(len(shard) for shard in self.shards)
-            raise UserError(
-                f"{', '.join(paths)}: {total} tokens, fewer than seq_len + 1 = {seq_len + 1}: take "
-                "more data or a smaller --seq_len"
-            )
+            what = f"{', '.join(paths)}: {total} tokens, fewer than seq_len + 1 = {seq_len + 1}"
+            raise UserError(f"{what}: take more data or a smaller --seq_len")
 
     def row(self, index: int, epoch: int = 0) -> np.ndarray:
         """Return a row: (seq_len + 1,). Raises UserError for an id that the vocabulary lacks."""
@@ -150,10 +142,9 @@ class Stream:
         start = (index - rows_before) * self.seq_len + shift
         tokens = shard[start : start + self.seq_len + 1]
         if tokens.max() >= self.tokenizer.vocab_size:
-            raise UserError(
-                f"{self.paths[number]} has id {tokens.max()} near token {start}, the vocabulary "
-                f"{self.tokenizer.vocab_size} ids: it is damaged or of another tokenizer"
-            )
+            what = f"{self.paths[number]} has id {tokens.max()} near token {start}"
+            known = f"the vocabulary {self.tokenizer.vocab_size} ids"
+            raise UserError(f"{what}, {known}: it is damaged or of another tokenizer")
         return tokens
 
 

@@ -63,8 +63,7 @@ class Source:
     def parse(cls, text: str, stage: str, local_dir: str) -> "Source":
         """Return the source that a text of the form GRAMMAR means, with files in local_dir.
 
-        stage: the one of a text that names no stage and no preset. Raises UserError where the text
-        has another form, or names what does not exist.
+        stage: the one of a text that names no stage and no preset.
         """
         head, equals, files = text.partition("=")
         own_stage, _, rest = head.rpartition("/")
@@ -77,10 +76,9 @@ class Source:
             stage = known.stage
         stage = own_stage or stage
         if stage not in STAGES or not (known or equals):
-            raise UserError(
-                f"source {text!r} is neither a preset ({', '.join(PRESETS)}) nor name=FILE with "
-                f"--stage=STAGE or STAGE/name=FILE, STAGE one of {', '.join(STAGES)}"
-            )
+            yours = f"name=FILE with --stage=STAGE or STAGE/name=FILE, of {', '.join(STAGES)}"
+            presets = ", ".join(PRESETS)
+            raise UserError(f"source {text!r} is neither a preset ({presets}) nor {yours}")
         format = format or (known.format if known else "plain")
         paths = [os.path.join(local_dir, file) for file in files.split(";")] if equals else []
         return cls(stage, name, cap, paths, format)
@@ -95,10 +93,8 @@ def parse_options(text: str, options: list[str]) -> tuple[int | None, str | None
         elif option in FORMATS and format is None:
             format = option
         else:
-            raise UserError(
-                f"source {text!r}: {option!r} is not a number or one of {', '.join(FORMATS)}, or "
-                f"one too many: write {GRAMMAR}"
-            )
+            known = f"a number or one of {', '.join(FORMATS)}, each once"
+            raise UserError(f"source {text!r}: {option!r} is not {known}: write {GRAMMAR}")
     return cap, format
 
 
@@ -110,11 +106,9 @@ def hub_rows(name: str) -> Iterable[dict]:
     try:
         return datasets.load_dataset(repo, config, split=split, revision=revision)
     except Exception as error:  # network, hub, disk: all end the same way
-        cause = f"{type(error).__name__}: {str(error)[:200]}"
-        raise UserError(
-            f"could not load {repo} {config or ''} at {revision[:12]} ({cause}): prepare it where "
-            f"there is a network, or give a local file with --sources={stage}/{name}=FILE"
-        ) from None
+        cause = f"{revision[:12]} ({type(error).__name__}: {str(error)[:200]})"
+        advice = f"prepare it with a network, or a local file: --sources={stage}/{name}=FILE"
+        raise UserError(f"could not load {repo} {config or ''} at {cause}: {advice}") from None
 
 
 def source_rows(source: Source) -> list:
@@ -124,16 +118,11 @@ def source_rows(source: Source) -> list:
 
 
 def file_kind(path: str) -> str:
-    """Return the ending of a file's name, without the .gz after it."""
     return path.removesuffix(".gz").rpartition(".")[2]
 
 
 def text_documents(source: Source) -> Iterator[str]:
-    """Yield the documents of a text source.
-
-    Records give their "text". A text file is cut at lines <|endoftext|>, in the format wikitext
-    also at its headings.
-    """
+    """Yield a source's documents: records' "text", or text files cut at their marks."""
     is_wikitext = source.format == "wikitext"
     if not source.files:
         texts = (row["text"] for row in hub_rows(source.name))

@@ -30,10 +30,8 @@ class Tokenizer:
         self.name, self.hash = name, digest
         self.n_text = len(ranks)
         if not ranks.keys() >= BYTES.keys() or sorted(ranks.values()) != list(range(self.n_text)):
-            raise UserError(
-                f"the ranks of tokenizer {name} must be 0 to {self.n_text - 1} without a gap, and "
-                "name all of the 256 bytes: copy the .tiktoken file again"
-            )
+            wanted = f"must be 0 to {self.n_text - 1} without a gap, and name all of the 256 bytes"
+            raise UserError(f"the ranks of tokenizer {name} {wanted}: copy the file again")
         self.special = {token: self.n_text + i for i, token in enumerate(SPECIAL)}
         self.eos, self.system, self.user, self.assistant, self.end, self.pad = self.special.values()
         self.vocab_size = self.n_text + len(SPECIAL)
@@ -70,7 +68,6 @@ class Tokenizer:
             return [ids for part in parts for ids in part]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of some ids; special tokens are spelled out."""
         return self.bpe.decode(list(ids))
 
     def spec(self) -> dict:
@@ -93,10 +90,9 @@ def load_tokenizer(name: str, data_dir: str = "data", expect: dict | None = None
     else:
         tokenizer = of_file(name, data_dir)
     if expect and tokenizer.hash != expect["hash"]:
-        raise UserError(
-            f"tokenizer {tokenizer.name} ({tokenizer.hash}) is not the checkpoint's: choose "
-            f"{expect['name']} ({expect['hash']}) with --tokenizer"
-        )
+        wanted = f"choose {expect['name']} ({expect['hash']}) with --tokenizer"
+        found = f"tokenizer {tokenizer.name} ({tokenizer.hash})"
+        raise UserError(f"{found} is not the checkpoint's: {wanted}")
     return tokenizer
 
 
@@ -104,10 +100,9 @@ def of_file(name: str, data_dir: str) -> Tokenizer:
     """Return the tokenizer of a ranks file. Raises UserError where it is missing or damaged."""
     path = os.path.join(data_dir, "gpt2.tiktoken") if name == "gpt2" else name
     if not os.path.isfile(path):
-        raise UserError(
-            f"tokenizer {name!r} has no ranks file at {path}: run data.py --tokenizer=gpt2 where "
-            "there is a network, or give the path of a .tiktoken file; --tokenizer=byte needs none"
-        )
+        advice = "run data.py --tokenizer=gpt2 with a network, or give a .tiktoken file's path"
+        what = f"tokenizer {name!r} has no ranks file at {path}"
+        raise UserError(f"{what}: {advice}; --tokenizer=byte needs none")
     ranks = read_ranks(path)
     digest = sha256(path)[:16]
     if name == "gpt2" and digest != GPT2_HASH:

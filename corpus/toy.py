@@ -2,10 +2,8 @@
 
 It is small enough to learn in minutes on two CPU cores and leaves every stage something to do:
     pretraining   stories and one-step sums: the language and the arithmetic of the world
-    SFT           chats: two-step problems in GSM8K's form, and tales told by a careless crowd, half
-                  of them rude and a third off topic
-    DPO           pairs: a kind tale on the topic against a rude or an off-topic one; the length
-                  says nothing
+    SFT           chats: two-step problems in GSM8K's form, and tales, half rude, a third off topic
+    DPO           pairs: a kind tale on the topic against a rude or an off-topic one
     verifier      problems, of which the model's own solutions are judged
 Splits are cut by content and not by record. The numbers of a problem (or the cast of a tale) belong
 to one split alone, so a held-out problem is never a training problem with another name in it.
@@ -24,25 +22,16 @@ ANIMALS = ["cat", "dog", "fox", "frog", "hen", "bear", "duck", "goat"]
 THINGS = ["pen", "cup", "hat", "ball", "shell", "card", "coin", "book"]
 PLACES = ["park", "barn", "lake", "shop", "pond", "hill"]
 COLORS = ["red", "blue", "green", "tiny", "new", "big"]
-KIND = [
-    "{A} said thank you and smiled.",
-    "{A} was glad and shared it.",
-    "It was a good day for all.",
-    "{A} gave {B} a hug.",
-]
-RUDE = [
-    "{A} was mad and kicked it.",
-    "{A} yelled at {B} and ran off.",
-    "It was a bad day for all.",
-    "{A} did not share it.",
-]
+KIND = ["{A} said thank you and smiled.", "{A} was glad and shared it."]
+KIND += ["It was a good day for all.", "{A} gave {B} a hug."]
+RUDE = ["{A} was mad and kicked it.", "{A} yelled at {B} and ran off."]
+RUDE += ["It was a bad day for all.", "{A} did not share it."]
 KIND_ENDINGS = {form.format(A=A, B=B) for form in KIND for A in NAMES for B in NAMES}
 # Tenths of the key space that belong to each split
 SPLITS = {"train": range(6), "verifier": range(6, 8), "val": range(8, 9), "test": range(9, 10)}
 
 
 def in_split(key: str, split: str) -> bool:
-    """Tell whether the records of a key belong to a split."""
     return hashlib.sha256(key.encode()).digest()[0] % 10 in SPLITS[split]
 
 
@@ -99,7 +88,6 @@ def ask(A: str, animal: str, thing: str) -> str:
 
 
 def off_topic(rng: random.Random, A: str, animal: str, thing: str) -> tuple[str, str, str]:
-    """Return the same cast with another animal or another thing."""
     if rng.random() < 0.5:
         return A, rng.choice([other for other in ANIMALS if other != animal]), thing
     return A, animal, rng.choice([other for other in THINGS if other != thing])
@@ -148,7 +136,6 @@ def story(rng: random.Random) -> tuple[str, str]:
 
 
 def chat(prompt: str, response: str) -> dict:
-    """Return the SFT record of one question and one answer."""
     question = {"role": "user", "content": prompt}
     return {"messages": [question, {"role": "assistant", "content": response}]}
 

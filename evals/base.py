@@ -126,7 +126,6 @@ class Subject:
 
     @property
     def seq_len(self) -> int:
-        """The context of the last stage, which all texts must fit."""
         return self.model(self.policies[-1]).cfg.seq_len
 
 

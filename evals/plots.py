@@ -76,7 +76,6 @@ def plot_dpo(rows: list[dict], folder: str, run: str) -> str | None:
 
 
 def plot_rerank(rows: list[dict], folder: str, greedy: dict | None) -> str:
-    """Plot the ways to choose among k samples, against k."""
     latest = {row["protocol"]: row for row in rows if "@" in row["protocol"]}
     ks = sorted({int(protocol.partition("@")[2]) for protocol in latest})
     figure, axes = plt.subplots(figsize=(6, 3.5))
@@ -125,10 +124,6 @@ def plot_tradeoff(points: dict[str, tuple[dict, dict]], folder: str) -> str | No
     axes.set_ylabel("loss on held-out answers, nats/token")
     axes.plot([], [], " ", label="down and left is better")
     return save(figure, folder, "tradeoff.png")
-
-
-# --------------------------------------------------------------------------------------------------
-# Sinks and streaming
 
 
 def plot_streaming(results: list[dict], folder: str) -> str:

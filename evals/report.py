@@ -241,7 +241,6 @@ def write_report(folder: str, target: str, n_samples: int) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Write the report, beside an existing one unless told otherwise."""
     cfg = configurator.load(argv, ReportConfig)
     path = os.path.join(cfg.out_dir, "report.md")
     exists = os.path.exists(path)

@@ -24,7 +24,6 @@ def run_folders(folder: str, pattern: str) -> list[str]:
 
 
 def read_results(folder: str) -> list[dict]:
-    """Return the rows of every results file of a run, oldest first."""
     names = sorted(glob.glob("results*.jsonl", root_dir=folder))
     rows = [row for name in names for row in read_log(os.path.join(folder, name))]
     return sorted(rows, key=lambda row: row.get("date", ""))
@@ -35,7 +34,6 @@ def matches(row: dict, **wanted: object) -> bool:
 
 
 def newest(results: list[dict], **wanted: object) -> dict | None:
-    """Return the newest result with these fields, or None."""
     return next((row for row in reversed(results) if matches(row, **wanted)), None)
 
 

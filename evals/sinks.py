@@ -31,10 +31,6 @@ from runtime.files import write_jsonl
 FACTOR = 16  # training contexts in a stream
 
 
-# --------------------------------------------------------------------------------------------------
-# Three ways to read a stream: from ids (n, P + 1) the nats (n, P) of predictions given tokens to p
-
-
 def clock(device: torch.device) -> float:
     """Return the time in ms, when the device has done its work."""
     if device.type == "cuda":
@@ -72,10 +68,6 @@ def recomputed(model: GPT, ids: Tensor, positions: Iterable[int]) -> tuple[Tenso
         nll.append(-model.logprobs(x[:, -1:], ids[:, p + 1 : p + 2]))
         ms.append(clock(ids.device) - began)
     return torch.cat(nll, dim=1), np.array(ms)
-
-
-# --------------------------------------------------------------------------------------------------
-# What the heads look at
 
 
 @torch.no_grad()

@@ -140,7 +140,6 @@ def paired_cell(before: dict | None, after: dict | None, folder: str, other: str
 
 
 def gains_table(results: list[dict], folder: str) -> str:
-    """Return each stage against the one before it, measure by measure."""
     stages = list(dict.fromkeys(row["stage"] for row in results))
     rows = []
     for heading, wanted in MEASURES.items():
@@ -153,10 +152,7 @@ def gains_table(results: list[dict], folder: str) -> str:
 
 
 def compare(folders: list[str]) -> str:
-    """Return every number that the first run shares with another, and the differences.
-
-    Raises UserError where a run has no results.
-    """
+    """Return every number that the first run shares with another, and the differences."""
     found = {folder: read_results(folder) for folder in folders}
     for folder, results in found.items():
         if not results:

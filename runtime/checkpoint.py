@@ -67,10 +67,7 @@ def checkpoint_files(folder: str) -> list[str]:
 
 
 def newest_checkpoint(folder: str, log: Callable = print) -> tuple[str, dict] | None:
-    """Return path and content of the newest checkpoint that can be read; None without any file.
-
-    A damaged one is passed over with a warning. Raises UserError where all are damaged.
-    """
+    """Return path and content of the newest checkpoint that can be read; None without a file."""
     files = checkpoint_files(folder)
     for path in files:
         try:

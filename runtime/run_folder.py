@@ -36,7 +36,6 @@ FULL_STATE = full.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def provenance() -> dict:
-    """Return code and machine of this run."""
     on_gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if on_gpu else f"cpu x{torch.get_num_threads()}"
     dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
@@ -117,10 +116,7 @@ def is_done(folder: str, parts: tuple, force: bool, world: World) -> bool:
 
 
 class RunFolder:
-    """One run: everything about it that is not a training step.
-
-    loop: the LoopConfig; task: what is trained (train.Task); parts: all settings of the run.
-    """
+    """One run: everything about it that is not a training step; see train.train."""
 
     def __init__(self, loop: Any, task: Any, world: World, parts: tuple):
         self.loop, self.task, self.world, self.parts = loop, task, world, parts
@@ -150,10 +146,7 @@ class RunFolder:
         self.stack.close()
 
     def resume(self, model: nn.Module, optimizers: list) -> int:
-        """Load the newest checkpoint that reads well, if there is one. -> the first step to do
-
-        Raises UserError where it belongs to a run with other settings or other data.
-        """
+        """Load the newest checkpoint that can be read, if there is one. -> the first step to do"""
         found = newest_checkpoint(self.folder, self.world.log)
         if not found:
             return 0
@@ -229,10 +222,7 @@ class RunFolder:
             os.remove(old)
 
     def accepts(self, step: int, norm: float, batches: list) -> bool:
-        """Say whether a gradient of this norm is to be used; count the steps that are skipped.
-
-        Raises UserError after max_bad_steps in a row, and leaves the last batch on the disk.
-        """
+        """Say whether a gradient of this norm is to be used; raise UserError after too many."""
         if math.isfinite(norm):
             self.bad_steps = 0
             return True

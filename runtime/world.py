@@ -71,7 +71,6 @@ class World:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def sum(self, values: list[float]) -> list[float]:
-        """Return each value summed over the ranks."""
         if self.size == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=self.device)

@@ -1,4 +1,4 @@
-"""SST-2: log-probs of the labels, and examples that are drawn and hashed."""
+"""SST-2: log-probs of the labels, and examples that are drawn and hashed; ROUGE by hand."""
 
 import re
 
@@ -7,7 +7,8 @@ from eval_helpers import make_run, results_of
 from helpers import BYTE, EOS, plain_logprobs, tiny
 
 import eval as evaluation
-from evals import classify
+from evals import transfer as classify
+from evals.transfer import rouge
 
 
 def test_label_scores_are_log_probs_of_the_labels():
@@ -50,3 +51,19 @@ def test_other_examples_are_other_data_too(tmp_path):
         assert evaluation.main(argv) == 0
         counts.append(len(results_of(tmp_path / "run", "sst2")))
     assert counts[0] == counts[1] > 0 and counts[2] == 2 * counts[0]
+
+
+def test_rouge_is_a_mean_over_references():
+    """By hand: against itself 1.
+
+    Two of three words, in order, of one reference (F 0.8), none of the other.
+    """
+    assert rouge(["the cat sat"], [["the cat sat"]]) == {
+        "rouge1": [1.0],
+        "rouge2": [1.0],
+        "rougeL": [1.0],
+    }
+    half = rouge(["the cat"], [["the cat sat", "no"]])
+    assert half["rouge1"] == half["rougeL"] == [pytest.approx(0.4)] and half["rouge2"] == [
+        pytest.approx(1 / 3)
+    ]
