@@ -176,7 +176,7 @@ class Attention(nn.Module):
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return rotated queries (B, H, T, D), rotated keys and values (B, K, T, D) of x."""
         parts = cpu.split_linear(x, self.qkv.weight, self.sizes)
-        q, k, v = (y.unflatten(-1, (-1, self.d_head)) for y in parts)  # (B, T, H or K, D)
+        q, k, v = (y.view(*x.shape[:2], -1, self.d_head) for y in parts)  # (B, T, H or K, D)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
