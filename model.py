@@ -283,11 +283,8 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """Fill every parameter: normal with these deviations, or constant."""
         C = self.cfg.d_model
-        normal = {
-            "embed": min(0.02, 4 / C),
-            "head": 0.02,
-            "router": 0.02,
-        }  # tied: not its own input
+        # a tied head must not predict its own input: the embedding is small
+        normal = {"embed": min(0.02, 4 / C), "head": 0.02, "router": 0.02}
         normal |= {"qkv": C**-0.5, "gate_up": C**-0.5}
         zero = ("out", "down", "sinks", "score")  # every block starts as the identity
         one = ("attn_norm", "mlp_norm", "norm", "q_norm", "k_norm", "score_loglik")

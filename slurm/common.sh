@@ -1,7 +1,7 @@
 # Sourced by the scripts here. Gives nproc, launch (what starts so many processes), out_dir_of and run.
 # Exit codes: 0 done, 75 stopped before the end (the same command goes on), else the program's own.
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" HF_DATASETS_OFFLINE="${HF_DATASETS_OFFLINE:-1}"
-export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:--1}"  # see speedrun.py
+export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:--1}"  # see runtime/world.py
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}"  # torchrun lets us save
 [ ! -d .venv/bin ] || export PATH="$PWD/.venv/bin:$PATH"
 pid="" signal="" restarts="${SLURM_RESTART_COUNT:-0}"

@@ -20,9 +20,12 @@ import configurator
 import data
 import sample
 import train
+from bench.__main__ import BenchConfig
 from configurator import UserError, load
 from evals.base import EvalConfig
+from evals.report import ReportConfig
 from runtime.files import write_json
+from speedrun import SpeedrunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -404,9 +407,10 @@ def test_every_program_lists_a_comment_for_every_key(parts):
         assert re.search(rf"^  --{key}=\S.*  +\S.* {{1,}}\S", shown, re.M), key
 
 
+OTHERS = (ReportConfig, SpeedrunConfig, BenchConfig)
 NUMBERS = [
     (part, key)
-    for parts in PROGRAMS.values()
+    for parts in (*PROGRAMS.values(), OTHERS)
     for part in parts
     for key, kind in configurator.key_types(part).items()
     if {int, float} & {kind, *typing.get_args(kind)}
