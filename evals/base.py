@@ -67,7 +67,11 @@ class EvalConfig:
 
     def __post_init__(self):
         counts = "n_streams n_samples max_new_tokens n_problems n_chats"
-        require(self, {"[1, inf)": counts, "[0, inf)": "temperature seed"})
+        choices = {
+            "device": ("auto", "cpu", "cuda", "mps"),
+            "dtype": ("auto", "float32", "bfloat16"),
+        }
+        require(self, {"[1, inf)": counts, "[0, inf)": "temperature seed"}, choices)
         known = {"task": (self.tasks, ORDER), "protocol": (self.protocols, PROTOCOLS)}
         for what, (names, possible) in known.items():
             unknown = ", ".join(name for name in names if name not in possible)
