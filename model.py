@@ -1,7 +1,7 @@
 """The model: a decoder-only transformer in plain maths. fast/ computes the same sooner.
 
 Sources: RoPE arXiv 2104.09864, RMSNorm 1910.07467, QK-norm 2010.04245, GQA 2305.13245, SwiGLU
-2002.05202, sigmoid-routed experts with a shared one 2412.19437, sinks as logits gpt-oss.
+2002.05202, sigmoid-routed experts with a shared one 2412.19437, sinks: gpt-oss.
 Every switch is a field of ModelConfig with a home in transformers: Flint, or without sinks Qwen3.
 
 Shapes: B batch, T time, S keys, C d_model, H query heads, K key/value heads, D d_head, F d_ff,
