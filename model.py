@@ -84,7 +84,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d))
 
     def forward(self, x: Tensor) -> Tensor:  # (..., d) -> (..., d)
-        return cpu.rms_norm(x, self.weight.to(x.dtype), EPS)
+        # CUDA's autocast makes the norm float32, and flash attention wants the dtype of x
+        return cpu.rms_norm(x, self.weight.to(x.dtype), EPS).to(x.dtype)
 
 
 def rotary_angles(pos: Tensor, d_head: int, base: float, dtype: torch.dtype) -> tuple:
