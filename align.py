@@ -434,7 +434,7 @@ def main(argv: list[str]) -> int:
     start = load_checkpoint(align.init_from)
     spec = start["tokenizer"]
     tokenizer = load_tokenizer(align.tokenizer or spec["name"], loop.data_dir, spec)
-    answers.check_template(start, align.init_from)
+    chat.check_template(start, align.init_from)
     if align.mode == "sft" and mode.replay and mode.replay_data is None:
         mode.replay_data = start["train_config"]["data"]  # before it is compared with the run's
     with World(loop.device, loop.dtype) as world:

@@ -24,7 +24,7 @@ from fast import cpu, loss
 from fast.attention import Mask, block_mask, kernel_for
 
 EPS = 1e-6  # of RMSNorm
-Ids = Tensor | None  # integers (B, T), or none
+Maybe = Tensor | None
 
 
 @dataclass
@@ -298,7 +298,9 @@ class GPT(nn.Module):
                 assert kind in constant, f"no initialisation rule for parameter {name}"
                 nn.init.constant_(p, constant[kind])
 
-    def hidden(self, idx: Tensor, docs: Ids = None, cache: Any = None, pads: Ids = None) -> Tensor:
+    def hidden(
+        self, idx: Tensor, docs: Maybe = None, cache: Any = None, pads: Maybe = None
+    ) -> Tensor:
         """Return final hidden states (B, T, C) of token ids idx (B, T).
 
         docs (B, T): numbers of documents; attention stays inside one. cache: a KVCache of
@@ -360,7 +362,7 @@ class GPT(nn.Module):
         losses = [block.mlp.balance_loss for block in self.blocks if isinstance(block.mlp, MoE)]
         return self.cfg.balance_coef * sum(losses) / len(losses) if losses else 0.0
 
-    def forward(self, idx: Tensor, targets: Ids = None, docs: Ids = None) -> Tensor:
+    def forward(self, idx: Tensor, targets: Maybe = None, docs: Maybe = None) -> Tensor:
         """Return logits (B, T, vocab_size), or with targets (B, T) their summed nll."""
         x = self.hidden(idx, docs)
         return self.logits(x) if targets is None else self.nll(x, targets)

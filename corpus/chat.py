@@ -1,6 +1,5 @@
 """Chats, solutions and pairs as ids: the template, packing, and what align.py trains on.
 
-A document for packing has "ids", and per id a target or label, -1 where there is none.
 The template is <|user|>...<|end|><|assistant|>...<|end|> with an optional <|system|>...<|end|>
 before. Ids are concatenated and never searched for in text, so no text can speak as another role.
 """
@@ -17,6 +16,12 @@ from corpus.shards import shuffled_index
 from corpus.tokenizer import Tokenizer
 
 TEMPLATE = "chat-1"
+
+
+def check_template(checkpoint: dict, ref: str) -> None:
+    template = checkpoint.get("template", TEMPLATE)
+    if template != TEMPLATE:
+        raise UserError(f"{ref} was tuned with chat template {template}, this code has {TEMPLATE}")
 
 
 def render(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:

@@ -115,6 +115,7 @@ class Subject:
         self.tokenizers = dict.fromkeys(self.checkpoints, self.tokenizer)
         self.overlaps = {}  # of texts, see language.py
         self.log_once = functools.cache(print)  # print, each text once
+        self.sha256 = functools.cache(sha256)  # of a file that several tasks read
 
     def model(self, stage: str) -> GPT:
         if stage not in self.models:
@@ -202,7 +203,7 @@ def inputs_of(task: Task, subject: Subject, cfg: EvalConfig) -> dict:
     settings = {key: getattr(cfg, key) for key in (*task.data, *task.settings)}
     settings["dtype"] = str(subject.dtype)
     paths = data_files([settings[key] for key in task.data], task.files, cfg.data_dir)
-    hashes = [[os.path.relpath(path, cfg.data_dir), sha256(path)] for path in paths]
+    hashes = [[os.path.relpath(path, cfg.data_dir), subject.sha256(path)] for path in paths]
     return {"data_hash": digest(hashes), "settings": json.loads(json.dumps(settings))}
 
 

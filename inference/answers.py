@@ -4,17 +4,9 @@ import math
 from collections import Counter
 from itertools import pairwise
 
-from configurator import UserError
-from corpus.chat import TEMPLATE
 from corpus.tokenizer import Tokenizer
 from inference.sampling import GREEDY, Ids, generate
 from model import GPT
-
-
-def check_template(checkpoint: dict, ref: str) -> None:
-    template = checkpoint.get("template", TEMPLATE)
-    if template != TEMPLATE:
-        raise UserError(f"{ref} was tuned with chat template {template}, this code has {TEMPLATE}")
 
 
 def stops(tokenizer: Tokenizer) -> tuple[int, int]:

@@ -41,7 +41,7 @@ ARROWS = {
     "fast": [],
     "model": ["fast"],
     "runtime": [],
-    "runtime.checkpoint": ["model"],
+    "runtime.checkpoint": ["model", "runtime.files"],
     "corpus": ["runtime.files"],
     "data": ["corpus", "runtime.files"],
     "inference": ["corpus.chat", "corpus.tokenizer", "model"],
@@ -92,8 +92,6 @@ def is_allowed(name: str, target: str) -> bool:
     if target == "configurator":
         return home != "fast"
     if name not in ARROWS and target.partition(".")[0] == home:
-        return True
-    if name in ("runtime.checkpoint", "bench.__main__") and target.partition(".")[0] == home:
         return True
     allowed = ARROWS.get(name, ARROWS[home])
     return any(target == other or target.startswith(f"{other}.") for other in allowed)

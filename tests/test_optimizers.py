@@ -141,6 +141,11 @@ def schedule(**changes) -> SimpleNamespace:
     )
 
 
+def drawn_schedule(max_steps, warmup, decay, final, kind) -> SimpleNamespace:
+    fractions = {"warmup_frac": warmup, "decay_frac": decay, "final_lr_frac": final}
+    return schedule(max_steps=max_steps, schedule=kind, **fractions)
+
+
 share = st.floats(0, 1)
 
 
@@ -151,13 +156,7 @@ def test_learning_rate_is_within_zero_and_peak_and_first_step_learns(
 ):
     """A first step at rate 0 is a wasted batch, a negative rate climbs the loss; no horizon and no
     shares may give them."""
-    cfg = schedule(
-        max_steps=max_steps,
-        warmup_frac=warmup,
-        decay_frac=decay,
-        final_lr_frac=final,
-        schedule=kind,
-    )
+    cfg = drawn_schedule(max_steps, warmup, decay, final, kind)
     values = [lr_at(step, cfg) for step in range(max_steps + 1)]
     assert values[0] > 0
     assert all(math.isfinite(v) and 0 <= v <= 1 + 1e-12 for v in values)
@@ -176,13 +175,7 @@ def test_warm_up_rises_to_the_peak_and_the_rate_then_never_rises(
 ):
     """The configured rate is the peak that is really reached; after it the schedule only holds or
     falls."""
-    cfg = schedule(
-        max_steps=max_steps,
-        warmup_frac=warmup,
-        decay_frac=decay,
-        final_lr_frac=final,
-        schedule=kind,
-    )
+    cfg = drawn_schedule(max_steps, warmup, decay, final, kind)
     values, top = [lr_at(step, cfg) for step in range(max_steps)], round(warmup * max_steps)
     assert all(a < b for a, b in itertools.pairwise(values[: top + 1]))
     assert max(values) == pytest.approx(1.0)
