@@ -4,7 +4,7 @@
 """
 
 out_dir = "out/toy/pretrain"
-seq_len = 128
+seq_len = 192  # as long as the longest dialogue of three turns
 n_layer = 4
 n_head = 4
 d_model = 128

@@ -1,11 +1,11 @@
-"""SFT on the toy world: 2,000 tales and 2,000 word problems, about 2 epochs."""
+"""SFT on the toy world: 2,000 tales and 2,000 problems in dialogues, about 3 epochs."""
 
 mode = "sft"
 out_dir = "out/toy/sft"
 init_from = "out/toy/pretrain"
 batch_tokens = 4096
 micro_batch = 32
-max_steps = 125
+max_steps = 150
 # as in pretraining; with 8,000 problems greedy exact match is 93 %, at 0.95 83 % (docs/log.md)
 momentum = 0.9
 learning_rate = 4e-3

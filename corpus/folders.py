@@ -170,7 +170,8 @@ def toy_records(sizes: ToySizes) -> dict[str, list[dict]]:
     for split, n, n_solved in (("train", 2000, None), ("val", 200, 200)):
         problems = files[f"problems_{split}"][:n_solved]
         solved = [toy.chat(row["question"], row["answer"]) for row in problems]
-        files[f"sft_{split}"] = toy.records(toy.instruction, split, n, seed) + solved
+        tales = toy.records(toy.instruction, split, n, seed)
+        files[f"sft_{split}"] = toy.conversations(tales + solved, seed)
         files[f"dpo_{split}"] = toy.records(toy.preference, split, n, seed)
     files["dpo_test"] = toy.records(toy.preference, "test", sizes.test, seed)
     return files

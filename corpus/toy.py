@@ -15,7 +15,7 @@ import random
 import re
 from collections.abc import Callable
 
-VERSION = 1  # of what this file makes: raise it when any record changes, and the data is made again
+VERSION = 2  # of what this file makes: raise it when any record changes, and the data is made again
 
 NAMES = ["Tom", "Mia", "Ben", "Ana", "Sam", "Kim", "Max", "Zoe", "Leo", "Eva"]
 ANIMALS = ["cat", "dog", "fox", "frog", "hen", "bear", "duck", "goat"]
@@ -138,6 +138,20 @@ def story(rng: random.Random) -> tuple[str, str]:
 def chat(prompt: str, response: str) -> dict:
     question = {"role": "user", "content": prompt}
     return {"messages": [question, {"role": "assistant", "content": response}]}
+
+
+def conversations(chats: list[dict], seed: int) -> list[dict]:
+    """Return the chats, each once, as dialogues: of four, two have one turn, one two, one three.
+
+    A model that saw one turn only answers the second with gibberish (docs/log.md).
+    """
+    order = random.Random(f"conversations {seed}").sample(chats, len(chats))
+    joined = []
+    while order:
+        n_turns = (1, 1, 2, 3)[len(joined) % 4]
+        parts, order = order[:n_turns], order[n_turns:]
+        joined.append({"messages": [turn for part in parts for turn in part["messages"]]})
+    return joined
 
 
 def records(make: Callable[[random.Random], tuple], split: str, n: int, seed: int) -> list:

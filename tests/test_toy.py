@@ -2,14 +2,24 @@
 
 import random
 import re
+import runpy
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
+from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpus import toy
+from corpus.chat import render, render_prompt, user_turn
+from corpus.folders import ToySizes, toy_records
 from corpus.tokenizer import load_tokenizer
+from inference.answers import answer_text, stops
+from inference.sampling import GREEDY, generate
+from inference.solutions import final_answer
+from runtime.checkpoint import load_checkpoint, model_from
 
 MAKERS = (toy.story, toy.instruction, toy.preference, toy.problem)
 SPLITS = ("train", "verifier", "val", "test")
@@ -269,6 +279,36 @@ def test_chats_are_one_question_and_one_answer():
         assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
 
 
+def test_dialogues_hold_every_chat_once_in_one_to_three_turns():
+    """Joining must neither lose a chat nor teach one twice, nor mix the turns of two."""
+    chats = toy.records(toy.instruction, "train", 200, 0)
+    joined = toy.conversations(chats, 0)
+    turns = [message for row in joined for message in row["messages"]]
+    pairs = [{"messages": turns[i : i + 2]} for i in range(0, len(turns), 2)]
+    assert sorted(map(repr, pairs)) == sorted(map(repr, chats))
+    counts = Counter(len(row["messages"]) // 2 for row in joined)
+    assert counts.keys() == {1, 2, 3}
+    assert counts[1] == pytest.approx(len(joined) / 2, abs=2)
+    assert counts[2] == pytest.approx(counts[3], abs=2)
+
+
+def test_dialogues_depend_on_the_seed_alone():
+    """Two machines must train on the same data."""
+    chats = toy.records(toy.instruction, "val", 40, 0)
+    assert toy.conversations(chats, 1) == toy.conversations(chats, 1)
+    assert toy.conversations(chats, 1) != toy.conversations(chats, 2)
+
+
+def test_every_dialogue_of_the_default_world_fits_the_context_of_its_recipe():
+    """A dialogue that is dropped for its length would leave the third turn untaught."""
+    tokenizer = load_tokenizer("toy")
+    recipe = runpy.run_path(str(ROOT / "config" / "pretrain.py"))
+    for split in ("train", "val"):
+        rows = toy_records(ToySizes())[f"sft_{split}"]
+        longest = max(len(render(row["messages"], tokenizer)[0]) for row in rows)
+        assert recipe["seq_len"] - 16 <= longest - 1 <= recipe["seq_len"]
+
+
 @pytest.mark.parametrize("make", MAKERS)
 def test_every_word_is_one_token_and_every_digit_too(make):
     """The toy tokenizer exists so that the default run is short.
@@ -303,3 +343,37 @@ def test_a_world_too_small_for_the_request_says_so():
             2,
             0,
         )
+
+
+@pytest.mark.slow
+def test_a_second_question_is_answered_about_as_well_as_the_first(tmp_path):
+    """The default recipes, pretrained and tuned: a chat does not end after one answer."""
+    for program, stage in (("train.py", "pretrain"), ("align.py", "sft")):
+        command = [sys.executable, program, f"config/{stage}.py", f"--out_dir={tmp_path}/{stage}"]
+        command += [f"--data_dir={tmp_path}/data"]
+        command += [f"--init_from={tmp_path}/pretrain"] * (stage == "sft")
+        subprocess.run(command, cwd=ROOT, check=True)
+    model = model_from(load_checkpoint(str(tmp_path / "sft"))).eval()
+    tokenizer = load_tokenizer("toy")
+    problems = toy.records(toy.problem, "test", 100, 0)
+    asked = [user_turn(row["question"]) for row in problems]
+    tales = toy.records(toy.instruction, "test", 100, 0)
+
+    def answers(dialogues: list[list[dict]]) -> list[str]:
+        prompts = [render_prompt(messages, tokenizer) for messages in dialogues]
+        found = generate(model, prompts, 64, stops(tokenizer), sampling=GREEDY)
+        return [answer_text(ids, tokenizer) for ids in found]
+
+    def share_right(texts: list[str]) -> float:
+        pairs = zip(texts, problems, strict=True)
+        return sum(final_answer(text) == final_answer(row["answer"]) for text, row in pairs) / 100
+
+    before = [row["messages"][:1] for row in tales]
+    told = [
+        toy.chat(turn[0]["content"], text)
+        for turn, text in zip(before, answers(before), strict=True)
+    ]
+    later = [row["messages"] + turn for row, turn in zip(told, asked, strict=True)]
+    first, second = share_right(answers(asked)), share_right(answers(later))
+    assert first > 0.6
+    assert second > 0.8 * first
