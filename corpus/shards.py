@@ -5,9 +5,11 @@ The order of the rows is a pure function of the seed and the row number.
 """
 
 import functools
+import glob
 import hashlib
 import math
 import os
+import re
 import struct
 import zlib
 
@@ -16,14 +18,19 @@ import torch
 from torch import Tensor
 
 from configurator import UserError
+from corpus.sources import how_to_make
 from corpus.tokenizer import Tokenizer
 from runtime.files import write_atomic
 
 MAGIC, VERSION, HEADER = 20240520, 1, 256
+LLAMA_3 = 20240801  # llm.c's magic for shards of uint32
 # Header words of our own, 0 in shards of llm.c: 3-4 tokenizer hash, 5 vocabulary, 6 EOS, 7 crc32
 SHARD_TOKENS = 100_000_000
 AGAIN = "make it again with data.py"
 EXAMPLE = "write name*0.7,other*0.3"
+# Words in a file's name -> the split that they say
+SPLITS = {"train": "train", "training": "train"}
+SPLITS |= {"val": "val", "valid": "val", "validation": "val"}
 
 
 def hash_words(digest: str) -> tuple[int, int]:
@@ -54,11 +61,8 @@ def read_shard(path: str, tokenizer: Tokenizer, headerless: bool = False) -> np.
     """
     if not os.path.isfile(path):
         raise UserError(f"shard {path} does not exist: {AGAIN}")
-    if headerless:  # as nanoGPT writes it
-        size = os.path.getsize(path)
-        if size == 0 or size % 2:
-            raise UserError(f"{path} has {size} bytes, expected an even number above 0: uint16")
-        return np.memmap(path, "<u2", "r")
+    if headerless:
+        return read_headerless(path)
     header = read_header(path)
     count = int(header[2])
     tokens = np.memmap(path, "<u2", "r", 4 * HEADER) if count else np.zeros(0, "<u2")
@@ -66,10 +70,22 @@ def read_shard(path: str, tokenizer: Tokenizer, headerless: bool = False) -> np.
     if ours and tuple(header[3:5]) != hash_words(tokenizer.hash):
         this = f"{tokenizer.name} ({tokenizer.vocab_size} ids)"
         what = f"shard {path} was made with another tokenizer ({header[5]} ids) than {this}"
-        raise UserError(f"{what}: {AGAIN}, or choose its tokenizer")
+        own = f"name data of {tokenizer.name} with --data"
+        make = f"make them with data.py --tokenizer={tokenizer.name}"
+        raise UserError(f"{what}: {own}, {make}, or take the shard's own with --tokenizer")
     if ours and zlib.crc32(tokens) != int(header[7:8].view("<u4")[0]):
         raise UserError(f"shard {path} is damaged (checksum): {AGAIN}")
     return tokens
+
+
+def read_headerless(path: str) -> np.ndarray:
+    """Return the tokens of a file of bare uint16, as nanoGPT writes it."""
+    size = os.path.getsize(path)
+    if size == 0 or size % 2:
+        raise UserError(f"{path} has {size} bytes, expected an even number above 0: uint16")
+    if np.fromfile(path, "<i4", 1).tolist() in ([MAGIC], [LLAMA_3]):
+        raise UserError(f"{path} begins with the header of a token shard: leave out --headerless")
+    return np.memmap(path, "<u2", "r")
 
 
 def read_header(path: str) -> np.ndarray:
@@ -78,6 +94,9 @@ def read_header(path: str) -> np.ndarray:
     if size < least:
         raise UserError(f"shard {path} has {size} bytes, expected at least {least}: {AGAIN}")
     header = np.fromfile(path, "<i4", HEADER)
+    if header[0] == LLAMA_3:
+        what = f"{path} is a shard of llm.c for llama-3: its ids are uint32, expected uint16"
+        raise UserError(f"{what}. Take llm.c's GPT-2 shards, or make your own with data.py")
     if header[0] != MAGIC:
         what = f"{path} is not a token shard (magic {header[0]}, expected {MAGIC})"
         raise UserError(f"{what}: {AGAIN}; nanoGPT's files need --headerless")
@@ -148,19 +167,33 @@ class Stream:
         return tokens
 
 
+def split_of(path: str) -> str | None:
+    """Return "train" or "val": the split that the last word of its kind in a file's name says."""
+    words = re.split("[^a-z]+", os.path.basename(path).lower())
+    known = [SPLITS[word] for word in words if word in SPLITS]
+    return known[-1] if known else None
+
+
+def split_files(folder: str, split: str) -> list[str]:
+    """Return the paths of a split's shards in a folder, in the order of their names."""
+    paths = sorted(glob.glob(os.path.join(glob.escape(folder), "*.bin")))
+    return [path for path in paths if split_of(path) == split]
+
+
 def shard_paths(folder: str, split: str) -> list[str]:
     """Return the shards of a split in a folder. Raises UserError where there is none."""
-    hint = f"make it with data.py --sources={os.path.basename(folder)}"
+    hint = how_to_make("pretrain", os.path.basename(folder))
     if not os.path.isdir(folder):
-        raise UserError(f"there is no data at {folder}: {hint}")
-    names = [name for name in os.listdir(folder) if split in name and name.endswith(".bin")]
-    if not names:
-        raise UserError(f"there is no {split} shard (*{split}*.bin) in {folder}: {hint}")
-    return sorted(os.path.join(folder, name) for name in names)
+        raise UserError(f"there is no data at {folder}: {hint}, or name other data with --data")
+    paths = split_files(folder, split)
+    if not paths:
+        what = f"there is no {split} shard (a .bin file with the word {split} in its name)"
+        raise UserError(f"{what} in {folder}: {hint}")
+    return paths
 
 
 class Mixture:
-    """A Mixture gives each source its exact share of every 1,000 rows, in a seeded order."""
+    """A Mixture gives each source its share of every 1,000 rows, in a seeded order."""
 
     BLOCK = 1000
 
@@ -179,23 +212,38 @@ class Mixture:
         self.streams = [Stream(found, seq_len, tokenizer, headerless) for found in paths]
         self.seed = seed
         self.n_rows = sum(stream.n_rows for stream in self.streams)
-        edges = np.round(np.cumsum([0, *weights]) * self.BLOCK).astype(int)
-        self.shares = np.diff(edges)  # rows of each source in a block
-        sources = np.repeat(np.arange(len(names)), self.shares)
-        # Of each place in a block: its source, and the rows of that source before it
-        self.source_of = np.random.default_rng([seed, 7]).permutation(sources)
-        self.place_of = [(self.source_of[:i] == s).sum() for i, s in enumerate(self.source_of)]
+        self.per_block = np.array(weights) * self.BLOCK  # rows of each source, with fractions
+        self.drawn = [np.zeros(len(names), int)]  # before each block: rows of each source
+        self.order = np.random.default_rng([seed, 7]).permutation(self.BLOCK)
+        self.draws = functools.lru_cache(maxsize=2)(self.draws_of)
         self.fingerprint = fingerprint(spec, self.streams)
+
+    def draws_of(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return of each place in a block its source and the rows of that source before it.
+
+        What a share loses or gains when it is rounded to whole rows is carried to the next block.
+        """
+        while len(self.drawn) < block + 2:
+            owed = self.per_block * len(self.drawn) - self.drawn[-1]
+            edges = np.round(np.cumsum([0, *owed])).clip(0, self.BLOCK).astype(int)
+            shares = np.diff(np.maximum.accumulate(edges))
+            self.drawn.append(self.drawn[-1] + shares)
+        first, end = self.drawn[block : block + 2]
+        sources = np.repeat(np.arange(len(first)), end - first)[self.order]
+        rows = np.empty(self.BLOCK, int)
+        for source, row in enumerate(first):
+            places = np.flatnonzero(sources == source)
+            rows[places] = row + np.arange(len(places))
+        return sources, rows
 
     def shuffled(self, first: int, last: int) -> Tensor:
         """Return rows first to last of an endless sequence: (last - first, seq_len + 1) int64."""
         rows = []
         for number in range(first, last):
             block, place = divmod(number, self.BLOCK)
-            source = self.source_of[place]
-            stream = self.streams[source]
-            draw = block * int(self.shares[source]) + int(self.place_of[place])
-            epoch, index = shuffled_index(draw, stream.n_rows, self.seed)
+            sources, draws = self.draws(block)
+            stream = self.streams[sources[place]]
+            epoch, index = shuffled_index(int(draws[place]), stream.n_rows, self.seed)
             rows.append(stream.row(index, epoch))
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 

@@ -98,6 +98,13 @@ def parse_options(text: str, options: list[str]) -> tuple[int | None, str | None
     return cap, format
 
 
+def how_to_make(stage: str, name: str) -> str:
+    """Return the command that makes a data folder, as advice."""
+    is_known = name in PRESETS or name == "toy"
+    source = name if is_known else f"{name}=FILE"
+    return f"make it with data.py {'' if is_known else f'--stage={stage} '}--sources={source}"
+
+
 def hub_rows(name: str) -> Iterable[dict]:
     """Return the rows of a preset from the hub. Every failure is a UserError, never a skip."""
     import datasets

@@ -13,7 +13,7 @@ import torch
 
 from configurator import UserError, require
 from corpus.folders import ensure_toy
-from corpus.shards import parse_mixture
+from corpus.shards import SPLITS, parse_mixture, split_files
 from corpus.tokenizer import Tokenizer, load_tokenizer
 from evals.results import run_folders
 from evals.stats import Estimate
@@ -212,9 +212,16 @@ def read_test_set(cfg: EvalConfig, name: str) -> list[dict]:
 
 
 def data_files(specs: list[str], patterns: list[str], data_dir: str) -> list[str]:
-    """Return the paths of all files that match a pattern in the folders that the specs name."""
+    """Return the paths of all files that match a pattern in the folders that the specs name.
+
+    The pattern "train" or "val" stands for the shards of that split.
+    """
     paths = []
     for spec, pattern in itertools.product(filter(None, specs), patterns):
         for name, _ in parse_mixture(spec):
-            paths += glob.glob(os.path.join(glob.escape(data_dir), name, pattern))
+            folder = os.path.join(data_dir, name)
+            if pattern in SPLITS:
+                paths += split_files(folder, pattern)
+            else:
+                paths += glob.glob(os.path.join(glob.escape(folder), pattern))
     return sorted(paths)

@@ -18,7 +18,7 @@ from inference.scoring import Window, windows_nll
 from runtime.files import open_text
 
 
-@task("val_loss", data="data", files="*val*.bin")
+@task("val_loss", data="data", files="val")
 def val_loss(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     """Measure nats per token on the validation shards."""
     model = subject.model(stage)
@@ -76,7 +76,7 @@ def overlaps(subject: Subject, text: str, cfg: EvalConfig) -> tuple[float | None
         runs = subject.checkpoints.values()
         configs = (run["train_config"] for run in runs if run.get("task") == "pretrain")
         mixture = next(configs, {}).get("data") or cfg.data
-        paths = data_files([mixture], ["*train*.bin"], cfg.data_dir)
+        paths = data_files([mixture], ["train"], cfg.data_dir)
         shards = [read_shard(path, subject.tokenizer, subject.headerless) for path in paths]
         ids = [subject.tokenizer.encode_array(form) for form in (text, detokenize(text))]
         subject.overlaps[text] = [overlap(x, shards) if shards else None for x in ids]

@@ -182,7 +182,7 @@ def trained(subject: Subject, cfg: EvalConfig) -> list[str]:
     return subject.policies[1:]
 
 
-@task("streaming", "streaming", "*val*.bin", "n_streams", trained)
+@task("streaming", "streaming", "val", "n_streams", trained)
 def streaming(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     """Measure loss, ms per token and cache bytes by position, and what sink and first token get."""
     model = subject.model(stage)

@@ -207,7 +207,7 @@ def test_a_kill_during_preparation_leaves_no_shard_under_its_final_name(tmp_path
     assert left and not [name for name in left if name.endswith((".bin", ".json"))]
     fails(
         lambda: Mixture("mine", str(tmp_path / "out"), "train", 16, 0, BYTE),
-        "data.py --sources=mine",
+        "data.py --stage=pretrain --sources=mine=FILE",
     )
     prepare(request(tmp_path, "pretrain/mine=x.txt"))
     assert len(documents_of(tmp_path / "out" / "mine")) == 250

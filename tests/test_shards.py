@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from corpus.shards import Mixture, parse_mixture, read_shard, write_shard
+from corpus.shards import Mixture, parse_mixture, read_shard, split_of, write_shard
+from corpus.tokenizer import load_tokenizer
 from train import PretrainConfig
 
 
@@ -73,6 +74,47 @@ def test_the_flag_that_the_hint_names_exists(tmp_path):
     foreign(tmp_path / "x.bin", [1], magic=7)
     flag = re.search(r"--(\w+)", fails(lambda: read_shard(str(tmp_path / "x.bin"), BYTE)))[1]
     assert flag in {field.name for field in dataclasses.fields(PretrainConfig)}
+
+
+@pytest.mark.parametrize("version", [1, 7])
+def test_a_shard_of_llm_c_for_llama_3_is_told_from_bare_tokens(tmp_path, version):
+    """Its ids are uint32: the hint --headerless would make each of them two wrong tokens."""
+    path = foreign(tmp_path / "x.bin", range(300), magic=20240801, version=version)
+    said = fails(lambda: read_shard(str(path), BYTE), path, "llama-3", "uint32")
+    assert "headerless" not in said
+    fails(lambda: read_shard(str(path), BYTE, headerless=True), path, "header")
+
+
+def test_a_shard_with_a_header_is_not_read_as_bare_tokens(tmp_path):
+    """512 tokens of header would be trained on, and the split would still look right."""
+    for path in (foreign(tmp_path / "a.bin", range(99)), shard(tmp_path / "b.bin", range(99))):
+        fails(lambda path=path: read_shard(str(path), BYTE, headerless=True), path, "header")
+
+
+NAMES = {
+    "train": "train.bin train_000.bin fineweb_train_000001.bin retrieVAL_train_000.bin "
+    "train000.bin val-d-isere.train.bin Train_0.bin valley_training_1.bin",
+    "val": "val.bin fineweb_val_000000.bin validation.bin trains_val_000.bin restraint.valid.bin "
+    "train-delays_val_000.bin",
+    None: "retrieval_000.bin restrain.bin evaluation.bin test.bin values_0.bin .bin",
+}
+
+
+@pytest.mark.parametrize("split, names", NAMES.items())
+def test_a_shards_split_is_a_whole_word_of_its_name_and_the_last_one(split, names):
+    """Training text under a name like retrieVAL would give a validation loss that is too low."""
+    assert {split_of(f"/train/val/{name}") for name in names.split()} == {split}
+
+
+def test_a_folder_gives_each_shard_to_one_split_alone(tmp_path):
+    """The data set's own name may hold the word of the other split."""
+    for name in ("retrieval_train_000.bin", "train_val_000.bin", "retrieval_000.bin"):
+        foreign(tmp_path / "a" / name, range(99))
+    found = {split: mixture(tmp_path, split=split).streams[0].paths for split in ("train", "val")}
+    assert found == {
+        "train": [str(tmp_path / "a" / "retrieval_train_000.bin")],
+        "val": [str(tmp_path / "a" / "train_val_000.bin")],
+    }
 
 
 def edit(offset: int, content: bytes):
@@ -140,6 +182,13 @@ def test_a_shard_of_another_tokenizer_is_refused(tmp_path, gpt2):
     """Ids of another vocabulary are words of another language."""
     path = shard(tmp_path / "train_000.bin", [1, 2, 3], gpt2)
     fails(lambda: read_shard(str(path), BYTE), path, "another tokenizer", 50262, 262)
+
+
+def test_the_way_out_of_another_tokenizer_is_one_that_works(tmp_path):
+    """No data.py makes the toy world's shards for bytes: other data, or its tokenizer, must do."""
+    path = shard(tmp_path / "toy" / "train_000.bin", [1, 2, 3], load_tokenizer("toy"))
+    said = fails(lambda: read_shard(str(path), BYTE), "--data", "--tokenizer=byte", "--tokenizer")
+    assert "again" not in said
 
 
 @pytest.mark.parametrize("bad", [262, 65_536, 65_537, 2**40, -1])
@@ -270,6 +319,62 @@ def test_every_thousand_rows_hold_the_exact_shares(tmp_path, spec, shares):
     assert len(set(first_epoch.tolist())) == rows.streams[0].n_rows
 
 
+@given(
+    weights=st.lists(
+        st.sampled_from([0, 1e-9, 1e-5, 4e-4, 0.001, 0.05, 1 / 3, 1, 7]), min_size=1, max_size=9
+    ).filter(any),
+    start=st.integers(0, 30),
+)
+@quick
+def test_every_weight_is_drawn_in_its_share_however_small(tmp_path_factory, weights, start):
+    """What rounding leaves of a share is carried on, and no row of a source is left out.
+
+    The order stays a pure function of the row number: a later block may be asked for first.
+    """
+    folder = tmp_path_factory.mktemp("shares")
+    names = [f"s{i}" for i in range(len(weights))]
+    for number, name in enumerate(names):
+        foreign(folder / name / "train_000.bin", np.full(50, number))
+    spec = ",".join(f"{name}*{weight}" for name, weight in zip(names, weights, strict=True))
+    rows, other = mixture(folder, spec), mixture(folder, spec)
+    later = other.draws(start)
+    counts, shares = np.zeros(len(weights)), np.array(weights) / sum(weights)
+    for block in range(30):
+        sources, draws = rows.draws(block)
+        for number in range(len(weights)):
+            own = draws[sources == number]
+            assert own.tolist() == list(range(int(counts[number]), int(counts[number]) + len(own)))
+            counts[number] += len(own)
+        assert np.abs(counts - shares * 1000 * (block + 1)).max() < max(2, len(weights))
+        assert not counts[shares == 0].any()
+        if block == start:
+            assert np.array_equal(later, (sources, draws))
+
+
+def test_a_share_of_one_in_2500_is_drawn_eight_times_in_20_000_rows(tmp_path):
+    """Rounded to whole rows of 1,000, it was never drawn at all."""
+    foreign(tmp_path / "big" / "train_000.bin", np.full(400, 97))
+    foreign(tmp_path / "small" / "train_000.bin", np.full(400, 98))
+    rows = mixture(tmp_path, "big*0.9996,small*0.0004").shuffled(0, 20_000)
+    assert (rows[:, 0] == 98).sum() == 8
+
+
+ORDERS = {  # crc32 of the first tokens of 3,000 rows
+    "a": 3038790042,
+    "a*0.7,b*0.3": 2753052518,
+    "a*0.001,b*0.9,c*0.099": 2093484060,
+}
+
+
+def test_shares_of_whole_rows_keep_the_order_that_they_always_had(tmp_path):
+    """A run that was begun before must go on with the same rows: their sum, weighted by place."""
+    for number, name in enumerate("abc"):
+        foreign(tmp_path / name / "train_000.bin", np.arange(200 + 24 * number) + 10_000 * number)
+    for spec, known in ORDERS.items():
+        firsts = mixture(tmp_path, spec, seed=5).shuffled(0, 3000)[:, 0]
+        assert zlib.crc32(firsts.numpy().tobytes()) == known
+
+
 def test_the_sources_of_a_mixture_are_interleaved(tmp_path):
     """A block that gave source after source would be a curriculum nobody asked for."""
     numbered(tmp_path, "a", [300]), numbered(tmp_path, "b", [300], 10_000)
@@ -329,8 +434,8 @@ def test_an_id_over_the_vocabulary_in_a_foreign_shard_is_named_when_its_row_is_r
 
 
 LACKING = [
-    (lambda folder: None, ["no data", "data.py --sources=mine"]),
-    (lambda folder: folder.mkdir(), ["no train shard", "data.py --sources=mine"]),
+    (lambda folder: None, ["no data", "data.py --stage=pretrain --sources=mine=FILE", "--data"]),
+    (lambda folder: folder.mkdir(), ["no train shard", "--stage=pretrain --sources=mine=FILE"]),
     (lambda folder: shard(folder / "val_000.bin", range(99)), ["no train shard"]),
     (lambda folder: shard(folder / "train_000.bin", range(8)), ["8 tokens", "seq_len + 1 = 9"]),
     (lambda folder: shard(folder / "train_000.bin", []), ["0 tokens"]),
