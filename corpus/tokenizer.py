@@ -5,7 +5,9 @@ A BPE is given by a ranks file (.tiktoken): one token in base64 and its rank on 
 
 import base64
 import hashlib
+import itertools
 import os
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,6 +22,9 @@ SPECIAL = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 # The pattern that OpenAI released with GPT-2, in a form that is faster and cuts the same
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 GPT2_HASH = "306cd27f03c1a714"  # of gpt2.tiktoken
+# The pattern steps back over white space, and tiktoken fails after a million steps
+LONGEST_BLANK = 500_000
+LONG_BLANK = re.compile(rf"(?<!\s)\s{{{LONGEST_BLANK + 1},}}")
 BYTES = {bytes([i]): i for i in range(256)}
 
 
@@ -44,14 +49,17 @@ class Tokenizer:
         """Return the ids of a text; half a surrogate pair becomes a replacement character."""
         if self.bytes_only:
             return list(text.encode(errors="replace"))
-        return self.bpe.encode_ordinary(text)
+        parts = map(self.bpe.encode_ordinary, cut_long_blanks(text))
+        return list(itertools.chain.from_iterable(parts))
 
     def encode_array(self, text: str) -> np.ndarray:
         """Return the ids of a text as uint32, without a Python integer per token."""
         if self.bytes_only:
             return np.frombuffer(text.encode(errors="replace"), np.uint8).astype("<u4")
+        pieces = cut_long_blanks(text)
         try:
-            return self.bpe.encode_to_numpy(text, disallowed_special=())
+            parts = [self.bpe.encode_to_numpy(part, disallowed_special=()) for part in pieces]
+            return parts[0] if len(parts) == 1 else np.concatenate(parts)
         except UnicodeEncodeError:  # half a surrogate pair
             return np.array(self.encode(text), "<u4")
 
@@ -73,6 +81,17 @@ class Tokenizer:
     def spec(self) -> dict:
         """Return what a checkpoint or a manifest keeps to recognize this tokenizer."""
         return {"name": self.name, "hash": self.hash, "vocab_size": self.vocab_size}
+
+
+def cut_long_blanks(text: str) -> list[str]:
+    """Return a text in pieces, cut only inside white space that is too long for tiktoken."""
+    if len(text) <= LONGEST_BLANK:
+        return [text]
+    cuts = [0]
+    for blank in LONG_BLANK.finditer(text):
+        cuts += range(blank.start() + LONGEST_BLANK, blank.end(), LONGEST_BLANK)
+    ends = [*cuts[1:], len(text)]
+    return [text[start:end] for start, end in zip(cuts, ends, strict=True)]
 
 
 def load_tokenizer(name: str, data_dir: str = "data", expect: dict | None = None) -> Tokenizer:

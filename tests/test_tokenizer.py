@@ -1,11 +1,16 @@
 """Tokenizers lose no text, and no text can spell a special token."""
 
+import itertools
+import re
+
+import numpy as np
 import pytest
 from corpus_helpers import RANKS, needs_ranks, quick
 from helpers import BYTE, fails
 from hypothesis import given
 from hypothesis import strategies as st
 
+from corpus import tokenizer
 from corpus.tokenizer import SPECIAL, load_tokenizer
 
 
@@ -54,6 +59,42 @@ def test_text_that_spells_a_special_token_never_becomes_it_in_gpt2(gpt2, text):
         and max(i for ids in gpt2.encode_batch([text, text]) for i in ids) < 50256
     )
     assert gpt2.decode(gpt2.encode(text)) == text
+
+
+LONG = {
+    "spaces": " ",
+    "line ends": "\n",
+    "wide spaces": "\u3000",
+    "mixed white space": " \n\t\r\x0b\x0c\x1c\x85\xa0\u2028",
+    "letters": "a",
+    "ideographs": "\u597d",
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_a_run_of_a_million_of_any_character_is_encoded_whole(gpt2, kind):
+    """tiktoken's regex gives up, by an error that `except Exception` misses in encode()."""
+    text = "a" + (LONG[kind] * 1_100_000)[:1_100_000] + "b\ud800"
+    ids = gpt2.encode_array(text)
+    assert gpt2.decode(ids.tolist()) == text[:-1] + "\ufffd"
+    assert ids.dtype == np.uint32 and ids.tolist() == gpt2.encode(text)
+
+
+@given(
+    text=st.text(st.sampled_from("ab \n\t")),
+    longest=st.integers(1, 5),
+)
+@quick
+def test_a_text_is_cut_only_inside_white_space_longer_than_the_limit(text, longest):
+    """Else ordinary texts would have other ids: a blank before a word belongs to the word."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "LONGEST_BLANK", longest)
+        patch.setattr(tokenizer, "LONG_BLANK", re.compile(rf"(?<!\s)\s{{{longest + 1},}}"))
+        pieces = tokenizer.cut_long_blanks(text)
+    assert "".join(pieces) == text and all(pieces[1:])
+    assert all(not re.search(rf"\s{{{longest + 1}}}", piece) for piece in pieces)
+    for before, after in itertools.pairwise(pieces):
+        assert re.search(rf"\s{{{longest}}}$", before) and after[0].isspace()
 
 
 def test_gpt2_ids_are_the_published_ones(gpt2):
