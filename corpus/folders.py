@@ -7,6 +7,7 @@ records, and a manifest_STAGE.json with the request, counts and the sha256 of ev
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -17,7 +18,15 @@ from corpus import toy
 from corpus.shards import SHARD_TOKENS, parse_mixture, write_shard
 from corpus.sources import Source, text_documents
 from corpus.tokenizer import Tokenizer, load_tokenizer
-from runtime.files import read_jsonl, remove_if_there, sha256, write_json, write_jsonl
+from runtime.files import (
+    read_jsonl,
+    remove_if_there,
+    remove_leftovers,
+    sha256,
+    unfinished,
+    write_json,
+    write_jsonl,
+)
 
 BATCH_CHARACTERS = 1 << 22  # characters to encode at a time
 
@@ -25,9 +34,9 @@ BATCH_CHARACTERS = 1 << 22  # characters to encode at a time
 def read_manifest(path: str) -> tuple[dict | None, list[str]]:
     """Return request and files of a manifest; None and [] where it is missing or damaged."""
     try:
-        manifest = read_jsonl(path)
+        (manifest,) = read_jsonl(path)
         return manifest["request"], [os.path.basename(name) for name in manifest["sha256"]]
-    except (UserError, KeyError, TypeError):
+    except (UserError, LookupError, TypeError, ValueError):
         return None, []
 
 
@@ -37,22 +46,26 @@ def make_folder(folder: str, stage: str, request: dict, write: Callable[[str], d
     write(folder) writes the files into a new folder and returns counts for the manifest. A folder
     whose manifest names the same request is kept.
     """
+    remove_leftovers(os.path.dirname(folder))
     path = os.path.join(folder, f"manifest_{stage}.json")
     old_request, old_files = read_manifest(path)
     complete = all(os.path.isfile(os.path.join(folder, name)) for name in old_files)
     if complete and old_request == request:
         print(f"data: {folder} ({stage}) is there already")
         return
-    made = f"{folder}.{os.getpid()}.part"  # the files move over when all of them are there
-    counts = write(made)
-    digests = {name: sha256(os.path.join(made, name)) for name in sorted(os.listdir(made))}
-    os.makedirs(folder, exist_ok=True)
-    remove_if_there(path)  # it must not vouch for a folder that is half replaced
-    for name in digests:
-        os.replace(os.path.join(made, name), os.path.join(folder, name))
+    made = unfinished(folder, "part")  # the files move over when all of them are there
+    shutil.rmtree(made, ignore_errors=True)  # of a dead process that had our number
+    try:
+        counts = write(made)
+        digests = {name: sha256(os.path.join(made, name)) for name in sorted(os.listdir(made))}
+        os.makedirs(folder, exist_ok=True)
+        remove_if_there(path)  # it must not vouch for a folder that is half replaced
+        for name in digests:
+            os.replace(os.path.join(made, name), os.path.join(folder, name))
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
     for name in set(old_files) - set(digests):
         remove_if_there(os.path.join(folder, name))
-    os.rmdir(made)
     write_json(path, {"request": request, "counts": counts, "sha256": digests})
     print(f"data: {folder}: {json.dumps(counts)}")
 

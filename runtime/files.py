@@ -1,16 +1,50 @@
 """Files: written all or nothing (also after a kill, on a full disk), read whole or refused."""
 
 import contextlib
+import csv
+import errno
+import glob
 import gzip
 import hashlib
+import itertools
 import json
+import math
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, TextIO
 
 from configurator import UserError
+
+RECORDS = ("json", "jsonl", "ndjson", "parquet", "csv", "tsv")  # suffixes of files of records
+PARQUET = b"PAR1"  # the first bytes of such a file
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def unfinished(path: str, kind: str) -> str:
+    """Return a name beside path for what this process has not finished, kind "tmp" or "part"."""
+    return f"{path}.{os.getpid()}@{os.uname().nodename}.{kind}"
+
+
+def remove_leftovers(folder: str) -> None:
+    """Remove what processes of this machine left unfinished in a folder when they died."""
+    for path in glob.glob(os.path.join(glob.escape(folder), "*.*")):
+        found = re.search(r"\.(\d+)(@.+)?\.(tmp|part)$", path)
+        if found and found[2] in (None, f"@{os.uname().nodename}") and is_dead(int(found[1])):
+            shutil.rmtree(path, ignore_errors=True)
+            remove_if_there(path)
+
+
+def is_dead(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except PermissionError:  # it lives, and is another user's
+        return False
+    except (OSError, OverflowError):
+        return True
+    return False
 
 
 def write_atomic(path: str, write: Callable[[BinaryIO], Any], need: int = 0) -> None:
@@ -19,22 +53,26 @@ def write_atomic(path: str, write: Callable[[BinaryIO], Any], need: int = 0) -> 
     need: expected bytes, for the message of the UserError that a full disk raises.
     """
     folder = os.path.dirname(path) or "."
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = unfinished(path, "tmp")
     try:
         os.makedirs(folder, exist_ok=True)
+        remove_leftovers(folder)
         with open(temporary, "wb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        remove_if_there(temporary)
+    except (OSError, RuntimeError) as error:
+        what = f"could not write {path} ({type(error).__name__}: {error})"
+        kept = "The file that was there before is untouched"
+        if getattr(error, "errno", errno.ENOSPC) not in DISK_FULL:  # torch gives no number
+            raise UserError(f"{what}. {kept}: choose a place that you may write to") from None
         free = shutil.disk_usage(folder).free if os.path.isdir(folder) else 0
-        raise UserError(
-            f"could not write {path} ({type(error).__name__}: {error}); about {need / 1e6:.1f} MB "
-            f"needed, {free / 1e6:.1f} MB free. The file that was there before is untouched: free "
-            "some space, then run the same command again"
-        ) from None
+        room = f"about {need / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free"
+        advice = "free some space, then run the same command again"
+        raise UserError(f"{what}; {room}. {kept}: {advice}") from None
+    finally:
+        remove_if_there(temporary)
 
 
 def remove_if_there(path: str) -> None:
@@ -51,15 +89,30 @@ def write_jsonl(path: str, rows: Iterable) -> None:
     write_atomic(path, lambda f: f.writelines(text.encode(errors="replace") for text in texts))
 
 
+def first_bytes(path: str) -> bytes:
+    """Return the start of a file; one that is missing, empty or not readable is a UserError."""
+    if not os.path.isfile(path):
+        what = "is no file" if os.path.exists(path) else "does not exist"
+        raise UserError(f"file {path} {what}")
+    try:
+        with open(path, "rb") as f:
+            start = f.read(1024)
+    except OSError as error:
+        raise UserError(f"could not read {path}: {error.strerror}") from None
+    if not start:
+        raise UserError(f"file {path} is empty")
+    return start
+
+
 @contextlib.contextmanager
 def open_text(path: str) -> Iterator[TextIO]:
     """Open a UTF-8 text file, gzipped or not; a missing, empty or damaged one is a UserError."""
-    if not os.path.isfile(path):
-        raise UserError(f"file {path} does not exist")
-    if os.path.getsize(path) == 0:
-        raise UserError(f"file {path} is empty")
+    start = first_bytes(path)
+    is_gzip = path.endswith(".gz") or start.startswith(b"\x1f\x8b")
+    if b"\0" in start and not is_gzip:
+        raise UserError(f"{path} is not UTF-8 text: it has zero bytes, as UTF-16 and programs have")
     try:
-        opener = gzip.open if path.endswith(".gz") else open
+        opener = gzip.open if is_gzip else open
         with opener(path, "rt", encoding="utf-8-sig") as f:
             yield f
     except UnicodeDecodeError as error:
@@ -68,35 +121,102 @@ def open_text(path: str) -> Iterator[TextIO]:
         raise UserError(f"{path} is no whole gzip file ({error}): copy it again") from None
 
 
-def read_jsonl(path: str) -> list:
-    """Read the lines of a .jsonl file or the list of a .json file; errors name file:line."""
+def read_lines(path: str) -> Iterator[str]:
     with open_text(path) as f:
-        number = 0
-        try:
-            if path.removesuffix(".gz").endswith(".json"):
-                return json.load(f)
-            rows = []
-            for text in f:
-                number += 1
-                if text.strip():
-                    rows.append(json.loads(text))
-            return rows
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number or error.lineno} is no JSON: {error}") from None
+        yield from f
+
+
+def finite(text: str) -> float:
+    """Return the number of a JSON text. Raises ValueError for NaN, Infinity and 1e999."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no finite number")
+    return value
+
+
+STRICT_JSON = json.JSONDecoder(parse_constant=finite, parse_float=finite)
+
+
+def decode(text: str, path: str, number: int) -> object:
+    """Return the value of a JSON text that begins at line `number` of a file."""
+    try:
+        return STRICT_JSON.decode(text.rstrip())
+    except (ValueError, RecursionError) as error:
+        number += getattr(error, "lineno", 1) - 1
+        raise UserError(f"{path}:{number} is no JSON: {error}") from None
+
+
+def read_jsonl(path: str) -> list:
+    """Return the values of JSON lines, or the items of one JSON list; errors name file:line."""
+    values = []
+    with open_text(path) as f:
+        for number, line in enumerate(f, 1):
+            is_open = not values and line.lstrip().startswith(("[", "{\n"))
+            text = line + f.read() if is_open else line
+            if text.strip():
+                values.append(decode(text, path, number))
+    is_list = len(values) == 1 and isinstance(values[0], list)
+    return values[0] if is_list else values
+
+
+def file_kind(path: str) -> str:
+    """Return what a file's name says that it holds: its suffix in lower case, without .gz."""
+    name = os.path.basename(path).lower().removesuffix(".gz")
+    return os.path.splitext(name)[1][1:]
+
+
+def holds_records(path: str) -> bool:
+    """Say whether a file holds records and no text: by its name, else by its first line."""
+    if file_kind(path) in (*RECORDS, "txt"):
+        return file_kind(path) != "txt"
+    if first_bytes(path).startswith(PARQUET):
+        return True
+    with open_text(path) as f:
+        start = next(filter(str.strip, f), "")
+    return bool(re.match(r'\s*(\[\s*)?\{\s*("|$)|\s*\[\s*$', start))
 
 
 def read_rows(path: str) -> Iterator:
-    """Yield the records of a .parquet, .json or .jsonl file; a damaged one is a UserError."""
-    if not path.endswith(".parquet"):
+    """Yield the records of a file of parquet, CSV, TSV or JSON; a damaged one is a UserError."""
+    if file_kind(path) == "parquet" or first_bytes(path).startswith(PARQUET):
+        yield from read_parquet(path)
+    elif file_kind(path) in ("csv", "tsv"):
+        yield from read_table(path)
+    else:
         yield from read_jsonl(path)
-        return
+
+
+def read_table(path: str) -> Iterator[dict]:
+    """Yield the rows of a .csv or .tsv file, whose first line names the columns."""
+    csv.field_size_limit(2**31 - 1)  # a cell may hold a novel
+    with open_text(path) as f:
+        header = f.readline()
+        how = {"delimiter": max(",;\t", key=header.count), "strict": True}
+        if file_kind(path) == "tsv":
+            how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+        lines = csv.reader(itertools.chain([header], f), **how)
+        try:
+            keys = [key.strip() for key in next(lines)]
+            if len(set(keys)) < len(keys):
+                raise UserError(f"{path} names a column twice: {', '.join(keys)}")
+            for cells in filter(None, lines):
+                if len(cells) != len(keys):
+                    wanted = f"expected {len(keys)}: {', '.join(keys)}"
+                    raise UserError(f"{path}:{lines.line_num} has {len(cells)} cells, {wanted}")
+                yield dict(zip(keys, cells, strict=True))
+        except csv.Error as error:
+            raise UserError(f"{path}:{lines.line_num} is no table: {error}") from None
+
+
+def read_parquet(path: str) -> Iterator[dict]:
+    """Yield the rows of a .parquet file; NaN, which pandas writes for nothing, is None."""
     import pyarrow.parquet
 
-    if not os.path.isfile(path):
-        raise UserError(f"file {path} does not exist")
+    first_bytes(path)
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
+            for row in batch.to_pylist():
+                yield {key: None if value != value else value for key, value in row.items()}
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is no parquet file: {error}") from None
 

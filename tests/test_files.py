@@ -1,5 +1,6 @@
 """Files are written whole or not at all, and a bad one is named with its cause."""
 
+import builtins
 import errno
 import gzip
 import json
@@ -9,13 +10,13 @@ import signal
 
 import numpy as np
 import pytest
-from corpus_helpers import request, shard, snapshot, tokens_of
-from helpers import BYTE, fails
+from corpus_helpers import parquet, request, shard, snapshot, tokens_of
+from helpers import BYTE, fails, fork, wait
 
 from configurator import UserError
 from corpus.shards import write_shard
 from data import prepare
-from runtime.files import read_jsonl, read_log, write_atomic, write_json, write_jsonl
+from runtime.files import read_jsonl, read_log, read_rows, write_atomic, write_json, write_jsonl
 
 
 def test_a_write_replaces_the_whole_file(tmp_path):
@@ -90,6 +91,78 @@ def test_a_folder_that_cannot_be_made_is_an_error_in_words(tmp_path):
     assert snapshot(tmp_path) == {"out": b"a file"}
 
 
+@pytest.mark.parametrize(
+    "error",
+    [errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG],
+)
+def test_only_a_full_disk_is_told_to_be_full(tmp_path, monkeypatch, error):
+    """Who may not write there must not go and delete files."""
+
+    def refuse(fd):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    path = tmp_path / "x.json"
+    said = fails(lambda: write_json(str(path), 1), path, os.strerror(error), "may write")
+    assert "free" not in said and snapshot(tmp_path) == {}
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path):
+    """Ctrl-C in the middle of a file is no error of the file system, and cleans up as one."""
+    (tmp_path / "x.json").write_text("old")
+
+    def interrupt(f):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(str(tmp_path / "x.json"), interrupt)
+    assert snapshot(tmp_path) == {"x.json": b"old"}
+
+
+def dead_process() -> int:
+    """Return the number of a process that has ended."""
+    pid = fork(lambda: None)
+    wait(pid)
+    return pid
+
+
+def test_a_write_removes_what_dead_processes_left_beside_it_and_nothing_else(tmp_path):
+    """A killed report leaves a torn picture for ever, each under another name.
+
+    The file of a living process, of another machine or of a user is not ours to remove.
+    """
+    dead, here = dead_process(), os.uname().nodename
+    gone = [f"a.png.{dead}.tmp", f"b.{dead}@{here}.tmp", f"c.{10**30}.tmp", f"[d].e.{dead}.part"]
+    kept = [f"a.png.{os.getppid()}.tmp", "b.1.tmp", f"c.{dead}@other-{here}.tmp", "d.tmp"]
+    kept += [
+        f"e.{dead}.txt",
+        f"{dead}.tmp",
+        "f.x7.tmp",
+        f"g.{dead}.tmp.txt",
+        f"h.{os.getpid()}.part",
+    ]
+    for name in gone + kept:
+        (tmp_path / name).write_text("torn")
+    (tmp_path / f"folder.{dead}.part").mkdir()
+    (tmp_path / f"folder.{dead}.part" / "train_000.bin").write_text("torn")
+    write_json(str(tmp_path / "x.json"), 1)
+    assert sorted(os.listdir(tmp_path)) == sorted(["x.json", *kept])
+
+
+def test_a_write_of_a_killed_process_is_removed_by_the_next(tmp_path):
+    """kill -9 in the middle of a file, then another file in the same folder."""
+
+    def die(f):
+        f.write(b"half")
+        f.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert wait(fork(lambda: write_atomic(str(tmp_path / "a.png"), die))) == -signal.SIGKILL
+    assert list(snapshot(tmp_path).values()) == [b"half"]
+    write_json(str(tmp_path / "b.json"), 1)
+    assert os.listdir(tmp_path) == ["b.json"]
+
+
 def test_json_lines_round_trip(tmp_path):
     """Any text survives, also line separators that only some readers take for line ends."""
     rows = [{"a": "é\u2028\x85\r\n\x00\ufeff"}, {"b": [1, None, 0.5]}]
@@ -105,6 +178,72 @@ def test_a_json_list_is_read_like_json_lines_also_gzipped(tmp_path):
     (tmp_path / "x.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
     for name in ("x.json", "x.jsonl.gz", "x.json.gz"):
         assert read_jsonl(str(tmp_path / name)) == rows
+
+
+FORMS = [
+    '{"a": 1}\n{"a": 2}\n',
+    '\n\n{"a": 1}\n \n{"a": 2}\n\n',
+    '[{"a": 1}, {"a": 2}]',
+    '[\n{"a": 1},\n\n{"a": 2}\n]\n',
+    '\n [{"a":\n1}, {"a": 2}]',
+    '{"a": 1}\r\n{"a": 2}',
+    json.dumps([{"a": 1}, {"a": 2}], indent=4),
+]
+
+
+@pytest.mark.parametrize("text", FORMS)
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl", "x.ndjson", "x", "x.txt", "x.JSON"])
+def test_a_list_and_json_lines_are_told_apart_by_content(tmp_path, text, name):
+    """Both suffixes are used for both."""
+    (tmp_path / name).write_bytes(text.encode())
+    assert list(read_rows(str(tmp_path / name))) == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ('{"a": 1}\n\n{"a": NaN}\n', 3),
+        ('{"a": 1}\n{"a": [-Infinity]}\n', 2),
+        ('\n[\n{"a": 1},\n{"a": Infinity}]', 2),  # the list's own line
+        ('{"a": 1e999}\n', 1),
+        ("{'a': 1}\n", 1),
+        ('{"a": \n{"a": 2}\n{"a": 3}\n', 1),
+        ('[\n{"a": 1},\n{"a": }\n]\n', 3),
+        ("[" * 100_000, 1),
+        ('{"a": ' + "9" * 5000 + "}", 1),
+    ],
+    ids=["NaN", "nested", "in a list", "1e999", "quotes", "torn", "torn list", "depth", "digits"],
+)
+def test_what_no_strict_reader_takes_for_json_is_refused_by_its_line(tmp_path, text, line):
+    """A number that is none would become a label or a score, and the results no JSON."""
+    (tmp_path / "x.jsonl").write_text(text)
+    fails(lambda: read_jsonl(str(tmp_path / "x.jsonl")), f"x.jsonl:{line} is no JSON")
+
+
+def test_nan_in_a_parquet_file_is_nothing(tmp_path):
+    """pandas writes NaN where a table has a hole."""
+    parquet(tmp_path / "x.parquet", {"a": [0.5, float("nan")], "b": ["x", None]})
+    rows = list(read_rows(str(tmp_path / "x.parquet")))
+    assert rows == [{"a": 0.5, "b": "x"}, {"a": None, "b": None}]
+
+
+def test_a_cell_of_a_table_may_hold_a_novel(tmp_path):
+    """Python's reader of tables stops at 131,072 characters, unless it is told otherwise."""
+    novel = "It was, as ever, the best of times.\n" * 9000
+    (tmp_path / "x.csv").write_text('id,text\n1,"' + novel + '"\n')
+    assert list(read_rows(str(tmp_path / "x.csv"))) == [{"id": "1", "text": novel}]
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    """Permission denied is a message and no traceback, for every reader."""
+    path = tmp_path / "x.csv"
+    path.write_text("a\n1\n")
+
+    def refuse(*args, **keys):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(builtins, "open", refuse)
+    fails(lambda: list(read_rows(str(path))), path, "Permission denied")
 
 
 def test_a_byte_order_mark_is_no_content(tmp_path):
