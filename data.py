@@ -11,8 +11,11 @@ corpus/records.py lists under RECORDS. This is the only program that may use the
 """
 
 import base64
+import functools
+import itertools
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import tiktoken
@@ -21,9 +24,9 @@ import configurator
 from configurator import UserError, require
 from corpus.folders import ToySizes, make_folder, make_toy, write_text_shards
 from corpus.records import split_records, to_records
-from corpus.sources import PRESETS, STAGES, Source, file_kind, hub_rows, source_rows
+from corpus.sources import PRESETS, STAGES, Source, source_rows, texts_of
 from corpus.tokenizer import Tokenizer, load_tokenizer
-from runtime.files import open_text, sha256, write_atomic, write_jsonl
+from runtime.files import holds_records, sha256, write_atomic, write_jsonl
 
 
 @dataclass
@@ -51,20 +54,25 @@ def prepare(cfg: DataConfig) -> None:
     presets = [name for name, preset in PRESETS.items() if cfg.stage in (preset.stage, "all")]
     sources = {}
     for text in cfg.sources or presets:  # all are read before the first is made
-        toy = text == "toy"
-        sources[text] = None if toy else Source.parse(text, cfg.stage, cfg.local_dir)
+        source = None if text == "toy" else Source.parse(text, cfg.stage, cfg.local_dir)
+        place = (source.stage, source.name) if source else text
+        if place in sources:
+            fault = f"source {text!r}: this name was given before"
+            raise UserError(f"{fault}. Several files are one source by name=FILE;FILE")
+        sources[place] = source
+    tokenizer = functools.cache(lambda: tokenizer_for_preparation(cfg))
     for source in sources.values():
         if source:
-            prepare_source(source, cfg)
+            prepare_source(source, cfg, tokenizer)
         else:
             sizes = ToySizes(cfg.seed, cfg.toy_stories, cfg.toy_problems, cfg.toy_test)
             make_toy(sizes, cfg.data_dir)
 
 
-def prepare_source(source: Source, cfg: DataConfig) -> None:
+def prepare_source(source: Source, cfg: DataConfig, tokenizer: Callable[[], Tokenizer]) -> None:
     def write(folder: str) -> dict:
         if source.stage == "pretrain":
-            return write_text_shards(source, folder, tokenizer_for_preparation(cfg))
+            return write_text_shards(source, folder, tokenizer())
         if source.stage == "eval":
             return prepare_eval(source, folder)
         return prepare_records(source, folder)
@@ -101,12 +109,19 @@ def prepare_records(source: Source, folder: str) -> dict:
 
 def prepare_eval(source: Source, folder: str) -> dict:
     """Write text as test.txt, problems as problems_test.jsonl, other records as test.jsonl."""
-    kind = file_kind(source.files[0]) if source.files else None
-    if source.format == "wikitext" or kind == "txt":
-        text = whole_text(source).encode()
+    forms = {holds_records(path) for path in source.files}
+    if len(forms) > 1:
+        raise UserError(
+            f"source {source.name}: some files are text and some records: name two sources"
+        )
+    if source.format == "wikitext" or forms == {False}:
+        if source.cap is not None:
+            raise UserError(f"source {source.name}: a cap counts records, and this is one text")
+        parts = itertools.chain.from_iterable(texts for _, texts in texts_of(source))
+        text = "".join(parts).encode(errors="replace")
         write_atomic(os.path.join(folder, "test.txt"), lambda f: f.write(text))
         return {"bytes": len(text)}
-    rows = read_table(source.files[0]) if kind == "tsv" else source_rows(source)
+    rows = source_rows(source)
     capped = rows[: source.cap]
     if not capped:
         where = ", ".join(source.files) or "the hub"
@@ -115,23 +130,6 @@ def prepare_eval(source: Source, folder: str) -> dict:
     name = "problems_test.jsonl" if are_problems else "test.jsonl"
     write_jsonl(os.path.join(folder, name), capped)
     return {"records": len(capped)}
-
-
-def whole_text(source: Source) -> str:
-    if not source.files:
-        return "".join(row["text"] for row in hub_rows(source.name))
-    parts = []
-    for path in source.files:
-        with open_text(path) as f:
-            parts.append(f.read())
-    return "".join(parts)
-
-
-def read_table(path: str) -> list[dict]:
-    """Return the rows of a .tsv file, whose first line names the columns."""
-    with open_text(path) as f:
-        keys, *rows = (line.rstrip("\n").split("\t") for line in f)
-    return [dict(zip(keys, values, strict=False)) for values in rows]
 
 
 def tokenizer_for_preparation(cfg: DataConfig) -> Tokenizer:

@@ -1,5 +1,7 @@
 """Sources: presets of the Hugging Face hub and files of your own, read as documents or rows."""
 
+import io
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -8,7 +10,7 @@ from typing import NamedTuple
 
 from configurator import UserError
 from corpus.tokenizer import SPECIAL
-from runtime.files import open_text, read_rows
+from runtime.files import holds_records, read_lines, read_rows
 
 STAGES = ("pretrain", "sft", "dpo", "verifier", "eval")
 FORMATS = ("plain", "wikitext")  # wikitext: documents begin at headings, and eval keeps the text
@@ -71,6 +73,8 @@ class Source:
         cap, format = parse_options(text, options)
         if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
             raise UserError(f"source {text!r} has no valid name: write {GRAMMAR}")
+        if name == "toy":
+            raise UserError(f"source {text!r}: toy is the built-in world's name, choose another")
         known = PRESETS.get(name)
         if known and not files:
             stage = known.stage
@@ -79,6 +83,10 @@ class Source:
             yours = f"name=FILE with --stage=STAGE or STAGE/name=FILE, of {', '.join(STAGES)}"
             presets = ", ".join(PRESETS)
             raise UserError(f"source {text!r} is neither a preset ({presets}) nor {yours}")
+        if format and stage not in ("pretrain", "eval"):
+            raise UserError(
+                f"source {text!r}: {format!r} is a format of texts, and {stage} has none"
+            )
         format = format or (known.format if known else "plain")
         paths = [os.path.join(local_dir, file) for file in files.split(";")] if equals else []
         return cls(stage, name, cap, paths, format)
@@ -124,36 +132,66 @@ def source_rows(source: Source) -> list:
     return [row for path in source.files for row in read_rows(path)]
 
 
-def file_kind(path: str) -> str:
-    return path.removesuffix(".gz").rpartition(".")[2]
+def texts_of(source: Source) -> Iterator[tuple[bool, Iterator[str]]]:
+    """Yield of each file whether it holds records, and their texts or else the file's lines."""
+    if not source.files:
+        yield True, record_texts(hub_rows(source.name), source.name)
+    for path in source.files:
+        if holds_records(path):
+            yield True, record_texts(read_rows(path), path)
+        else:
+            yield False, read_lines(path)
 
 
 def text_documents(source: Source) -> Iterator[str]:
-    """Yield a source's documents: records' "text", or text files cut at their marks."""
-    is_wikitext = source.format == "wikitext"
-    if not source.files:
-        texts = (row["text"] for row in hub_rows(source.name))
-        yield from wikitext_articles(texts) if is_wikitext else texts
-    for path in source.files:
-        if file_kind(path) in ("json", "jsonl", "parquet"):
-            yield from record_texts(path)
+    """Yield a source's documents: records' "text", or text files, cut at their marks."""
+    for are_records, texts in texts_of(source):
+        if source.format == "wikitext":  # a record is a line or several
+            yield from wikitext_articles(itertools.chain.from_iterable(map(io.StringIO, texts)))
+        elif are_records:
+            for text in texts:
+                yield from marked_documents([text])
         else:
-            with open_text(path) as lines:
-                yield from wikitext_articles(lines) if is_wikitext else marked_documents(lines)
+            yield from marked_documents(texts)
 
 
-def record_texts(path: str) -> Iterator[str]:
-    for number, row in enumerate(read_rows(path), 1):
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise UserError(f'{path}, record {number}: expected a text under "text"')
-        yield row["text"]
+def record_texts(rows: Iterable, where: str) -> Iterator[str]:
+    """Yield the "text" of each record, and print how many have null there."""
+    n_null = 0
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or "text" not in row:
+            found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            fault = f'expected a text under "text", found {found}'
+            raise UserError(f"{where}, record {number}: {fault}")
+        text = row["text"]
+        if isinstance(text, str):
+            yield text
+        elif text is None:
+            n_null += 1
+        else:
+            fault = f'"text" holds {text!r:.80}, expected a text'
+            raise UserError(f"{where}, record {number}: {fault}")
+    if n_null:
+        print(f'{where}: {n_null} of {number} records dropped: "text" is null')
+
+
+def cut_at_marks(lines: Iterable[str]) -> Iterator[str | None]:
+    """Yield the lines of a text, and None for each <|endoftext|>, which cuts a line."""
+    for line in lines:
+        first, *others = line.split(SPECIAL[0])
+        if first.strip() or not others:
+            yield first
+        for text in others:
+            yield None
+            if text.strip():
+                yield text
 
 
 def marked_documents(lines: Iterable[str]) -> Iterator[str]:
-    """Yield the documents between lines that hold <|endoftext|> alone."""
+    """Yield the documents between the marks <|endoftext|>, as GPT-2's files have them."""
     document = []
-    for line in lines:
-        if line.strip() == SPECIAL[0]:
+    for line in cut_at_marks(lines):
+        if line is None:
             yield "".join(document)
             document = []
         else:
@@ -164,13 +202,12 @@ def marked_documents(lines: Iterable[str]) -> Iterator[str]:
 def wikitext_articles(lines: Iterable[str]) -> Iterator[str]:
     """Yield the articles of WikiText, whose headings are lines " = Title = "."""
     article = []
-    for line in lines:
-        is_mark = line.strip() == SPECIAL[0]
-        is_heading = re.fullmatch(r" = [^=](.*[^=])? = \n?", line)
-        if article and (is_mark or is_heading):
+    for line in cut_at_marks(lines):
+        is_heading = line and re.fullmatch(r" = [^=](.*[^=])? = \n?", line)
+        if article and (line is None or is_heading):
             yield "".join(article)
             article = []
-        if not is_mark:
-            complete = line.endswith("\n") or not line  # the hub gives some lines without an end
+        if line:
+            complete = line.endswith("\n")  # the hub gives some lines without an end
             article.append(line if complete else line + "\n")
     yield "".join(article)

@@ -20,6 +20,7 @@ from corpus_helpers import (
 )
 from helpers import BYTE, EOS, ROOT, fails
 
+import data
 from configurator import UserError
 from corpus import folders, toy
 from corpus.chat import render
@@ -209,8 +210,70 @@ def test_a_kill_during_preparation_leaves_no_shard_under_its_final_name(tmp_path
         lambda: Mixture("mine", str(tmp_path / "out"), "train", 16, 0, BYTE),
         "data.py --stage=pretrain --sources=mine=FILE",
     )
+    living = tmp_path / "out" / f"other.{os.getppid()}.part"
+    living.mkdir()
     prepare(request(tmp_path, "pretrain/mine=x.txt"))
     assert len(documents_of(tmp_path / "out" / "mine")) == 250
+    assert sorted(os.listdir(tmp_path / "out")) == ["mine", living.name]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo", "verifier", "eval"])
+def test_a_preparation_that_fails_leaves_no_folder(tmp_path, monkeypatch, stage):
+    """A bad record after good shards, a full disk, Ctrl-C or an error of ours may end it."""
+    row = {"text": "some text", "question": "q", "answer": "#### 1", "prompt": "p"}
+    row |= {"chosen": "a", "rejected": "b"}
+    if stage == "sft":
+        row = {"question": "q", "answer": "a"}
+    rows = [
+        {**row, key: f"{i}"} for i in range(200) for key in ("question", "prompt") if key in row
+    ]
+    jsonl(tmp_path / "good.jsonl", *rows)
+    (tmp_path / "bad.jsonl").write_text((tmp_path / "good.jsonl").read_text() + '{"text": \n')
+    monkeypatch.setattr(folders, "SHARD_TOKENS", 100)
+    monkeypatch.setattr(folders, "BATCH_CHARACTERS", 100)
+    out = tmp_path / "out"
+    with pytest.raises(UserError):
+        prepare(request(tmp_path, f"{stage}/mine=bad.jsonl"))
+    assert not out.exists() or not os.listdir(out)
+    for error in (
+        OSError(28, "No space left on device"),
+        KeyboardInterrupt(),
+        AssertionError("ours"),
+    ):
+
+        def fail(*args, error=error):
+            raise error
+
+        monkeypatch.setattr(folders, "sha256", fail)
+        with pytest.raises((UserError, type(error))):
+            prepare(request(tmp_path, f"{stage}/mine=good.jsonl"))
+        assert not os.listdir(out)
+
+
+def test_nothing_that_an_equally_numbered_process_left_gets_into_a_folder(tmp_path):
+    """In a container each start of the program may have the same number."""
+    write_source(tmp_path, "txt")
+    left = tmp_path / "out" / f"mine.{os.getpid()}@{os.uname().nodename}.part"
+    left.mkdir(parents=True)
+    (left / "train_001.bin").write_bytes(b"torn")
+    prepare(request(tmp_path, "pretrain/mine=x.txt"))
+    assert len(list((tmp_path / "out/mine").glob("*.bin"))) == 2
+
+
+def test_the_tokenizer_of_a_preparation_is_built_once(tmp_path, monkeypatch):
+    """GPT-2's takes a second, and there may be many sources; without text there is none."""
+    built = []
+
+    def build(*args, **keys):
+        built.append(args)
+        return BYTE
+
+    monkeypatch.setattr(data, "load_tokenizer", build)
+    write_source(tmp_path, "txt")
+    prepare(request(tmp_path, "eval/a=x.txt"))
+    assert not built
+    prepare(request(tmp_path, *(f"pretrain/{name}=x.txt" for name in "abc")))
+    assert len(built) == 1
 
 
 def test_processes_that_prepare_the_same_at_once_end_with_equal_files(tmp_path):

@@ -1,5 +1,7 @@
 """Sources give their documents whole, whatever form they come in."""
 
+import gzip
+import io
 import json
 import os
 import re
@@ -12,14 +14,17 @@ from corpus_helpers import (
     every_token,
     jsonl,
     parquet,
+    quick,
     real,
     request,
     tokens_of,
     write_source,
 )
 from helpers import BYTE, END, EOS, fails
+from hypothesis import given
+from hypothesis import strategies as st
 
-from corpus.sources import PRESETS, Source, wikitext_articles
+from corpus.sources import PRESETS, Source, marked_documents, wikitext_articles
 from data import prepare
 from runtime.files import open_text, read_jsonl
 
@@ -119,17 +124,70 @@ def test_marked_documents_are_separated_under_a_wikitext_name_too(tmp_path):
     assert len(documents_of(tmp_path / "out" / "wikitext-103")) == 250
 
 
-def test_spelled_special_tokens_in_text_and_blank_documents_make_no_eos(tmp_path):
-    """Only a line of its own separates documents; inside a line <|endoftext|> is text.
-
-    Documents of white space are none.
-    """
+def test_spelled_special_tokens_in_text_and_blank_documents_make_no_token(tmp_path):
+    """<|endoftext|> alone ends a document; the other names are text. White space is no document."""
     (tmp_path / "x.txt").write_text(
         "a <|endoftext|> b <|end|>\n<|endoftext|>\n \n<|endoftext|>\n\n<|endoftext|>\nlast"
     )
     prepare(request(tmp_path, "pretrain/mine=x.txt"))
     ids = every_token(tmp_path / "out" / "mine")
-    assert ids.count(EOS) == 2 and END not in ids
+    assert ids.count(EOS) == 3 and END not in ids
+
+
+@given(
+    documents=st.lists(st.text("ab \n", min_size=1).filter(str.strip), min_size=1, max_size=6),
+    breaks=st.lists(st.booleans(), min_size=6, max_size=6),
+)
+@quick
+def test_the_mark_of_gpt2_ends_a_document_wherever_it_stands(documents, breaks):
+    """The convention of GPT-2's files: no character of a document is lost but blanks at its ends.
+
+    A mark on a line of its own takes the line's end with it.
+    """
+    ends = ["<|endoftext|>" + "\n" * on_its_own for on_its_own in breaks]
+    text = "".join(doc + end for doc, end in zip(documents, ends, strict=False))
+    found = list(filter(str.strip, marked_documents(io.StringIO(text))))
+    assert [doc.strip() for doc in found] == [doc.strip() for doc in documents]
+    of_record = list(filter(str.strip, marked_documents([text])))
+    assert [doc.strip() for doc in of_record] == [doc.strip() for doc in documents]
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "parquet"])
+def test_a_mark_inside_a_line_ends_a_document_in_every_form(tmp_path, kind):
+    """Learnt as 13 characters, it would teach a model to spell the mark and never to stop."""
+    texts = ["one<|endoftext|>two", "three<|endoftext|>", "<|endoftext|><|endoftext|>four, five"]
+    columns = {"text": texts}
+    if kind == "txt":
+        (tmp_path / "x.txt").write_text("<|endoftext|>".join(texts))
+    elif kind == "csv":
+        quoted = "".join(f'"{text}"\r\n' for text in texts)
+        (tmp_path / "x.csv").write_bytes(b"\xef\xbb\xbftext\r\n" + quoted.encode())
+    elif kind == "parquet":
+        parquet(tmp_path / "x.parquet", columns)
+    else:
+        jsonl(tmp_path / "x.jsonl", *({"text": text} for text in texts))
+    prepare(request(tmp_path, f"pretrain/mine=x.{kind}"))
+    ids = every_token(tmp_path / "out" / "mine")
+    assert BYTE.decode(ids).split("<|endoftext|>") == ["one", "two", "three", "four, five", ""]
+
+
+def test_a_mark_inside_a_line_of_wikitext_ends_an_article(tmp_path):
+    """The format wikitext has both headings and marks."""
+    lines = [" = A = \n", "one<|endoftext|>two\n", " = B = \n", "three"]
+    assert list(wikitext_articles(lines)) == [" = A = \none\n", "two\n", " = B = \nthree\n"]
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["a line a record", "one record"])
+def test_wikitext_in_records_is_cut_at_headings_too(tmp_path, whole):
+    """The hub's own file of WikiText has a line in each record: a line is no document."""
+    lines = WIKI.splitlines(keepends=True)
+    parquet(tmp_path / "x.parquet", {"text": [WIKI] if whole else lines})
+    (tmp_path / "w.txt").write_text(WIKI)
+    prepare(request(tmp_path, "pretrain/a:wikitext=x.parquet", "pretrain/b:wikitext=w.txt"))
+    prepare(request(tmp_path, "eval/a:wikitext=x.parquet", "eval/b:wikitext=w.txt"))
+    out = tmp_path / "out"
+    assert every_token(out / "a") == every_token(out / "b")
+    assert (out / "a/test.txt").read_text() == (out / "b/test.txt").read_text() == WIKI
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
@@ -141,11 +199,28 @@ def test_a_cap_takes_the_first_documents(tmp_path, kind):
 
 
 def test_a_parquet_file_without_text_is_an_error(tmp_path):
-    """The wrong column, or a column with holes, in words."""
-    parquet(tmp_path / "x.parquet", {"content": ["a"]})
-    fails(lambda: prepare(request(tmp_path, "pretrain/mine=x.parquet")), "x.parquet", "text")
-    parquet(tmp_path / "y.parquet", {"text": ["a", None]})
-    fails(lambda: prepare(request(tmp_path, "pretrain/mine=y.parquet")), "y.parquet", "text")
+    """The wrong column, or one that holds no text, in words with what is there."""
+    parquet(tmp_path / "x.parquet", {"content": ["a"], "id": [1]})
+    said = fails(lambda: prepare(request(tmp_path, "pretrain/mine=x.parquet")), "x.parquet", "text")
+    assert "record 1" in said and "content, id" in said
+    parquet(tmp_path / "y.parquet", {"text": [7, 8]})
+    fails(lambda: prepare(request(tmp_path, "pretrain/mine=y.parquet")), "y.parquet", "holds 7")
+    parquet(tmp_path / "z.parquet", {"text": [None, None]})
+    fails(lambda: prepare(request(tmp_path, "pretrain/mine=z.parquet")), "mine", "no text")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_record_whose_text_is_null_is_dropped_and_counted(tmp_path, kind, capsys):
+    """One hole in a million records must neither stop the preparation nor pass in silence."""
+    texts = ["one", None, "two", None]
+    if kind == "parquet":
+        parquet(tmp_path / "x.parquet", {"text": texts})
+    else:
+        jsonl(tmp_path / "x.jsonl", *({"text": text} for text in texts))
+    prepare(request(tmp_path, f"pretrain/mine=x.{kind}"))
+    assert f"x.{kind}: 2 of 4 records dropped" in capsys.readouterr().out
+    ids = every_token(tmp_path / "out" / "mine")
+    assert BYTE.decode(ids) == "one<|endoftext|>two<|endoftext|>"
 
 
 UNKNOWN = [
@@ -159,7 +234,163 @@ UNKNOWN = [
     ("mine:many=x.txt", {}),
     (".hidden=x.txt", {}),
     ("mine:0=x.txt", {"stage": "pretrain"}),
+    ("pretrain/toy=x.txt", {}),
+    ("sft/mine:wikitext=x.txt", {}),
+    ("verifier/mine:plain=x.txt", {}),
 ]
+
+
+TWICE = [
+    ("pretrain/a=x.txt", "pretrain/a=y.txt"),
+    ("pretrain/a=x.txt", "pretrain/a:5=x.txt"),
+    ("tinystories", "pretrain/tinystories=x.txt"),
+    ("toy", "toy"),
+    ("pretrain/a=x.txt", "pretrain/a=x.txt"),
+]
+
+
+@pytest.mark.parametrize("sources", TWICE)
+def test_a_name_that_is_given_twice_is_refused_before_anything_is_made(
+    tmp_path, sources, no_network
+):
+    """The second would take the folder of the first, and half of the data would be gone."""
+    for name in ("x.txt", "y.txt"):
+        (tmp_path / name).write_text(name * 50)
+    fails(lambda: prepare(request(tmp_path, *sources)), repr(sources[1]), "before")
+    assert not (tmp_path / "out").exists()
+    prepare(request(tmp_path, "pretrain/a=x.txt", "eval/a=x.txt"))  # other files of one folder
+    assert {"test.txt", "train_000.bin"} <= set(os.listdir(tmp_path / "out" / "a"))
+
+
+TABLES = {
+    "x.csv": 'question,answer\n"what, ""he"" said\nthen?",#### 1\n\nb?,#### 2\n',
+    "x.CSV.gz": 'question;answer\r\n"what, ""he"" said\nthen?";#### 1\r\nb?;#### 2\n',
+    "x.tsv": 'question\tanswer\nwhat, "he" said\t#### 1\nb?\t#### 2\n',
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("stage", ["sft", "verifier", "eval"])
+def test_a_table_with_a_header_is_read_in_every_stage(tmp_path, name, stage):
+    """A .csv of a spreadsheet, quoted or with semicolons, is records and never plain text."""
+    content = "\ufeff" + TABLES[name] + "c?\t#### 3\n".replace("\t", TABLES[name][8])
+    raw = content.encode()
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    prepare(request(tmp_path, f"{stage}/mine={name}"))
+    files = (tmp_path / "out" / "mine").glob("*.jsonl")
+    text = json.dumps([row for path in files for row in read_jsonl(str(path))])
+    asked = 'what, "he" said' + ("" if name == "x.tsv" else "\nthen?")
+    assert json.dumps(asked) in text and text.count("?") == 3 - (name == "x.tsv")
+
+
+def test_a_table_for_pretraining_gives_its_column_text_and_no_other(tmp_path):
+    """Trained on as text, a .csv would teach commas and row numbers."""
+    (tmp_path / "x.csv").write_text('id,text\n1,"a, b"\n2,c\n')
+    (tmp_path / "y.tsv").write_text("id\ttext\n1\td\n")
+    prepare(request(tmp_path, "pretrain/mine=x.csv;y.tsv"))
+    ids = every_token(tmp_path / "out" / "mine")
+    assert BYTE.decode(ids).split("<|endoftext|>") == ["a, b", "c", "d", ""]
+    (tmp_path / "z.csv").write_text("id,story\n1,a\n")
+    fails(lambda: prepare(request(tmp_path, "pretrain/z=z.csv")), "z.csv", "id, story", '"text"')
+
+
+BAD_TABLES = [
+    ("x.csv", "text,b\n1,2\n1,2,3\n", [":3", "3 cells", "text, b"]),
+    ("x.csv", 'text,b\n1,"2\n', ["x.csv", "table"]),
+    ("x.tsv", "text\tb\n1\n", [":2", "1 cells"]),
+    ("x.csv", "text,text\n1,2\n", ["text, text", "twice"]),
+    ("x.csv", "\ntext,b\n1,2\n", ["x.csv"]),
+    ("x.csv", "Once upon a time, there was\na cat.\n", ["x.csv:2"]),
+]
+
+
+@pytest.mark.parametrize("name, content, words", BAD_TABLES)
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "eval"])
+def test_a_table_that_does_not_hold_together_is_refused_by_its_line(
+    tmp_path, name, content, words, stage
+):
+    """A cell too many means that a quote is missing: what follows would be other fields."""
+    (tmp_path / name).write_text(content)
+    fails(lambda: prepare(request(tmp_path, f"{stage}/mine={name}")), *words)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_every_table_of_an_evaluation_is_read(tmp_path, n):
+    """Of several files the first alone was read, and the test set was a part of itself."""
+    for i in range(n):
+        (tmp_path / f"{i}.tsv").write_text(f"sentence\tlabel\nfine {i}\t1\nbad {i}\t0\n")
+    files = ";".join(f"{i}.tsv" for i in range(n))
+    prepare(request(tmp_path, f"eval/mine={files}"))
+    rows = read_jsonl(str(tmp_path / "out/mine/test.jsonl"))
+    assert [row["sentence"] for row in rows] == [
+        f"{w} {i}" for i in range(n) for w in ("fine", "bad")
+    ]
+
+
+def test_text_and_records_make_no_evaluation_set_together(tmp_path):
+    """JSON as a part of the text would change its perplexity; a cap of a text means nothing."""
+    (tmp_path / "a.txt").write_text("first")
+    jsonl(tmp_path / "b.jsonl", {"dialogue": "a", "summary": "b"})
+    for files in ("a.txt;b.jsonl", "b.jsonl;a.txt"):
+        fails(lambda files=files: prepare(request(tmp_path, f"eval/w={files}")), "w", "two sources")
+    fails(lambda: prepare(request(tmp_path, "eval/w:9=a.txt")), "cap")
+
+
+CONTENT = {  # name of a file -> its content, and whether it holds records
+    "notes.md": ("# Notes\n[a link](x)\n", False),
+    "book": ("Once upon a time.\n", False),
+    "code.py": ("{}\n[1]\n", False),
+    "[1] link.rst": ("[1] a note\n{curly}\n", False),
+    "lines.data": ('\n{"text": "one"}\n{"text": "two"}\n', True),
+    "list.dump": ('[\n {"text": "one"},\n {"text": "two"}]\n', True),
+    "list": ('[{"text": "one"}, {"text": "two"}]', True),
+    "lines.json.gz": ('{"text": "one"}\n{"text": "two"}\n', True),
+    "lines.NDJSON": ('{"text": "one"}\r\n\r\n{"text": "two"}\r\n', True),
+    "list.jsonl": ('\ufeff[{"text": "one"},\n\n{"text": "two"}]\n', True),
+}
+
+
+@pytest.mark.parametrize("name", CONTENT)
+def test_the_content_decides_where_the_name_says_nothing(tmp_path, name):
+    """JSON under another suffix is never learnt as text, nor text refused for its name."""
+    content, are_records = CONTENT[name]
+    raw = content.encode()
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    prepare(request(tmp_path, f"pretrain/mine={name}"))
+    text = BYTE.decode(every_token(tmp_path / "out" / "mine"))
+    assert text == (
+        "one<|endoftext|>two<|endoftext|>" if are_records else content + "<|endoftext|>"
+    )
+
+
+def test_what_is_no_text_is_refused_whatever_its_name(tmp_path):
+    """Programs, archives and UTF-16 would be learnt as noise."""
+    (tmp_path / "x.txt").write_text("a UTF-16 text", encoding="utf-16-le")
+    (tmp_path / "y.txt").write_text("another", encoding="utf-16")
+    (tmp_path / "z.zip").write_bytes(b"PK\x03\x04\x14\x00\x00\x00text")
+    (tmp_path / "folder").mkdir()
+    for name in ("x.txt", "y.txt", "z.zip", "folder"):
+        for stage in ("pretrain", "sft", "eval"):
+            fails(lambda s=stage, n=name: prepare(request(tmp_path, f"{s}/mine={n}")), name)
+
+
+def test_a_parquet_or_gzip_file_is_known_by_its_first_bytes(tmp_path):
+    """Downloads lose their suffixes."""
+    parquet(tmp_path / "train-00000", {"text": ["one"]})
+    (tmp_path / "more.txt").write_bytes(gzip.compress(b"two"))
+    prepare(request(tmp_path, "pretrain/mine=train-00000;more.txt"))
+    ids = every_token(tmp_path / "out" / "mine")
+    assert BYTE.decode(ids) == "one<|endoftext|>two<|endoftext|>"
+
+
+def test_the_line_ends_of_windows_are_line_ends(tmp_path):
+    """A mark, a heading and a column's name may stand before a carriage return."""
+    (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbfone\r\n<|endoftext|>\r\ntwo\r\n")
+    (tmp_path / "w.txt").write_bytes(WIKI.replace("\n", "\r\n").encode())
+    prepare(request(tmp_path, "pretrain/x=x.txt", "pretrain/w:wikitext=w.txt"))
+    ids = every_token(tmp_path / "out" / "x")
+    assert BYTE.decode(ids) == "one\n<|endoftext|>two\n<|endoftext|>"
+    assert every_token(tmp_path / "out" / "w").count(EOS) == 2
 
 
 @pytest.mark.parametrize("source, keys", UNKNOWN)
