@@ -13,6 +13,7 @@ corpus/records.py lists under RECORDS. This is the only program that may use the
 import base64
 import functools
 import itertools
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -122,7 +123,7 @@ def prepare_eval(source: Source, folder: str) -> dict:
         write_atomic(os.path.join(folder, "test.txt"), lambda f: f.write(text))
         return {"bytes": len(text)}
     rows = source_rows(source)
-    capped = rows[: source.cap]
+    capped = json.loads(json.dumps(rows[: source.cap], default=str))  # parquet files have dates
     if not capped:
         where = ", ".join(source.files) or "the hub"
         raise UserError(f"source {source.name}: there is no record in {where}")

@@ -169,7 +169,7 @@ class Stream:
 
 def split_of(path: str) -> str | None:
     """Return "train" or "val": the split that the last word of its kind in a file's name says."""
-    words = re.split("[^a-z]+", os.path.basename(path).lower())
+    words = re.split(r"[\W\d_]+", os.path.basename(path).lower())
     known = [SPLITS[word] for word in words if word in SPLITS]
     return known[-1] if known else None
 

@@ -71,7 +71,8 @@ class Source:
         own_stage, _, rest = head.rpartition("/")
         name, *options = rest.split(":")
         cap, format = parse_options(text, options)
-        if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+        reserved = name.startswith(".") or name.endswith((".part", ".tmp"))
+        if not re.fullmatch(r"[\w.-]+", name) or reserved:
             raise UserError(f"source {text!r} has no valid name: write {GRAMMAR}")
         if name == "toy":
             raise UserError(f"source {text!r}: toy is the built-in world's name, choose another")

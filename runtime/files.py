@@ -32,9 +32,11 @@ def remove_leftovers(folder: str) -> None:
     """Remove what processes of this machine left unfinished in a folder when they died."""
     for path in glob.glob(os.path.join(glob.escape(folder), "*.*")):
         found = re.search(r"\.(\d+)(@.+)?\.(tmp|part)$", path)
-        if found and found[2] in (None, f"@{os.uname().nodename}") and is_dead(int(found[1])):
-            shutil.rmtree(path, ignore_errors=True)
-            remove_if_there(path)
+        if found and os.path.isdir(path) == (found[3] == "part"):  # archives have parts, too
+            is_ours = found[2] in (None, f"@{os.uname().nodename}")
+            if is_ours and is_dead(int(found[1])):
+                shutil.rmtree(path, ignore_errors=True)
+                remove_if_there(path)
 
 
 def is_dead(process: int) -> bool:
@@ -210,13 +212,17 @@ def read_table(path: str) -> Iterator[dict]:
 
 def read_parquet(path: str) -> Iterator[dict]:
     """Yield the rows of a .parquet file; NaN, which pandas writes for nothing, is None."""
+
+    def is_number(value: object) -> bool:
+        return not isinstance(value, float) or math.isfinite(value)
+
     import pyarrow.parquet
 
     first_bytes(path)
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
             for row in batch.to_pylist():
-                yield {key: None if value != value else value for key, value in row.items()}
+                yield {key: value if is_number(value) else None for key, value in row.items()}
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is no parquet file: {error}") from None
 

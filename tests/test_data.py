@@ -1,5 +1,6 @@
 """data.py prepares each stage; bad input ends in words and leaves what was there as it was."""
 
+import datetime
 import gzip
 import hashlib
 
@@ -130,6 +131,15 @@ def test_eval_data_keep_their_form(tmp_path):
         {"sentence": "bad ", "label": "0"},
     ]
     assert read_jsonl(str(out / "d/test.jsonl")) == [{"dialogue": "a", "summary": "b"}]
+
+
+def test_a_column_that_json_has_no_form_for_is_kept_as_text(tmp_path):
+    """Parquet files have dates and bytes beside the fields that an evaluation reads."""
+    columns = {"sentence": ["fine"], "label": [1], "on": [datetime.date(2026, 1, 2)], "raw": [b"a"]}
+    parquet(tmp_path / "x.parquet", columns)
+    prepare(request(tmp_path, "eval/s=x.parquet"))
+    (row,) = read_jsonl(str(tmp_path / "out/s/test.jsonl"))
+    assert row == {"sentence": "fine", "label": 1, "on": "2026-01-02", "raw": "b'a'"}
 
 
 def test_no_file_of_an_eval_source_is_left_out(tmp_path):

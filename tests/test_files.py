@@ -4,6 +4,7 @@ import builtins
 import errno
 import gzip
 import json
+import math
 import os
 import resource
 import signal
@@ -132,14 +133,14 @@ def test_a_write_removes_what_dead_processes_left_beside_it_and_nothing_else(tmp
     The file of a living process, of another machine or of a user is not ours to remove.
     """
     dead, here = dead_process(), os.uname().nodename
-    gone = [f"a.png.{dead}.tmp", f"b.{dead}@{here}.tmp", f"c.{10**30}.tmp", f"[d].e.{dead}.part"]
+    gone = [f"a.png.{dead}.tmp", f"b.{dead}@{here}.tmp", f"c.{10**30}.tmp", f"[d].e.{dead}.tmp"]
     kept = [f"a.png.{os.getppid()}.tmp", "b.1.tmp", f"c.{dead}@other-{here}.tmp", "d.tmp"]
     kept += [
         f"e.{dead}.txt",
         f"{dead}.tmp",
         "f.x7.tmp",
         f"g.{dead}.tmp.txt",
-        f"h.{os.getpid()}.part",
+        f"h.{dead}.part",
     ]
     for name in gone + kept:
         (tmp_path / name).write_text("torn")
@@ -221,10 +222,12 @@ def test_what_no_strict_reader_takes_for_json_is_refused_by_its_line(tmp_path, t
 
 
 def test_nan_in_a_parquet_file_is_nothing(tmp_path):
-    """pandas writes NaN where a table has a hole."""
-    parquet(tmp_path / "x.parquet", {"a": [0.5, float("nan")], "b": ["x", None]})
+    """pandas writes NaN where a table has a hole; no number that is none comes in."""
+    columns = {"a": [0.5, math.nan, -math.inf], "b": ["x", None, "z"]}
+    parquet(tmp_path / "x.parquet", columns)
     rows = list(read_rows(str(tmp_path / "x.parquet")))
-    assert rows == [{"a": 0.5, "b": "x"}, {"a": None, "b": None}]
+    assert [row["a"] for row in rows] == [0.5, None, None]
+    assert [row["b"] for row in rows] == ["x", None, "z"]
 
 
 def test_a_cell_of_a_table_may_hold_a_novel(tmp_path):

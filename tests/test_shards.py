@@ -95,8 +95,9 @@ NAMES = {
     "train": "train.bin train_000.bin fineweb_train_000001.bin retrieVAL_train_000.bin "
     "train000.bin val-d-isere.train.bin Train_0.bin valley_training_1.bin",
     "val": "val.bin fineweb_val_000000.bin validation.bin trains_val_000.bin restraint.valid.bin "
-    "train-delays_val_000.bin",
-    None: "retrieval_000.bin restrain.bin evaluation.bin test.bin values_0.bin .bin",
+    "train-delays_val_000.bin train_0_val.bin",
+    None: "retrieval_000.bin restrain.bin evaluation.bin test.bin values_0.bin .bin "
+    "\u00e9val.bin pretrain_0.bin",
 }
 
 

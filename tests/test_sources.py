@@ -233,6 +233,7 @@ UNKNOWN = [
     ("../up=x.txt", {}),
     ("mine:many=x.txt", {}),
     (".hidden=x.txt", {}),
+    ("pretrain/mine.7.part=x.txt", {}),
     ("mine:0=x.txt", {"stage": "pretrain"}),
     ("pretrain/toy=x.txt", {}),
     ("sft/mine:wikitext=x.txt", {}),
