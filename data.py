@@ -6,7 +6,9 @@
     python data.py --sources=pretrain/notes:wikitext=notes.txt    # cut at headings " = Title = "
     python data.py --sources=toy                                  # the built-in world, no network
 
-Each source becomes a folder data_dir/NAME (corpus/folders.py). Records may have any schema that
+Each source becomes a folder data_dir/NAME (corpus/folders.py). A file is text, in which
+<|endoftext|> ends a document, or it has records: .jsonl, .json, .csv, .tsv, .parquet, each also as
+.gz; where the name says nothing the content does. Records may have any schema that
 corpus/records.py lists under RECORDS. This is the only program that may use the network.
 """
 

@@ -70,7 +70,7 @@ def read_shard(path: str, tokenizer: Tokenizer, headerless: bool = False) -> np.
     if ours and tuple(header[3:5]) != hash_words(tokenizer.hash):
         this = f"{tokenizer.name} ({tokenizer.vocab_size} ids)"
         what = f"shard {path} was made with another tokenizer ({header[5]} ids) than {this}"
-        own = f"name data of {tokenizer.name} with --data"
+        own = f"name data of {tokenizer.name} with --data (or the key that names this folder)"
         make = f"make them with data.py --tokenizer={tokenizer.name}"
         raise UserError(f"{what}: {own}, {make}, or take the shard's own with --tokenizer")
     if ours and zlib.crc32(tokens) != int(header[7:8].view("<u4")[0]):
@@ -184,7 +184,7 @@ def shard_paths(folder: str, split: str) -> list[str]:
     """Return the shards of a split in a folder. Raises UserError where there is none."""
     hint = how_to_make("pretrain", os.path.basename(folder))
     if not os.path.isdir(folder):
-        raise UserError(f"there is no data at {folder}: {hint}, or name other data with --data")
+        raise UserError(f"there is no data at {folder}: {hint}, or name other data (--data)")
     paths = split_files(folder, split)
     if not paths:
         what = f"there is no {split} shard (a .bin file with the word {split} in its name)"

@@ -72,10 +72,9 @@ class Source:
         name, *options = rest.split(":")
         cap, format = parse_options(text, options)
         reserved = name.startswith(".") or name.endswith((".part", ".tmp"))
-        if not re.fullmatch(r"[\w.-]+", name) or reserved:
-            raise UserError(f"source {text!r} has no valid name: write {GRAMMAR}")
-        if name == "toy":
-            raise UserError(f"source {text!r}: toy is the built-in world's name, choose another")
+        if not re.fullmatch(r"[\w.-]+", name) or reserved or name == "toy":
+            fault = f"source {text!r} has no valid name (toy, .part and .tmp are taken)"
+            raise UserError(f"{fault}: write {GRAMMAR}")
         known = PRESETS.get(name)
         if known and not files:
             stage = known.stage
@@ -85,9 +84,7 @@ class Source:
             presets = ", ".join(PRESETS)
             raise UserError(f"source {text!r} is neither a preset ({presets}) nor {yours}")
         if format and stage not in ("pretrain", "eval"):
-            raise UserError(
-                f"source {text!r}: {format!r} is a format of texts, and {stage} has none"
-            )
+            raise UserError(f"source {text!r}: {format!r} is for texts, and {stage} has records")
         format = format or (known.format if known else "plain")
         paths = [os.path.join(local_dir, file) for file in files.split(";")] if equals else []
         return cls(stage, name, cap, paths, format)
@@ -157,23 +154,22 @@ def text_documents(source: Source) -> Iterator[str]:
 
 
 def record_texts(rows: Iterable, where: str) -> Iterator[str]:
-    """Yield the "text" of each record, and print how many have null there."""
-    n_null = 0
+    """Yield the "text" of each record; print how many have none, and what else they hold."""
+    n_null, fields = 0, {}
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or "text" not in row:
-            found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            fault = f'expected a text under "text", found {found}'
-            raise UserError(f"{where}, record {number}: {fault}")
-        text = row["text"]
-        if isinstance(text, str):
-            yield text
-        elif text is None:
-            n_null += 1
+        text = row.get("text", row) if isinstance(row, dict) else row
+        if isinstance(row, dict) and isinstance(text, str | None):
+            fields |= dict.fromkeys(row)
+            n_null += text is None
+            yield text or ""
         else:
-            fault = f'"text" holds {text!r:.80}, expected a text'
-            raise UserError(f"{where}, record {number}: {fault}")
+            wanted = f'expected a text under "text", found {row!r:.100}'
+            raise UserError(f"{where}, record {number}: {wanted}")
     if n_null:
         print(f'{where}: {n_null} of {number} records dropped: "text" is null')
+    fields.pop("text", None)
+    if fields:
+        print(f"{where}: ignored: {', '.join(fields)}")
 
 
 def cut_at_marks(lines: Iterable[str]) -> Iterator[str | None]:
