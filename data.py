@@ -26,7 +26,7 @@ import tiktoken
 import configurator
 from configurator import UserError, require
 from corpus.folders import ToySizes, make_folder, make_toy, write_text_shards
-from corpus.records import split_records, to_records
+from corpus.records import evaluation_set, split_records, to_records
 from corpus.sources import PRESETS, STAGES, Source, source_rows, texts_of
 from corpus.tokenizer import Tokenizer, load_tokenizer
 from runtime.files import holds_records, sha256, write_atomic, write_jsonl
@@ -102,7 +102,7 @@ def request_of(source: Source, cfg: DataConfig) -> dict:
 
 def prepare_records(source: Source, folder: str) -> dict:
     """Write the JSON lines of a source of records, cut into splits; return counts."""
-    records = to_records(source_rows(source)[: source.cap], source.stage, source.name)
+    records = to_records(source_rows(source)[: source.cap], source.stage, described(source))
     splits = split_records(records, source.stage, source.name)
     kind = "problems" if source.stage == "verifier" else source.stage
     for split, part in splits.items():
@@ -124,15 +124,15 @@ def prepare_eval(source: Source, folder: str) -> dict:
         text = "".join(parts).encode(errors="replace")
         write_atomic(os.path.join(folder, "test.txt"), lambda f: f.write(text))
         return {"bytes": len(text)}
-    rows = source_rows(source)
-    capped = json.loads(json.dumps(rows[: source.cap], default=str))  # parquet files have dates
-    if not capped:
-        where = ", ".join(source.files) or "the hub"
-        raise UserError(f"source {source.name}: there is no record in {where}")
-    are_problems = all(isinstance(row, dict) and {"question", "answer"} <= set(row) for row in rows)
-    name = "problems_test.jsonl" if are_problems else "test.jsonl"
-    write_jsonl(os.path.join(folder, name), capped)
-    return {"records": len(capped)}
+    rows = json.loads(json.dumps(source_rows(source)[: source.cap], default=str))  # also of dates
+    name, records = evaluation_set(rows, described(source))
+    write_jsonl(os.path.join(folder, name), records)
+    return {"records": len(records)}
+
+
+def described(source: Source) -> str:
+    files = "; ".join(map(os.path.basename, source.files)) or "from the hub"
+    return f"{source.name} ({files})"
 
 
 def tokenizer_for_preparation(cfg: DataConfig) -> Tokenizer:

@@ -25,12 +25,15 @@ def check_template(checkpoint: dict, ref: str) -> None:
 
 
 def render(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Return ids and which are supervised: the assistant's words and the <|end|> after them."""
+    """Return ids and which are supervised: the assistant's words and the <|end|> after them.
+
+    An answer with "train": false is context alone.
+    """
     check_turns(messages)
     ids, supervised = [], []
     for message in messages:
         text = tokenizer.encode(message["content"])
-        is_answer = message["role"] == "assistant"
+        is_answer = message["role"] == "assistant" and message.get("train", True)
         ids += [getattr(tokenizer, message["role"]), *text, tokenizer.end]
         supervised += [False, *[is_answer] * len(text), is_answer]
     return ids, supervised

@@ -8,131 +8,125 @@ verifier, problems of an evaluation     {"question": text, "answer": text ending
 import hashlib
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable
 
 from configurator import UserError
-from corpus import toy
+from corpus import schemas
 from corpus.chat import user_turn
+from corpus.schemas import Unusable, describe
 from corpus.shards import parse_mixture
+from corpus.sources import STAGES
 from runtime.files import read_jsonl
 
-
-def hh_turns(dialogue: str) -> list[dict]:
-    """Return the messages of Anthropic's "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
-    _, *parts = re.split(r"\n\n(Human|Assistant):", dialogue)
-    roles = {"Human": "user", "Assistant": "assistant"}
-    turns = zip(parts[::2], parts[1::2], strict=True)
-    return [{"role": roles[who], "content": text.strip()} for who, text in turns]
-
-
-def with_input(row: dict) -> str:
-    """Return Alpaca's instruction, with its input after it where there is one."""
-    return f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
-
-
-def sft_record(row: dict) -> dict:
-    if "messages" in row:
-        return {"messages": row["messages"]}
-    if "question" in row:
-        return toy.chat(row["question"], row["answer"])
-    if "chosen" in row and "output" not in row:  # preference data as demonstrations
-        return {"messages": hh_turns(row["chosen"])}
-    return toy.chat(with_input(row), row["output"])
-
-
-def dpo_record(row: dict) -> dict | None:
-    """Return the pair of a row, or None where its two answers have different prompts."""
-    if "conversations" in row:  # LLaMA-Factory
-        role = {"human": "user", "gpt": "assistant", "system": "system"}
-        turns = row["conversations"]
-        prompt = [{"role": role[turn["from"]], "content": turn["value"]} for turn in turns]
-        return pair(prompt, row["chosen"]["value"], row["rejected"]["value"])
-    if "prompt" in row:
-        prompt = row["prompt"] if isinstance(row["prompt"], list) else user_turn(row["prompt"])
-        return pair(prompt, row["chosen"], row["rejected"])
-    if "instruction" in row:
-        return pair(user_turn(with_input(row)), row["chosen"], row["rejected"])
-    chosen, rejected = hh_turns(row["chosen"]), hh_turns(row["rejected"])
-    if chosen[:-1] != rejected[:-1] or chosen[-1]["role"] != rejected[-1]["role"]:
-        return None
-    if chosen[-1]["role"] == "user":
-        return pair(chosen, "", "")  # the dialogue has no answer, and is dropped for that
-    return pair(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
-
-
-def pair(prompt: list[dict], chosen: str, rejected: str) -> dict:
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-def problem_record(row: dict) -> dict:
-    return {"question": row["question"], "answer": row["answer"]}
-
-
-RECORDS = {  # stage -> (function, the schemas that it reads, in words)
-    "sft": (sft_record, "messages | instruction[, input], output | question, answer | chosen"),
-    "dpo": (dpo_record, "[prompt | conversations | instruction[, input],] chosen, rejected"),
-    "verifier": (problem_record, "question, answer"),
+RECORDS = {  # stage, or kind of a test set -> (function, the schemas that it reads, in words)
+    "sft": (
+        schemas.sft_record,
+        "messages or conversations | instruction[, input], output | question, answer"
+        " | prompt, completion | [prompt,] chosen",
+    ),
+    "dpo": (
+        schemas.dpo_record,
+        "[prompt | question | instruction[, input] | conversations,] chosen, rejected",
+    ),
+    "verifier": (schemas.problem_record, "question, answer"),
+    "problems": (schemas.whole_problem, "question, answer"),
+    "sentences": (schemas.labelled_sentence, "sentence, label"),
+    "dialogues": (schemas.summarized_dialogue, "dialogue, summary"),
+    "published": (schemas.judged_solutions, "question, NAME: {solution, is_correct}"),
+}
+TEST_SETS = {  # kind -> (fields by which it is known, file), in the order in which they are tried
+    "problems": ({"question", "answer"}, "problems_test.jsonl"),
+    "sentences": ({"sentence"}, "test.jsonl"),
+    "dialogues": ({"dialogue"}, "test.jsonl"),
+    "dpo": ({"chosen", "rejected"}, "dpo_test.jsonl"),
+    "published": ({"question"}, "test.jsonl"),
 }
 
 
-def reason_to_drop(record: dict | None) -> str:
-    """Say why a record cannot be trained on, or "". Raises AttributeError where a text is none."""
-    if record is None:
-        return "answers to different prompts"
-    if "question" in record:
-        complete = record["question"].strip() and record["answer"].strip()
-        return "" if complete else "empty question or empty response"
+def check_conversation(record: dict) -> None:
+    """Raise Unusable where a conversation or a pair cannot be trained on."""
     is_pair = "chosen" in record
     messages = record["prompt"] if is_pair else record["messages"]
     roles = [message["role"] for message in messages]
-    texts = [message["content"].strip() for message in messages]
+    answers = [turn["content"] for turn in messages if turn["role"] == "assistant"]
+    questions = [turn["content"] for turn in messages if turn["role"] != "assistant"]
     if is_pair:
         roles.append("assistant")
-        texts += [record["chosen"].strip(), record["rejected"].strip()]
-    answers = texts[-2:] if is_pair else texts[-1:]
-    if not answers or not all(answers):
-        return "empty response"
+        answers += [record["chosen"], record["rejected"]]
     turns = roles[1:] if roles[:1] == ["system"] else roles
+    if not answers or not all(map(str.strip, answers)):
+        raise Unusable("empty response")
     if turns[:1] != ["user"]:
-        return "does not begin with the user"
+        raise Unusable("does not begin with the user")
     if turns != ["user", "assistant"] * (len(turns) // 2):
-        return "turns not user, assistant, user, ..., assistant"
-    equal = is_pair and record["chosen"] == record["rejected"]
-    return "chosen equals rejected" if equal else ""
+        raise Unusable("turns not user, assistant, user, ..., assistant")
+    if not all(map(str.strip, questions)):
+        raise Unusable("empty question")
+    if is_pair and record["chosen"] == record["rejected"]:
+        raise Unusable("chosen equals rejected")
+    schemas.refuse_marks(questions + answers)
 
 
-def to_records(rows: Iterable, stage: str, where: str) -> list[dict]:
-    """Return the records of a stage, each once; print how many were dropped and why."""
-    kept, dropped = {}, Counter()
+def to_records(rows: Iterable, kind: str, where: str) -> list[dict]:
+    """Return the records of a stage, each once, or of a test set; print what is left out, and why.
+
+    kind: a key of RECORDS.
+    """
+    kept, dropped, ignored = {}, Counter(), {}
     for number, row in enumerate(rows, 1):
-        record, reason = to_record(row, stage, f"{where}, record {number}")
-        key = json.dumps(record)
-        if reason or key in kept:
-            dropped[reason or "duplicate"] += 1
-        else:
-            kept[key] = record
+        try:
+            record, rest = to_record(row, kind, f"{where}, record {number}")
+        except Unusable as reason:
+            dropped[str(reason)] += 1
+            continue
+        ignored |= rest
+        key = json.dumps(record) if kind in STAGES else number
+        if key in kept:
+            dropped["duplicate"] += 1
+        kept[key] = record
+    total = len(kept) + dropped.total()
+    reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
+    if ignored:
+        print(f"{where}: ignored: {', '.join(ignored)}")
     if dropped:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
-        total = dropped.total()
-        print(f"{where}: {total} of {len(kept) + total} records dropped: {reasons}")
+        print(f"{where}: {dropped.total()} of {total} records dropped: {reasons}")
     if not kept:
-        found = f"no usable {stage} record of {dropped.total()}"
-        raise UserError(f"{where}: {found}, expected {RECORDS[stage][1]}")
+        found = f"no usable {kind} record of {total} ({reasons or 'it is empty'})"
+        raise UserError(f"{where}: {found}, expected {RECORDS[kind][1]}")
     return list(kept.values())
 
 
-def to_record(row: object, stage: str, where: str) -> tuple[dict | None, str]:
-    """Return the record of a row, and the reason to drop it or ""."""
-    function, schemas = RECORDS[stage]
+def to_record(row: object, kind: str, where: str) -> tuple[dict, dict]:
+    """Return the record of a row, and the fields that were not read."""
+    read, expected = RECORDS[kind]
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is not a record for {kind}: it is {describe(row)}")
+    rest = dict(row)
     try:
-        record = function(row)
-        return record, reason_to_drop(record)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        fault = f"{where} is not a record for {stage} ({type(error).__name__}: {error})"
-        raise UserError(f"{fault}: it has {found}, expected {schemas}") from None
+        record = read(rest)
+    except UserError as error:
+        has = f"It has {', '.join(row) or 'nothing'}; expected {expected}"
+        raise UserError(f"{where} is not a record for {kind}: {error}. {has}") from None
+    if kind in ("sft", "dpo"):
+        check_conversation(record)
+    return record, schemas.unread(rest)
+
+
+def evaluation_set(rows: list, where: str) -> tuple[str, list[dict]]:
+    """Return the name of a test set's file, and its records, all of the first one's kind."""
+    if not rows:
+        raise UserError(f"{where} holds no record")
+    first = rows[0] if isinstance(rows[0], dict) else {}
+    for kind, (fields, file) in TEST_SETS.items():
+        if fields <= set(first):
+            records = to_records(rows, kind, where)
+            sources = {tuple(schemas.sources_of(record)) for record in records}
+            if kind == "published" and len(sources) > 1:
+                raise UserError(f"{where}: not all problems have solutions of the same sources")
+            return file, records
+    known = " | ".join(RECORDS[kind][1] for kind in TEST_SETS)
+    raise UserError(f"{where}, record 1 has {', '.join(first) or 'no field'}; expected {known}")
 
 
 def prompt_of(record: dict) -> str:
@@ -185,9 +179,10 @@ def load_records(spec: str, data_dir: str, kind: str, split: str) -> list[dict]:
         if not existing:
             hint = f"make them with data.py --sources={name}"
             raise UserError(f"there are no {kind} records at {paths[0]}: {hint}")
-        rows += read_jsonl(existing[0])
-    if kind == "sft":
-        rows = list(map(sft_record, rows))
+        found = read_jsonl(existing[0])
+        if kind == "sft" and not all("messages" in row for row in found):
+            found = to_records(found, "sft", existing[0])
+        rows += found
     if split in ("train", "verifier"):
         refuse_evaluation_problems(rows, spec, data_dir)
     return rows
@@ -200,8 +195,9 @@ def refuse_evaluation_problems(rows: list[dict], spec: str, data_dir: str) -> No
         for file in ("problems_test.jsonl", "test.jsonl"):
             path = os.path.join(data_dir, name, file)
             if os.path.isfile(path):
-                questions = [row["question"] for row in read_jsonl(path) if "question" in row]
-                held_out |= {plain(question): name for question in questions}
+                found = [row.get("question") for row in read_jsonl(path) if isinstance(row, dict)]
+                texts = [question for question in found if isinstance(question, str)]
+                held_out |= {plain(text): name for text in texts}
     leaked = [question for question in map(question_of, rows) if plain(question) in held_out]
     if leaked:
         folder = os.path.join(data_dir, held_out[plain(leaked[0])])
@@ -235,4 +231,5 @@ def solution_pairs(row: dict) -> list[dict]:
             same_kind = right if solution["correct"] else wrong
             same_kind[solution["text"]] = True
     both = zip(right, wrong, strict=False)
-    return [pair(user_turn(row["question"]), chosen, rejected) for chosen, rejected in both]
+    asked = user_turn(row["question"])
+    return [{"prompt": asked, "chosen": good, "rejected": bad} for good, bad in both]

@@ -43,6 +43,22 @@ def test_several_turns_after_a_system_message_as_literal_ids():
     assert [int(s) for s in supervised] == [0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1]
 
 
+@given(st.lists(st.booleans(), min_size=1, max_size=4))
+@quick
+def test_an_answer_that_is_not_to_be_trained_on_is_context_alone(trained):
+    """The ids are the same; of the masked answer neither words nor <|end|> are supervised."""
+    turns = chat(*(text for i in range(len(trained)) for text in (f"q{i}", f"a{i}")))
+    masked = [dict(turn) for turn in turns]
+    for turn, is_trained in zip(masked[1::2], trained, strict=True):
+        if not is_trained:
+            turn["train"] = False
+    ids, supervised = render(masked, BYTE)
+    assert ids == render(turns, BYTE)[0]
+    taught = [i for i, flag in zip(ids, supervised, strict=True) if flag]
+    expected = [[*f"a{i}".encode(), END] for i, flag in enumerate(trained) if flag]
+    assert taught == [i for part in expected for i in part]
+
+
 @given(
     st.lists(st.text(max_size=9), min_size=2, max_size=6).filter(lambda texts: len(texts) % 2 == 0)
 )
