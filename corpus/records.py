@@ -16,7 +16,7 @@ from corpus import schemas
 from corpus.chat import user_turn
 from corpus.schemas import Unusable, describe
 from corpus.shards import parse_mixture
-from corpus.sources import STAGES
+from corpus.sources import PRESETS, STAGES
 from runtime.files import read_jsonl
 
 RECORDS = {  # stage, or kind of a test set -> (function, the schemas that it reads, in words)
@@ -165,11 +165,11 @@ def take_a_prompt(part: list[dict], largest: list[dict]) -> None:
         largest[:] = rest
 
 
-def load_records(spec: str, data_dir: str, kind: str, split: str) -> list[dict]:
+def load_records(spec: str, data_dir: str, kind: str, split: str, key: str = "data") -> list[dict]:
     """Return the records of kind sft, dpo or problems from the folders that spec names.
 
     SFT takes the problems of a folder that has no chats. Raises UserError where a record to train
-    on is one of an evaluation set.
+    on is one of an evaluation set. key: of the configuration, whose value spec is.
     """
     kinds = ["sft", "problems"] if kind == "sft" else [kind]
     rows = []
@@ -177,8 +177,8 @@ def load_records(spec: str, data_dir: str, kind: str, split: str) -> list[dict]:
         paths = [os.path.join(data_dir, name, f"{first}_{split}.jsonl") for first in kinds]
         existing = list(filter(os.path.isfile, paths))
         if not existing:
-            hint = f"make them with data.py --sources={name}"
-            raise UserError(f"there are no {kind} records at {paths[0]}: {hint}")
+            what = f"--{key}={spec}: there are no {kind} records at {paths[0]}"
+            raise UserError(f"{what}: make them with {how_to_make(name, kind, split)}")
         found = read_jsonl(existing[0])
         if kind == "sft" and not all("messages" in row for row in found):
             found = to_records(found, "sft", existing[0])
@@ -186,6 +186,15 @@ def load_records(spec: str, data_dir: str, kind: str, split: str) -> list[dict]:
     if split in ("train", "verifier"):
         refuse_evaluation_problems(rows, spec, data_dir)
     return rows
+
+
+def how_to_make(name: str, kind: str, split: str) -> str:
+    """Return the command that makes records of a kind in the folder of a name."""
+    stage = "verifier" if kind == "problems" else kind
+    stage = "eval" if split == "test" else stage
+    if name == "toy" or (name in PRESETS and PRESETS[name].stage == stage):
+        return f"data.py --sources={name}"
+    return f"data.py --stage={stage} --sources={name}=FILE"
 
 
 def refuse_evaluation_problems(rows: list[dict], spec: str, data_dir: str) -> None:

@@ -88,7 +88,7 @@ def chats(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     """Measure the loss of the last answers of held-out conversations, and the model's own."""
     model, tokenizer = subject.model(stage), subject.tokenizer
     prompts, windows = [], []
-    for record in load_records(cfg.chats, cfg.data_dir, "sft", "val"):
+    for record in load_records(cfg.chats, cfg.data_dir, "sft", "val", "chats"):
         *before, last = record["messages"]
         prompt = render_prompt(before, tokenizer)
         answer = [*tokenizer.encode(last["content"]), tokenizer.end]

@@ -19,7 +19,7 @@ def preference(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     """Measure how often the chosen answer of a pair has the higher log-prob, or reward."""
     has_test = os.path.exists(os.path.join(cfg.data_dir, cfg.pairs, "dpo_test.jsonl"))
     split = "test" if has_test else "val"
-    records = load_records(cfg.pairs, cfg.data_dir, "dpo", split)
+    records = load_records(cfg.pairs, cfg.data_dir, "dpo", split, "pairs")
     pairs = [encode_pair(record, subject.tokenizer) for record in records]
     what = f"eval: pairs of {cfg.pairs}"
     pairs = drop_too_long(pairs, lambda pair: pair.longest, subject.seq_len, what, subject.log_once)
@@ -46,7 +46,7 @@ def tuned_on_toy(subject: Subject, cfg: EvalConfig) -> list[str]:
 def tales(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     """Check what the toy world's pairs teach, on four tales of each held-out cast."""
     tokenizer = subject.tokenizer
-    records = load_records(cfg.pairs, cfg.data_dir, "dpo", "test")
+    records = load_records(cfg.pairs, cfg.data_dir, "dpo", "test", "pairs")
     requests = sorted({record["prompt"][0]["content"] for record in records})
     requests = [request for request in requests for _ in range(4)]
     prompts = [render_prompt(user_turn(request), tokenizer) for request in requests]

@@ -35,7 +35,8 @@ def solutions(subject: Subject, stage: str, cfg: EvalConfig, greedy: bool) -> li
     weights = subject.checkpoints[stage]["weights_hash"]
     path = f"{cfg.out_dir}/generations/{stage}_{weights}_{digest(settings)[:8]}.jsonl"
     if not os.path.exists(path):
-        problems = load_records(cfg.problems, cfg.data_dir, "problems", "test")[: cfg.n_problems]
+        problems = load_records(cfg.problems, cfg.data_dir, "problems", "test", "problems")
+        problems = problems[: cfg.n_problems]
         attempts = Attempts(n, temperature, cfg.max_new_tokens, cfg.calculator, seed)
         log = partial(print, f"eval {stage}:", flush=True)
         rows = solve(subject.model(stage), subject.tokenizer, problems, attempts, log)

@@ -102,7 +102,7 @@ def test_the_chats_of_a_folder_with_problems_alone_are_its_problems(tmp_path):
         lambda: load_records("mine", str(tmp_path / "out"), "dpo", "train"),
         "mine",
         "dpo",
-        "data.py --sources=mine",
+        "data.py --stage=dpo --sources=mine=FILE",
     )
 
 

@@ -865,6 +865,27 @@ def test_an_evaluation_set_whose_questions_are_no_texts_is_passed_over(tmp_path)
     fails(lambda: refuse_evaluation_problems(problems("2+2?"), "mine", str(tmp_path)), "1 of 1")
 
 
+@pytest.mark.parametrize(
+    "spec, kind, split, key, command",
+    [
+        ("toy", "dpo", "train", "data", "data.py --sources=toy"),
+        ("alpaca", "sft", "train", "data", "data.py --sources=alpaca"),
+        ("alpaca", "dpo", "train", "data", "data.py --stage=dpo --sources=alpaca=FILE"),
+        ("gsm8k", "problems", "train", "data", "data.py --sources=gsm8k"),
+        ("mine", "sft", "val", "chats", "data.py --stage=sft --sources=mine=FILE"),
+        ("mine", "problems", "verifier", "data", "data.py --stage=verifier --sources=mine=FILE"),
+        ("mine", "problems", "test", "problems", "data.py --stage=eval --sources=mine=FILE"),
+        ("mine", "dpo", "val", "pairs", "data.py --stage=dpo --sources=mine=FILE"),
+    ],
+)
+def test_missing_records_name_the_setting_and_a_command_that_makes_them(
+    tmp_path, spec, kind, split, key, command
+):
+    """--sources=NAME alone makes presets and the toy world; own data need a stage and a file."""
+    said = fails(lambda: load_records(spec, str(tmp_path), kind, split, key), f"--{key}={spec}: ")
+    assert said.endswith(command)
+
+
 @pytest.mark.parametrize("file", ["problems_test.jsonl", "test.jsonl"])
 def test_records_that_ask_a_question_of_an_evaluation_set_are_refused(tmp_path, file):
     """In another case and spacing too, and in each kind of record."""
