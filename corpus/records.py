@@ -30,7 +30,7 @@ RECORDS = {  # stage, or kind of a test set -> (function, the schemas that it re
         "[prompt | question | instruction[, input] | conversations,] chosen, rejected",
     ),
     "verifier": (schemas.problem_record, "question, answer"),
-    "problems": (schemas.whole_problem, "question, answer"),
+    "problems": (schemas.problem_record, "question, answer"),
     "sentences": (schemas.labelled_sentence, "sentence, label"),
     "dialogues": (schemas.summarized_dialogue, "dialogue, summary"),
     "published": (schemas.judged_solutions, "question, NAME: {solution, is_correct}"),
@@ -69,9 +69,9 @@ def check_conversation(record: dict) -> None:
 
 
 def to_records(rows: Iterable, kind: str, where: str) -> list[dict]:
-    """Return the records of a stage, each once, or of a test set; print what is left out, and why.
+    """Return the records of a stage, each once; print what is left out, and why.
 
-    kind: a key of RECORDS.
+    kind: a key of RECORDS. A test set keeps its doubles, and fields that are not read.
     """
     kept, dropped, ignored = {}, Counter(), {}
     for number, row in enumerate(rows, 1):
@@ -81,7 +81,10 @@ def to_records(rows: Iterable, kind: str, where: str) -> list[dict]:
             dropped[str(reason)] += 1
             continue
         ignored |= rest
-        key = json.dumps(record) if kind in STAGES else number
+        if kind in STAGES:
+            key = json.dumps(record)
+        else:
+            key, record = number, row | record
         if key in kept:
             dropped["duplicate"] += 1
         kept[key] = record

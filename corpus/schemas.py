@@ -73,10 +73,12 @@ def text_of(value: object, name: str) -> str:
     parts = value if isinstance(value, list) else [value]
     if not all(isinstance(part, dict) and "type" in part for part in parts):
         raise UserError(f"{name} is {describe(value)}, expected a text")
-    others = {str(part["type"]) for part in parts} - {"text", "input_text", "output_text"}
-    if others:
-        raise Unusable(f"{name} with a part that is {' and '.join(sorted(others))}")
-    return "".join(text_of(part.get("text"), f"{name}.text") for part in parts)
+    for part in parts:
+        if part["type"] not in ("text", "input_text", "output_text"):
+            raise Unusable(f"{name} with a part that is {part['type']}")
+        if not isinstance(part.get("text"), str):
+            raise UserError(f"{name} holds {describe(part)}, expected a text")
+    return "".join(part["text"] for part in parts)
 
 
 def from_json(value: object) -> object:
@@ -215,7 +217,7 @@ def answered(asked: str, prompt: list[dict], name: str, value: object, row: dict
 def refuse_marked_rows(row: dict) -> None:
     """Raise where a row as a whole is not to be trained on, or may be a bad example."""
     for name in ("label", "kto_tag"):
-        if isinstance(row.get(name), bool):
+        if str(row.get(name)).lower() in ("true", "false"):
             what = f"{name} is {row[name]}: answers marked as good or bad (KTO) are not read"
             raise UserError(f"{what}; keep the good ones, without {name}")
     if any(row.get(name) == 0 for name in WEIGHTS):
@@ -263,42 +265,33 @@ def problem_record(row: dict) -> dict:
     return texts
 
 
-def whole_problem(row: dict) -> dict:
-    """Return a problem with all of its fields: a test set keeps its form."""
-    return dict(row) | problem_record(row)
-
-
 def labelled_sentence(row: dict) -> dict:
-    """Return a sentence of SST-2, whose label must be known."""
-    whole = dict(row)
+    """Return the sentence of a row of SST-2, whose label must be known."""
     sentence, label = required(row, "sentence", "label")
     if label not in (0, 1) and str(label).strip() not in ("0", "1"):
         raise UserError(f"label is {describe(label)}, expected 0 (negative) or 1 (positive)")
-    whole["sentence"] = text_of(sentence, "sentence")
-    if not whole["sentence"].strip():
+    text = text_of(sentence, "sentence")
+    if not text.strip():
         raise Unusable("empty sentence")
-    return whole
+    return {"sentence": text}
 
 
 def summarized_dialogue(row: dict) -> dict:
-    """Return a dialogue with those of its summaries that say something."""
-    whole = dict(row)
+    """Return a dialogue and its summaries; those that say nothing are empty."""
     names = ["dialogue", *(name for name in SUMMARIES if name in row)]
-    for name, value in zip(names, required(row, *names), strict=True):
-        whole[name] = text_of(value, name)
-        if not whole[name].strip():
-            del whole[name]
-    if "dialogue" not in whole or whole.keys().isdisjoint(SUMMARIES):
+    values = zip(names, required(row, *names), strict=True)
+    texts = {name: text_of(value, name) for name, value in values}
+    filled = {name: text for name, text in texts.items() if text.strip()}
+    if "dialogue" not in filled or len(filled) == 1:
         raise Unusable("empty dialogue or no summary")
-    return whole
+    return dict.fromkeys(texts, "") | filled
 
 
 def judged_solutions(row: dict) -> dict:
-    """Return a problem with published solutions, each with "is_correct"."""
-    whole = dict(row)
-    whole["question"] = text_of(required(row, "question")[0], "question")
-    sources = sources_of(row)
-    if not sources or not whole["question"].strip():
+    """Return the question of a row of published solutions, each of which has a verdict."""
+    (question,) = required(row, "question")
+    text, sources = text_of(question, "question"), sources_of(row)
+    if not sources or not text.strip():
         raise Unusable("empty question or no solutions")
     for name in sources:
         fields = row.pop(name)
@@ -306,7 +299,7 @@ def judged_solutions(row: dict) -> dict:
         if not is_text or fields.get("is_correct") not in (0, 1):
             expected = "solution: a text, is_correct: true or false"
             raise UserError(f"{name} is {describe(fields)}, expected {expected}")
-    return whole
+    return {"question": text}
 
 
 def sources_of(row: dict) -> list[str]:

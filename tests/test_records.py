@@ -704,7 +704,7 @@ def test_what_is_empty_in_a_test_set_is_dropped_aloud(capsys):
     rows = [
         {"dialogue": "d", "summary1": text, "summary2": "", "n": 0} for text in ("s", " ", None)
     ]
-    assert evaluation_set(rows, "x")[1] == [{"dialogue": "d", "summary1": "s", "n": 0}]
+    assert evaluation_set(rows, "x")[1] == rows[:1]
     assert "2 of 3 records dropped: 2 empty dialogue or no summary" in capsys.readouterr().out
     rows = [{"sentence": text, "label": True} for text in ("s", None, "\n")]
     assert evaluation_set(rows, "x")[1] == rows[:1]
