@@ -16,7 +16,7 @@ from corpus import schemas
 from corpus.chat import user_turn
 from corpus.schemas import Unusable, describe
 from corpus.shards import parse_mixture
-from corpus.sources import PRESETS, STAGES
+from corpus.sources import STAGES, how_to_make
 from runtime.files import read_jsonl
 
 RECORDS = {  # stage, or kind of a test set -> (function, the schemas that it reads, in words)
@@ -181,7 +181,9 @@ def load_records(spec: str, data_dir: str, kind: str, split: str, key: str = "da
         existing = list(filter(os.path.isfile, paths))
         if not existing:
             what = f"--{key}={spec}: there are no {kind} records at {paths[0]}"
-            raise UserError(f"{what}: make them with {how_to_make(name, kind, split)}")
+            stage = "verifier" if kind == "problems" else kind
+            hint = how_to_make("eval" if split == "test" else stage, name)
+            raise UserError(f"{what}: {hint}")
         found = read_jsonl(existing[0])
         if kind == "sft" and not all("messages" in row for row in found):
             found = to_records(found, "sft", existing[0])
@@ -189,15 +191,6 @@ def load_records(spec: str, data_dir: str, kind: str, split: str, key: str = "da
     if split in ("train", "verifier"):
         refuse_evaluation_problems(rows, spec, data_dir)
     return rows
-
-
-def how_to_make(name: str, kind: str, split: str) -> str:
-    """Return the command that makes records of a kind in the folder of a name."""
-    stage = "verifier" if kind == "problems" else kind
-    stage = "eval" if split == "test" else stage
-    if name == "toy" or (name in PRESETS and PRESETS[name].stage == stage):
-        return f"data.py --sources={name}"
-    return f"data.py --stage={stage} --sources={name}=FILE"
 
 
 def refuse_evaluation_problems(rows: list[dict], spec: str, data_dir: str) -> None:

@@ -106,7 +106,7 @@ def parse_options(text: str, options: list[str]) -> tuple[int | None, str | None
 
 def how_to_make(stage: str, name: str) -> str:
     """Return the command that makes a data folder, as advice."""
-    is_known = name in PRESETS or name == "toy"
+    is_known = name == "toy" or (name in PRESETS and PRESETS[name].stage == stage)
     source = name if is_known else f"{name}=FILE"
     return f"make it with data.py {'' if is_known else f'--stage={stage} '}--sources={source}"
 
