@@ -20,6 +20,7 @@ from configurator import UserError, load, require, run
 from corpus import chat, folders, records, shards
 from corpus.tokenizer import Tokenizer, load_tokenizer
 from inference import answers, scoring
+from inference.scoring import sequence_logprobs
 from inference.solutions import Attempts, solve
 from model import GPT
 from runtime.checkpoint import checkpoint_files, load_checkpoint, model_from, weights_hash
@@ -64,14 +65,21 @@ class DPOConfig:
     on_policy: bool = False  # pairs of right and wrong samples for problems, not preference records
     loss_type: str = "sigmoid"  # sigmoid, ipo or simpo
     beta: float = 0.1  # strength of the pull to the reference (ipo: tau)
-    label_smoothing: float = 0.0  # share of pairs taken to be labelled the wrong way round (cDPO)
+    label_smoothing: float = 0.0  # share of pairs labelled the wrong way round (cDPO); not for ipo
     rpo_alpha: float = 0.0  # weight of the NLL of the chosen answer, per token (RPO)
-    simpo_gamma: float = 0.5  # simpo: target margin, as a share of beta
+    simpo_gamma: float | None = None  # simpo: target margin of the rewards; None = beta / 2
 
     def __post_init__(self):
         ranges = {"(0, inf)": "beta", "[0, inf)": "rpo_alpha simpo_gamma"}
         ranges["[0, 0.5)"] = "label_smoothing"
         require(self, ranges, {"loss_type": ("sigmoid", "ipo", "simpo")})
+        if self.loss_type != "simpo" and self.simpo_gamma == 0.5:
+            self.simpo_gamma = None  # an older run has it with every loss
+        unused = {"sigmoid": ["simpo_gamma"], "ipo": ["simpo_gamma", "label_smoothing"]}
+        for key in unused.get(self.loss_type, []):
+            if value := getattr(self, key):
+                which = f"loss_type={self.loss_type}"
+                raise UserError(f"{key}={value} has no meaning for {which}: leave it out")
 
 
 @dataclass
@@ -111,13 +119,14 @@ def preference_loss(policy: Tensor, reference: Tensor, lengths: Tensor, cfg: DPO
     beta, smoothing = cfg.beta, cfg.label_smoothing
     if cfg.loss_type != "sigmoid":
         policy, reference = policy / lengths, reference / lengths
-    log_ratio = policy[0] - policy[1]
+    margin = policy[0] - policy[1]
     if cfg.loss_type == "simpo":
-        return -F.logsigmoid(beta * (log_ratio - cfg.simpo_gamma))
-    margin = log_ratio - (reference[0] - reference[1])
+        d = beta * margin - (beta / 2 if cfg.simpo_gamma is None else cfg.simpo_gamma)
+    else:
+        margin = margin - (reference[0] - reference[1])
+        d = beta * margin
     if cfg.loss_type == "ipo":
         return (margin - 1 / (2 * beta)) ** 2
-    d = beta * margin
     return -(1 - smoothing) * F.logsigmoid(d) - smoothing * F.logsigmoid(-d)
 
 
@@ -196,15 +205,10 @@ class SFT(PackedTask):
         # n_text[i]: how many of the rows before row first + i are text
         n_text = [math.floor(i * self.replay + 1e-9) for i in range(first, last + 1)]
         is_text = torch.tensor(n_text).diff() > 0  # (B,)
-        batch = {}
-        for key, x in super().batch("train", first - n_text[0], last - n_text[-1]).items():
-            empty = x.new_zeros(last - first, self.tokens_per_row)
-            batch[key] = empty.masked_scatter(~is_text.unsqueeze(1), x)
-        if is_text.any():
-            rows = self.text.shuffled(n_text[0], n_text[-1])  # (texts, T + 1)
-            batch["idx"][is_text] = rows[:, :-1]
-            batch["targets"][is_text] = rows[:, 1:]
-        return batch
+        chats = super().batch("train", first - n_text[0], last - n_text[-1])
+        if not is_text.any():
+            return chats
+        return chat.with_text(chats, self.text.shuffled(n_text[0], n_text[-1]), is_text)
 
     def units(self, batch: dict) -> Tensor:
         return (batch["targets"] >= 0).sum()
@@ -281,9 +285,8 @@ class DPO:
         with torch.no_grad(), world.autocast():
             policy = sequence_logprobs(setup.model.to(world.device), batch)
             loss = preference_loss(policy, batch["reference"], batch["lengths"], self.cfg)
-        loss = loss.mean().item()
+        loss, ln2 = loss.mean().item(), math.log(2)
         kind = self.cfg.loss_type
-        ln2 = math.log(2)
         world.log(f"dpo: {kind} loss {loss:.4f} before the first step (ln 2 = {ln2:.4f})")
         limit = 1e-3 if world.dtype == torch.float32 else 3e-2
         assert kind != "sigmoid" or abs(loss - ln2) < limit, f"DPO starts at {loss}, not at ln 2"
@@ -311,16 +314,13 @@ class DPO:
         loss = preference_loss(policy, reference, lengths, self.cfg)
         if self.cfg.rpo_alpha:  # RPO, arXiv 2404.19733: the NLL of the chosen answer
             loss = loss - self.cfg.rpo_alpha * policy[0] / lengths[0]
+        if self.cfg.loss_type == "simpo":  # its log-probs are means per token, as in TRL
+            policy, reference = policy / lengths, 0.0
         chosen, rejected = self.cfg.beta * (policy - reference).detach()  # rewards
         right = (chosen > rejected).float()
         values = (loss, right, chosen - rejected, chosen, rejected, *policy)
         sums = {name: x.sum() for name, x in zip(self.metrics, values, strict=True)}
         return sums["loss"], sums
-
-
-def sequence_logprobs(model: GPT, batch: dict) -> Tensor:
-    """Return the summed log-probs of the supervised tokens, (2, B): chosen, rejected."""
-    return model.logprobs(model.hidden(batch["idx"]), batch["targets"]).sum(-1).view(2, -1)
 
 
 class Verifier(PackedTask):

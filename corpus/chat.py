@@ -161,6 +161,18 @@ class Packed:
         return [shuffled_index(draw, len(self.rows), self.seed)[1] for draw in draws]
 
 
+def with_text(chats: dict[str, Tensor], rows: Tensor, is_text: Tensor) -> dict[str, Tensor]:
+    """Return a batch whose rows are text, rows (texts, T + 1), where is_text (B,), else chats."""
+    texts = {"idx": rows[:, :-1], "targets": rows[:, 1:]}
+    batch = {}
+    for name, x in chats.items():
+        batch[name] = x.new_zeros(len(is_text), x.size(1))  # a text is document 0 of its row
+        batch[name][~is_text] = x
+        if name in texts:
+            batch[name][is_text] = texts[name]
+    return batch
+
+
 def chat_document(messages: list[dict], tokenizer: Tokenizer) -> dict:
     """Return a conversation as a document whose targets are the assistant's words."""
     ids, supervised = render(messages, tokenizer)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from corpus.chat import Pair, render_prompt, user_turn
 from corpus.tokenizer import Tokenizer
@@ -50,6 +50,11 @@ def windows_nll(model: nn.Module, windows: list[Window], batch: int = 16) -> lis
         for i, total in zip(numbers, logp.sum(-1).tolist(), strict=True):
             nll[i] = -total
     return nll
+
+
+def sequence_logprobs(model: GPT, batch: dict) -> Tensor:
+    """Return the summed log-probs of the supervised tokens, (2, B): chosen, rejected."""
+    return model.logprobs(model.hidden(batch["idx"]), batch["targets"]).sum(-1).view(2, -1)
 
 
 def pair_logprobs(model: GPT, pairs: list[Pair]) -> np.ndarray:

@@ -392,7 +392,14 @@ PLAIN = {
     "IPO": ({"loss_type": "ipo"}, lambda r, p, n: (r[0] / n[0] - r[1] / n[1] - 1 / 0.6) ** 2),
     "SimPO": (
         {"loss_type": "simpo", "simpo_gamma": 0.4},
-        lambda r, p, n: -F.logsigmoid(0.3 * (p[0] / n[0] - p[1] / n[1] - 0.4)),
+        lambda r, p, n: -F.logsigmoid(0.3 * (p[0] / n[0] - p[1] / n[1]) - 0.4),
+    ),
+    "SimPO with smoothing": (
+        {"loss_type": "simpo", "label_smoothing": 0.2, "simpo_gamma": 0.9},
+        lambda r, p, n: (
+            -0.8 * F.logsigmoid(0.3 * (p[0] / n[0] - p[1] / n[1]) - 0.9)
+            - 0.2 * F.logsigmoid(0.9 - 0.3 * (p[0] / n[0] - p[1] / n[1]))
+        ),
     ),
     "RPO": (
         {"rpo_alpha": 0.7},
@@ -461,12 +468,12 @@ def test_ipo_is_a_squared_distance_on_means_per_token():
 
 
 def test_simpo_has_a_target_margin_and_no_reference():
-    """-log s(beta (mean log pi_w - mean log pi_l) - gamma), gamma given as a share of beta."""
-    wanted = [
-        -log_sigmoid(2.0 * (-5 / 2 + 7 / 4) - 2.0 * 0.3),
-        -log_sigmoid(2.0 * (-8 / 4 + 6 / 3) - 2.0 * 0.3),
-    ]
+    """-log s(beta (mean log pi_w - mean log pi_l) - gamma): gamma is a margin of the rewards."""
+    d = [-5 / 2 + 7 / 4, -8 / 4 + 6 / 3]
+    wanted = [-log_sigmoid(2.0 * x - 0.3) for x in d]
     assert of_kind(loss_type="simpo", beta=2.0, simpo_gamma=0.3) == pytest.approx(wanted, rel=1e-6)
+    wanted = [-log_sigmoid(2.0 * x - 1.0) for x in d]  # unless given it is half of beta
+    assert of_kind(loss_type="simpo", beta=2.0) == pytest.approx(wanted, rel=1e-6)
     cfg = align.DPOConfig(loss_type="simpo")
     losses = [
         align.preference_loss(POLICY, reference, LENGTHS, cfg)
@@ -520,6 +527,64 @@ def test_metrics_have_the_names_and_signs_users_know_from_trl(by_hand):
         "loss": sum(-log_sigmoid(0.2 * d) for d in MARGINS),
     }
     assert sums == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+
+
+def test_simpo_logs_means_per_token(by_hand):
+    """Its loss, its paper and TRL's trainer compare means; by sums a long answer seems the worse.
+
+    The chosen answer of the first pair is likelier by sum, -5 to -7, and not per token.
+    """
+    _, sums = by_hand(beta=2.0, loss_type="simpo")
+    wanted = {
+        "rewards/chosen": 2.0 * (-5 / 2 - 8 / 4),
+        "rewards/rejected": 2.0 * (-7 / 4 - 6 / 3),
+        "rewards/margins": 2.0 * (-5 / 2 + 7 / 4),
+        "rewards/accuracies": 0.0,
+        "logps/chosen": -5 / 2 - 8 / 4,
+        "logps/rejected": -7 / 4 - 6 / 3,
+    }
+    assert {key: sums[key].item() for key in wanted} == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("beta, alpha, gamma", [(0.1, 0.0, None), (2.5, 0.4, 1.4), (10.0, 0.0, 0)])
+def test_simpo_is_right_where_its_margin_is_above_the_target(by_hand, beta, alpha, gamma):
+    """What is logged is what is trained on: the loss can be had from the logged margins alone."""
+    objective, sums = by_hand(beta=beta, loss_type="simpo", simpo_gamma=gamma, rpo_alpha=alpha)
+    target = beta / 2 if gamma is None else gamma
+    margins = [beta * (-5 / 2 + 7 / 4), beta * (-8 / 4 + 6 / 3)]
+    nll = -sums["logps/chosen"].item()
+    wanted = sum(-log_sigmoid(margin - target) for margin in margins) + alpha * nll
+    assert sums["rewards/margins"].item() == pytest.approx(sum(margins), rel=1e-5)
+    assert objective.item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_ipo_logs_rewards_of_whole_answers(by_hand):
+    """As TRL's DPO trainer does: its loss takes means per token, its rewards and logps sums."""
+    _, sums = by_hand(beta=0.2, loss_type="ipo")
+    assert sums["rewards/margins"].item() == pytest.approx(0.2 * sum(MARGINS), rel=1e-5)
+    assert sums["logps/chosen"].item() == -13.0
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"loss_type": "ipo", "label_smoothing": 0.1},
+        {"loss_type": "ipo", "simpo_gamma": 0.3},
+        {"loss_type": "sigmoid", "simpo_gamma": 1.0},
+    ],
+)
+def test_a_setting_that_the_loss_does_not_have_is_refused(given):
+    """It would have no effect, and whoever sets it believes that it has one."""
+    key, value = list(given.items())[1]
+    fails(lambda: align.DPOConfig(**given), f"{key}={value}", f"loss_type={given['loss_type']}")
+
+
+def test_an_older_run_without_simpo_goes_on():
+    """Its config.json holds the margin's former default beside every loss, without effect."""
+    for kind in ("sigmoid", "ipo"):
+        was = align.DPOConfig(loss_type=kind, simpo_gamma=0.5)
+        assert was == align.DPOConfig(loss_type=kind)
+    assert align.DPOConfig(loss_type="simpo", simpo_gamma=0.5) != align.DPOConfig(loss_type="simpo")
 
 
 def test_rewards_carry_no_gradient(tmp_path):

@@ -1,4 +1,4 @@
-"""Beside others' code on the same weights: transformers' GPT-2, and lm-eval's own task wikitext.
+"""Beside others' code on the same numbers: transformers' GPT-2, lm-eval's wikitext, TRL's SimPO.
 
 Run it by pytest -m peers. The libraries are imported where they are used, so that the default run,
 which leaves these tests out, does not wait for them.
@@ -13,7 +13,9 @@ import os
 import re
 import shutil
 import socket
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from helpers import BYTE, REAL, fails, plain_logprobs, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import align
 import eval as evaluation
 import evals.perplexity as ppl
 from corpus.tokenizer import load_tokenizer
@@ -464,3 +467,38 @@ def test_any_text_is_detokenised_as_in_the_harness(page):
     from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
 
     assert ppl.detokenize(page) == wikitext_detokenizer({"page": page})
+
+
+# ------------------------------------------------------------------------------------------------
+# TRL's trainers
+
+
+SUMMED = st.lists(st.floats(-200, -0.01), min_size=4, max_size=4)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@given(logps=SUMMED, lengths=st.lists(st.integers(1, 60), min_size=4, max_size=4))
+@settings(deadline=None, max_examples=50)
+def test_simpo_is_trls(smoothing, logps, lengths):
+    """The same names give the same loss and the same metrics, beta and gamma as users know them."""
+    pytest.importorskip("trl")
+    from trl.experimental.cpo import CPOTrainer
+
+    policy, lengths = torch.tensor(logps).view(2, 2), torch.tensor(lengths).view(2, 2)
+    cfg = align.DPOConfig(loss_type="simpo", beta=2.0, simpo_gamma=1.4, label_smoothing=smoothing)
+    place = SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x)
+    trainer = SimpleNamespace(
+        **vars(cfg), alpha=0.0, cpo_alpha=0.0, accelerator=place, aux_loss_enabled=False
+    )
+    none = torch.zeros(())
+    trainer.concatenated_forward = lambda model, batch: (*(policy / lengths), none, none, none)
+    trainer.cpo_loss = partial(CPOTrainer.cpo_loss, trainer)
+    loss, wanted = CPOTrainer.get_batch_loss_metrics(trainer, None, {})
+    task = object.__new__(align.DPO)
+    task.cfg = cfg
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(align, "sequence_logprobs", lambda model, batch: policy)
+        ours, sums = task.loss(None, {"reference": torch.zeros(2, 2), "lengths": lengths})
+    assert ours.item() / 2 == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
+    for name in align.DPO.metrics[1:]:
+        assert sums[name].item() / 2 == pytest.approx(wanted[name], rel=1e-4, abs=1e-5)
