@@ -204,10 +204,7 @@ class SwiGLU(nn.Module):
 
 
 class MoE(nn.Module):
-    """Each token goes to the n_expert_active experts of highest sigmoid score, and to the shared.
-
-    Their scores, renormalised to 1, are the weights. balance_loss is 1 when all are used alike.
-    """
+    """Tokens go to the experts of highest sigmoid score, renormalised as weight, and the shared."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -216,7 +213,7 @@ class MoE(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(cfg.n_expert, 2 * cfg.d_expert, cfg.d_model))
         self.down = nn.Parameter(torch.empty(cfg.n_expert, cfg.d_model, cfg.d_expert))
         self.shared = SwiGLU(cfg.d_model, cfg.d_expert) if cfg.shared_expert else None
-        self.balance_loss = None
+        self.routing = None  # (2, N, E): each token's share of its experts, and of the scores
 
     def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
         rows = x.reshape(-1, x.size(-1))  # (N, C)
@@ -230,8 +227,8 @@ class MoE(nn.Module):
         y = grouped_linear(F.silu(gate) * up, self.down, counts)
         y = y * weight.flatten()[order].unsqueeze(-1).to(y.dtype)
         y = torch.zeros_like(rows, dtype=y.dtype).index_add(0, token, y)
-        share = scores / scores.sum(-1, keepdim=True)
-        self.balance_loss = (counts / counts.sum() * share.mean(0)).sum() * self.n_expert
+        used = torch.zeros_like(scores).scatter(1, expert, 1 / self.n_active)
+        self.routing = torch.stack((used, scores / scores.sum(-1, keepdim=True)))
         return (y if self.shared is None else y + self.shared(rows)).view(x.shape)
 
 
@@ -357,10 +354,14 @@ class GPT(nn.Module):
         likelihood = total - total.gather(1, before)
         return self.score(x).squeeze(-1).float() + self.score_loglik * likelihood
 
-    def balance_loss(self) -> Tensor | float:
-        """Return balance_coef times the mean balance_loss of the MoE layers; 0 without any."""
-        losses = [block.mlp.balance_loss for block in self.blocks if isinstance(block.mlp, MoE)]
-        return self.cfg.balance_coef * sum(losses) / len(losses) if losses else 0.0
+    def balance_loss(self, docs: Maybe = None) -> Tensor | float:
+        """Return balance_coef times the layers' mean loss, 1 for even use; docs -1 is no token."""
+        if not self.cfg.n_expert:
+            return 0.0
+        routing = torch.stack([block.mlp.routing for block in self.blocks])  # (L, 2, N, E)
+        real = routing.new_ones(1, 1) if docs is None else (docs >= 0).float().view(-1, 1)
+        shares = (routing * real).mean(2) / real.mean().clamp(min=1e-9)  # (L, 2, E)
+        return self.cfg.balance_coef * self.cfg.n_expert * shares.prod(1).sum(-1).mean()
 
     def forward(self, idx: Tensor, targets: Maybe = None, docs: Maybe = None) -> Tensor:
         """Return logits (B, T, vocab_size), or with targets (B, T) their summed nll."""

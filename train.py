@@ -23,7 +23,7 @@ from corpus.shards import Mixture
 from corpus.tokenizer import Tokenizer, load_tokenizer
 from fast.muon import Muon, full_tensor
 from model import GPT, ModelConfig
-from runtime.budget import preflight
+from runtime.budget import expert_notes, preflight
 from runtime.run_folder import PREEMPTED, RunFolder, is_done
 from runtime.world import World, distribute, sync_gradients
 
@@ -111,9 +111,9 @@ class TrainStep(nn.Module):
         super().__init__()
         self.model, self.task = model, task
 
-    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | float, dict[str, Tensor]]:
         objective, metrics = self.task.loss(self.model, batch)
-        return objective + self.model.balance_loss() * self.task.units(batch), metrics
+        return objective, self.model.balance_loss(batch.get("docs")), metrics
 
 
 # ------------------------------------------------------------------------------------------------
@@ -151,8 +151,8 @@ def train(loop: LoopConfig, task: Task, model: GPT, world: World, parts: tuple) 
                 break
 
             batches = [world.to_device(task.batch("train", *rows)) for rows in plan.rows_of(step)]
-            units = max(1.0, world.sum([float(sum(int(task.units(b)) for b in batches))])[0])
-            sums = accumulate(module, batches, units, world)
+            units, tokens = sizes_of(task, batches, world)
+            sums = accumulate(module, batches, (units, tokens), world)
             norm = clip_gradients(model, loop.grad_clip)
             lr_share = lr_at(step, loop)
             if run.accepts(step, norm, batches):
@@ -201,7 +201,8 @@ class Plan:
         micro_steps = f"{len(self.rows_of(0))} micro-steps of up to {loop.micro_batch} rows"
         in_all = f"{loop.max_steps * self.tokens_per_step / 1e6:.2f}M tokens"
         step = f"one step is {one}: {world.size} ranks x {micro_steps}"
-        return f"{sizes}; {step}; {loop.max_steps} steps = {in_all}"
+        notes = expert_notes(model.cfg)
+        return f"{sizes}; {step}; {loop.max_steps} steps = {in_all}{notes}"
 
 
 def evaluate(module: nn.Module, task: Task, loop: LoopConfig, world: World) -> dict[str, float]:
@@ -214,7 +215,7 @@ def evaluate(module: nn.Module, task: Task, loop: LoopConfig, world: World) -> d
         some = (0, 1) if idle else (first, min(first + loop.micro_batch, rows))
         batch = world.to_device(task.batch("val", *some))
         with torch.no_grad(), world.autocast():
-            _, sums = module(batch)
+            *_, sums = module(batch)
         if idle:
             break
         units += int(task.units(batch))
@@ -224,17 +225,34 @@ def evaluate(module: nn.Module, task: Task, loop: LoopConfig, world: World) -> d
     return {key: value / max(1, units) for key, value in zip(task.metrics, sums, strict=True)}
 
 
-def accumulate(module: nn.Module, batches: list, units: float, world: World) -> dict[str, Tensor]:
+def n_tokens(batch: dict[str, Tensor]) -> int:
+    """Return how many ids of a batch are no padding."""
+    docs = batch.get("docs")
+    return batch["idx"].numel() if docs is None else int((docs >= 0).sum())
+
+
+def sizes_of(task: Task, batches: list, world: World) -> tuple[float, float]:
+    """Return how many units and how many real tokens a step has on all ranks, at least 1."""
+    units = sum(int(task.units(batch)) for batch in batches)
+    tokens = sum(n_tokens(batch) for batch in batches)
+    units, tokens = world.sum([float(units), float(tokens)])
+    return max(1.0, units), max(1.0, tokens)
+
+
+def accumulate(module: nn.Module, batches: list, sizes: tuple, world: World) -> dict[str, Tensor]:
     """Run forward and backward passes of all micro-steps. -> {metric: sum over this rank}
 
-    The loss is a mean over all units of the step, on all ranks; DDP averages over the ranks.
+    The loss is a mean over all units of the step, on all ranks; DDP averages over the ranks. Each
+    micro-step has a balance loss of its own, which counts as its share of the step's real tokens.
     """
+    units, tokens = sizes
     totals = {}
     for i, batch in enumerate(batches):
         sync_gradients(module, i == len(batches) - 1)
         with world.autocast():
-            objective, sums = module(batch)
-        (objective * (world.size / units)).backward()
+            objective, balance, sums = module(batch)
+        loss = objective * (world.size / units) + balance * (world.size * n_tokens(batch) / tokens)
+        loss.backward()
         for key, value in sums.items():
             totals[key] = totals.get(key, 0.0) + value.detach()
     return totals

@@ -233,15 +233,20 @@ def describe_pairs(pairs: list[Pair]) -> str:
 
 
 def pair_rows(pairs: list[Pair], width: int, pad: int) -> dict[str, Tensor]:
-    """Return idx and targets (2B, width), chosen answers first, and the answers' lengths (2, B)."""
+    """Return idx, targets and docs (-1 on padding), chosen answers first, (2B, width) each.
+
+    And the lengths of the answers, (2, B).
+    """
     texts = [(pair.prompt, pair.chosen) for pair in pairs]
     texts += [(pair.prompt, pair.rejected) for pair in pairs]
     idx = torch.full((len(texts), width), pad)
     targets = torch.full_like(idx, -1)
+    docs = torch.full_like(idx, -1)
     for row, (prompt, answer) in enumerate(texts):
         ids = torch.tensor(prompt + answer)
         end = len(ids) - 1
         idx[row, :end] = ids[:-1]
+        docs[row, :end] = 0
         targets[row, len(prompt) - 1 : end] = ids[len(prompt) :]
     lengths = (targets >= 0).sum(-1).view(2, -1)
-    return {"idx": idx, "targets": targets, "lengths": lengths}
+    return {"idx": idx, "targets": targets, "docs": docs, "lengths": lengths}

@@ -35,6 +35,17 @@ def flops_per_token(model: nn.Module) -> float:
     return 6.0 * weights + 12.0 * cfg.n_layer * cfg.n_head * cfg.d_head * span
 
 
+def expert_notes(cfg: Any) -> str:
+    """Return what a run should know of its experts; nothing where there are none."""
+    if not cfg.n_expert:
+        return ""
+    notes = "; experts are balanced over a micro-step: micro_batch and ranks change the result"
+    if cfg.n_expert_active == 1:
+        why = "an expert alone has the weight 1, so the router learns from its balance loss only"
+        notes += f". NOTE n_expert_active=1: {why}"
+    return notes
+
+
 def activation_bytes(cfg: Any, n_tokens: int, width: int, recompute: bool) -> int:
     """Return the bytes that a forward pass over n_tokens keeps, at `width` bytes a number.
 

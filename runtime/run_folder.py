@@ -92,14 +92,17 @@ def read_state(folder: str) -> str | None:
 def check_same_run(folder: str, parts: tuple, saved: dict) -> None:
     """Raise UserError where a run's saved settings differ from those of now in a way that counts.
 
-    A key that is newer than the run had its default then.
+    saved: the fields of its model and all keys; a key that is newer than the run had its default.
     """
+    harmless = HARMLESS.split()
+    if saved.get("n_expert"):
+        harmless.remove("micro_batch")  # experts are balanced over a micro-step
     before = []
     for part in parts:
         own = {key: saved[key] for key in as_dict(part) if key in saved}
         before.append(type(part)(**own))
     was, now = (json.loads(json.dumps(as_dict(*some))) for some in (before, parts))
-    changed = [key for key in now if key not in HARMLESS.split() and was[key] != now[key]]
+    changed = [key for key in now if key not in harmless and was[key] != now[key]]
     if changed:
         differ = "; ".join(f"{key}: {was[key]!r} -> {now[key]!r}" for key in changed)
         raise UserError(f"{folder} holds a run with other settings: {differ}. {START_OVER}")
@@ -151,7 +154,7 @@ class RunFolder:
         if not found:
             return 0
         path, saved = found
-        check_same_run(self.folder, self.parts, saved["train_config"])
+        check_same_run(self.folder, self.parts, saved["model_config"] | saved["train_config"])
         if saved["format"] < FORMAT:
             what = f"{path} is of format {saved['format']} (this code writes {FORMAT})"
             use = "A run cannot go on from it; its weights can be used: --init_from in align.py"

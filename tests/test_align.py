@@ -21,7 +21,7 @@ from helpers import ASSISTANT, BYTE, END, PAD, ROOT, SYSTEM, USER, fails, save_s
 
 import align
 from configurator import UserError
-from corpus.chat import TEMPLATE, render, render_prompt, user_turn
+from corpus.chat import TEMPLATE, render, render_prompt, user_turn, with_text
 from corpus.shards import write_shard
 from corpus.toy import chat
 from inference import solutions
@@ -362,6 +362,66 @@ def test_hidden_states_without_a_label_get_no_gradient_from_the_losses(double):
         x = torch.randn(1, 5, 32, requires_grad=True)
         (grad,) = torch.autograd.grad(sum_of(x), x)
         assert (grad[0].abs().amax(-1) > 0).tolist() == [False, False, True, True, False]
+
+
+EXPERTS = {"n_expert": 4, "d_expert": 16, "balance_coef": 0.5}
+
+
+def balance_of(task, model: GPT, batch: dict) -> tuple[float, dict]:
+    """Return the balance loss of a training step's batch, and its gradients."""
+    _, balance, _ = TrainStep(model, task)(batch)
+    return balance.item(), gradients(balance, model)
+
+
+@pytest.mark.parametrize("mode", ["sft", "dpo", "verifier"])
+def test_experts_are_balanced_over_real_tokens(tmp_path, monkeypatch, mode):
+    """Short texts in wide rows are mostly padding, one id that must teach the router nothing.
+
+    The loss is that of every text alone, its routing put together.
+    """
+    model = tiny(score_head=mode == "verifier", **EXPERTS)
+    rows = [
+        {**row, "solutions": [{"ids": [120, END], "text": "x", "correct": True}]}
+        for row in PROBLEMS
+    ]
+    monkeypatch.setattr(align, "solve", lambda *args: copy.deepcopy(rows))
+    monkeypatch.setattr(align.scoring, "scale_scores", lambda *args: None)
+    task = build(config(tmp_path, mode, seq_len=64), model)
+    batch = task.batch("val", 0, task.n_val_rows)
+    narrow, router = balance_of(task, model, batch)
+    texts = []
+    for idx, docs in zip(batch["idx"], batch["docs"], strict=True):
+        texts += [idx[docs == number] for number in docs.unique() if number >= 0]
+    routing = [[], []]
+    for ids in texts:
+        model.hidden(ids[None])
+        for block, parts in zip(model.blocks, routing, strict=True):
+            parts.append(block.mlp.routing)
+    for block, parts in zip(model.blocks, routing, strict=True):
+        block.mlp.routing = torch.cat(parts, dim=1)
+    alone = model.balance_loss()
+    assert narrow == pytest.approx(alone.item(), rel=1e-5)
+    assert_same_gradients(router, gradients(alone, model), 1e-5)
+
+    wide = {}
+    for name, x in batch.items():
+        fill = PAD if name == "idx" else -1
+        wide[name] = F.pad(x, (0, 64), value=fill) if x.shape == batch["idx"].shape else x
+    padded, more = balance_of(task, model, wide)
+    assert padded == pytest.approx(narrow, rel=1e-5)
+    assert_same_gradients(router, more, 1e-5)
+    assert abs(model.balance_loss().item() - narrow) > 1e-3, "this padding would not be seen"
+
+
+def test_text_among_chats_counts_as_real(tmp_path):
+    """A row of replayed text has no padding: all its tokens have a part in the balance."""
+    rows = {"idx": torch.ones(2, 6).long(), "docs": torch.tensor([[0, 0, 1, 1, -1, -1]] * 2)}
+    rows["targets"] = torch.full((2, 6), -1)
+    text = torch.arange(7).unsqueeze(0)
+    mixed = with_text(rows, text, torch.tensor([False, True, False]))
+    assert mixed["docs"].tolist() == [[0, 0, 1, 1, -1, -1], [0] * 6, [0, 0, 1, 1, -1, -1]]
+    assert mixed["idx"].tolist() == [[1] * 6, [0, 1, 2, 3, 4, 5], [1] * 6]
+    assert mixed["targets"].tolist() == [[-1] * 6, [1, 2, 3, 4, 5, 6], [-1] * 6]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,11 +1,14 @@
 """Properties of model.py. Most run in float64, where a fast path equals plain maths to 1e-10."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import fast
 from configurator import UserError
@@ -677,6 +680,13 @@ def test_moe_runs_with_any_expert_width(fields):
     close(layer(x), moe_loop(layer, x), 2e-5)
 
 
+def balance(layer: MoE, docs=None) -> torch.Tensor:
+    """Return the balance loss of one layer after its last pass, with a coefficient of 1."""
+    cfg = SimpleNamespace(n_expert=layer.n_expert, balance_coef=1.0)
+    model = SimpleNamespace(cfg=cfg, blocks=[SimpleNamespace(mlp=layer)])
+    return GPT.balance_loss(model, docs)
+
+
 def test_balance_loss_is_one_when_routing_is_even():
     """By hand: one-hot tokens, a router of c * identity, every expert the same count and score
     share."""
@@ -684,12 +694,12 @@ def test_balance_loss_is_one_when_routing_is_even():
     with torch.no_grad():
         layer.router.weight.copy_(3 * torch.eye(4))
     layer(torch.eye(4, dtype=torch.float64).repeat(5, 1))
-    assert abs(layer.balance_loss.item() - 1) < 1e-6
+    assert abs(balance(layer).item() - 1) < 1e-6
     layer(
         torch.eye(4, dtype=torch.float64)[[0]].repeat(20, 1)
     )  # all to expert 0, whose share is s(3) / (s(3) + 3 s(0))
     s3 = 1 / (1 + math.exp(-3))
-    assert abs(layer.balance_loss.item() - 4 * s3 / (s3 + 1.5)) < 1e-6
+    assert abs(balance(layer).item() - 4 * s3 / (s3 + 1.5)) < 1e-6
 
 
 def test_balance_loss_spreads_the_tokens():
@@ -712,7 +722,7 @@ def test_balance_loss_spreads_the_tokens():
     for _ in range(200):
         optimizer.zero_grad()
         layer(x)
-        layer.balance_loss.backward()
+        balance(layer).backward()
         optimizer.step()
     assert before > 0.7 and largest_share() < 0.35
 
@@ -723,9 +733,47 @@ def test_balance_loss_of_the_model_is_the_mean_over_layers_times_its_coefficient
     model(ids(2, 8))
     close(
         model.balance_loss(),
-        0.5 * (model.blocks[0].mlp.balance_loss + model.blocks[1].mlp.balance_loss) / 2,
+        0.5 * (balance(model.blocks[0].mlp) + balance(model.blocks[1].mlp)) / 2,
     )
     assert tiny().balance_loss() == 0
+
+
+@pytest.mark.parametrize("fields", [{}, {"n_expert_active": 1}, {"n_expert": 9, "d_expert": 8}])
+def test_balance_loss_is_the_switch_formula(fields):
+    """E sum_e f_e P_e, by loops: f_e the share of the choices, P_e the mean share of the scores."""
+    layer, x = moe(torch.float32, **fields), randn(3, 7, 32, dtype=torch.float32)
+    layer(x)
+    choices, shares = torch.zeros(layer.n_expert), torch.zeros(layer.n_expert)
+    for token in x.flatten(0, 1):
+        scores = torch.sigmoid(layer.router(token))
+        choices[scores.topk(layer.n_active).indices] += 1
+        shares += scores / scores.sum()
+    wanted = layer.n_expert * (choices / choices.sum() * shares / 21).sum()
+    close(balance(layer), wanted, 1e-6)
+
+
+@settings(deadline=None, max_examples=20)
+@given(lengths=st.lists(st.integers(0, 6), min_size=1, max_size=4), seed=st.integers(0, 9))
+def test_padding_has_no_part_in_the_balance_of_experts(lengths, seed):
+    """Loss and gradient of the router are those of the real tokens alone, wherever padding is."""
+    layer = moe(torch.float32)
+    rows = [randn(n, 32, seed=seed + i, dtype=torch.float32) for i, n in enumerate(lengths)]
+    docs = torch.full((len(rows), 9), -1)
+    x = 3 * randn(1, 1, 32, seed=77, dtype=torch.float32).repeat(len(rows), 9, 1)  # one pad id
+    for i, row in enumerate(rows):
+        x[i, 9 - len(row) - i % 2 : 9 - i % 2] = row
+        docs[i, 9 - len(row) - i % 2 : 9 - i % 2] = i
+    layer(x)
+    loss = balance(layer, docs)
+    found = torch.autograd.grad(loss, layer.router.weight)[0]
+    assert loss.isfinite() and found.isfinite().all()
+    if not sum(lengths):
+        assert loss == 0
+        return
+    layer(torch.cat(rows))
+    alone = balance(layer)
+    close(loss, alone, 1e-5)
+    close(found, torch.autograd.grad(alone, layer.router.weight)[0], 1e-5)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from runtime.checkpoint import (
     weights_hash,
 )
 from runtime.files import read_log
-from runtime.run_folder import lock, read_state
+from runtime.run_folder import check_same_run, lock, read_state
 from runtime.world import World
 from train import LoopConfig
 
@@ -318,6 +318,45 @@ def test_gradients_do_not_depend_on_micro_batch(one_process):
     the update counts too."""
     for micro_batch in (4, 1):
         assert_equal_gradients(one_process[8, micro_batch], one_process[8, 8])
+
+
+@pytest.mark.parametrize("real", [[5], [5, 3], [1, 8, 4], [0, 2]])
+def test_each_micro_step_counts_in_the_balance_as_its_real_tokens(real):
+    """Neither as one of n micro-steps nor as its labelled tokens, of which each has 2 here."""
+    weight = torch.ones((), requires_grad=True)
+    batches = []
+    for i, n in enumerate(real):
+        docs = torch.full((2, 4), -1)
+        docs.view(-1)[:n] = 0
+        batches.append({"idx": docs, "docs": docs, "number": i})
+
+    def module(batch):
+        return weight * 0, weight * 10.0 ** batch["number"], {}
+
+    world, task = World("cpu"), Rows()
+    task.units = lambda batch: 2
+    sizes = train.sizes_of(task, batches, world)
+    assert sizes == (2 * len(real), sum(real))
+    train.accumulate(module, batches, sizes, world)
+    mean = sum(n * 10.0**i for i, n in enumerate(real)) / sum(real)
+    assert weight.grad.item() == pytest.approx(mean, rel=1e-6)
+
+
+def test_a_run_with_experts_says_what_decides_it(tmp_path, capsys):
+    """Its balance is per micro-step, and one active expert leaves the router without its loss."""
+    heard = {}
+    for name, fields in {
+        "dense": {},
+        "two": {"n_expert": 4},
+        "one": {"n_expert": 4, "n_expert_active": 1},
+        "unbalanced": {"n_expert": 4, "balance_coef": 0.0},
+    }.items():
+        go(config(tmp_path / name, max_steps=1, **fields))
+        heard[name] = capsys.readouterr().out
+    said = {name: "micro_batch and the number of ranks" in text for name, text in heard.items()}
+    assert said == {"dense": False, "two": True, "one": True, "unbalanced": False}
+    warned = {name: "NOTE n_expert_active=1" in text for name, text in heard.items()}
+    assert warned == {"dense": False, "two": False, "one": True, "unbalanced": False}
 
 
 def save_gradients(folder: str) -> None:
@@ -896,6 +935,24 @@ def test_harmless_settings_may_change_at_resume(tmp_path, six):
         found["best"] == pytest.approx(six.outcome["best_value"], rel=1e-3)
         and len(checkpoint_files(cfg.out_dir)) == 4
     )
+
+
+@pytest.mark.parametrize("fields", [{"n_expert": 4}, {"n_expert": 2, "n_expert_active": 1}])
+def test_the_micro_batch_of_a_run_with_experts_is_kept(tmp_path, fields):
+    """Experts are balanced over a micro-step: another size is another run, unless nothing balances.
+
+    A tuned model's experts are none of the keys of its run; they count all the same.
+    """
+    cfg = preempted(tmp_path / "run", **fields)
+    fails(lambda: go(config(cfg.out_dir, micro_batch=8, **fields)), "micro_batch: 4 -> 8")
+    assert go(config(cfg.out_dir, log_interval=2, **fields))["state"] == "done"
+    free = {**fields, "balance_coef": 0.0}
+    cfg = preempted(tmp_path / "free", **free)
+    assert go(config(cfg.out_dir, micro_batch=8, **free))["state"] == "done"
+    saved = vars(cfg.loop) | {"n_expert": 4, "balance_coef": 0.1}
+    now = config(cfg.out_dir, micro_batch=8).loop
+    fails(lambda: check_same_run(cfg.out_dir, (now,), saved), "micro_batch: 4 -> 8")
+    check_same_run(cfg.out_dir, (now,), saved | {"n_expert": 0})
 
 
 def test_force_starts_over(tmp_path):
