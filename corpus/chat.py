@@ -92,16 +92,18 @@ def show_supervised(ids: list[int], targets: list[int], tokenizer: Tokenizer) ->
 
 
 def drop_too_long(
-    rows: list, length: Callable[[object], int], space: int, what: str, log: Callable[[str], None]
+    rows: list, length: Callable, space: int, what: str, log: Callable, needed: bool = True
 ) -> list:
     """Return the rows of at most space tokens; log how many are not. Raises UserError for none."""
-    kept = [row for row in rows if length(row) <= space]
-    dropped = len(rows) - len(kept)
+    lengths = [length(row) for row in rows]
+    kept = [row for row, n in zip(rows, lengths, strict=True) if n <= space]
+    longest = max(lengths, default=0)
     too_long = f"longer than seq_len={space} tokens"
-    if dropped:
-        log(f"{what}: {dropped} of {len(rows)} are {too_long} and dropped")
-    if not kept:
-        raise UserError(f"{what}: all {len(rows)} are {too_long}: take a larger --seq_len")
+    advice = f"the longest has {longest}: train the model with --seq_len={longest} to keep it"
+    if needed and not kept:
+        raise UserError(f"{what}: all {len(rows)} are {too_long}; {advice}")
+    if dropped := len(rows) - len(kept):
+        log(f"{what}: {dropped} of {len(rows)} are {too_long} and dropped; {advice}")
     return kept
 
 
@@ -163,13 +165,12 @@ class Packed:
 
 def with_text(chats: dict[str, Tensor], rows: Tensor, is_text: Tensor) -> dict[str, Tensor]:
     """Return a batch whose rows are text, rows (texts, T + 1), where is_text (B,), else chats."""
-    texts = {"idx": rows[:, :-1], "targets": rows[:, 1:]}
     batch = {}
     for name, x in chats.items():
         batch[name] = x.new_zeros(len(is_text), x.size(1))  # a text is document 0 of its row
         batch[name][~is_text] = x
-        if name in texts:
-            batch[name][is_text] = texts[name]
+    batch["idx"][is_text] = rows[:, :-1]
+    batch["targets"][is_text] = rows[:, 1:]
     return batch
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from configurator import UserError
 from model import GPT, Mask, ModelConfig
 
 Ids = list[int]
@@ -148,17 +149,18 @@ def stream(
     """Sample all prompts at once. -> step by step, {row: new id} of the rows that have not ended
 
     A row ends with its first id of stop, and depends on its prompt and its seed (None: 0, 1, ...)
-    alone. The cache has room for the prompt and max_new_tokens, at most seq_len; then it rolls, and
-    longer prompts lose their beginning. What the calculator returns replaces sampled ids.
+    alone. The cache has room for the prompt and max_new_tokens, at most seq_len; then it rolls. A
+    longer prompt is the caller's to cut. What the calculator returns replaces sampled ids.
     """
     if not prompts:
         return
-    device = model.embed.weight.device
-    slots = min(model.cfg.seq_len, max(map(len, prompts)) + max_new_tokens)
-    shown = [prompt[-slots:] for prompt in prompts]
-    width = max(map(len, shown))
-    pads = torch.tensor([width - len(prompt) for prompt in shown], device=device)
-    idx = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in shown], device=device)
+    device, space = model.embed.weight.device, model.cfg.seq_len
+    width = max(map(len, prompts))
+    if width > space:
+        raise UserError(f"a prompt has {width} tokens, and seq_len={space} of them fit: shorten it")
+    slots = min(space, width + max_new_tokens)
+    pads = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
+    idx = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     cache = KVCache(model.cfg, len(prompts), slots, device, model.embed.weight.dtype)
     rows = list(range(len(prompts)))  # the prompt that each row of the batch belongs to
     writers = [Writer(seed, stop, calculator) for seed in seeds or rows]

@@ -195,9 +195,14 @@ def test_rows_that_are_too_long_are_dropped_aloud_and_all_of_them_is_an_error():
     """A row in the log that nobody counts, or training on nothing, would be missed."""
     said = []
     assert drop_too_long(["a", "bcd", "ef"], len, 2, "texts", said.append) == ["a", "ef"]
-    assert said == ["texts: 1 of 3 are longer than seq_len=2 tokens and dropped"]
+    (line,) = said
+    assert line.startswith("texts: 1 of 3 are longer than seq_len=2 tokens and dropped")
+    assert "the longest has 3" in line and "--seq_len=3" in line
     assert drop_too_long(["ab"], len, 2, "texts", said.append) == ["ab"] and len(said) == 1
     fails(lambda: drop_too_long(["abc"], len, 2, "texts", said.append), "all 1 are longer")
+    fails(lambda: drop_too_long(["abc"], len, 2, "texts", said.append), "seq_len=2", "--seq_len=3")
+    assert drop_too_long(["abc"], len, 2, "texts", said.append, needed=False) == []
+    assert said[1].startswith("texts: 1 of 1 are")
 
 
 def test_supervised_stretches_are_shown_in_brackets():

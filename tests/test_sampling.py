@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from helpers import fails
 from test_model import ids, randn, tiny, variants
 
 from inference.sampling import GREEDY, Sampling, generate, sample, stream
@@ -38,8 +39,18 @@ def test_generation_beyond_the_cache_equals_a_windowed_model(n_layer):
     """seq_len bounds memory: a row still sees its own last seq_len tokens, whatever its padding."""
     model = tiny(seed=5, n_layer=n_layer, seq_len=4)
     window = tiny(seed=5, n_layer=n_layer, sliding_window=4)
-    want = [naive(window, prompt[-4:], 12) for prompt in PROMPTS]
-    assert generate(model, PROMPTS, 12, sampling=GREEDY) == want
+    prompts = [prompt[-4:] for prompt in PROMPTS]
+    want = [naive(window, prompt, 12) for prompt in prompts]
+    assert generate(model, prompts, 12, sampling=GREEDY) == want
+
+
+@pytest.mark.parametrize("n", [1, 40])
+def test_a_prompt_that_does_not_fit_is_refused_and_not_cut(n):
+    """A question without its beginning is another one: whoever asks it must know."""
+    model = tiny(seed=5, seq_len=4)
+    fits, too_long = [1, 2, 3, 4], [1, 2, 3, 4, 5]
+    assert len(generate(model, [fits], n, sampling=GREEDY)[0]) == n
+    fails(lambda: generate(model, [fits, too_long], n), "5 tokens", "seq_len=4")
 
 
 def test_generation_runs_past_seq_len_with_the_last_seq_len_tokens():
@@ -101,7 +112,7 @@ def test_generation_repeats_with_the_seed():
 def test_generation_leaves_the_prompts_alone():
     """They are the caller's lists."""
     prompts = copy.deepcopy(PROMPTS)
-    generate(tiny(seq_len=4), prompts, 3, sampling=GREEDY)
+    generate(tiny(seq_len=8), prompts, 3, sampling=GREEDY)
     assert prompts == PROMPTS
 
 
