@@ -20,8 +20,8 @@ from configurator import UserError, load, require, run
 from corpus import chat, folders, records, shards
 from corpus.tokenizer import Tokenizer, load_tokenizer
 from inference import answers, scoring
-from inference.scoring import sequence_logprobs
-from inference.solutions import Attempts, solve
+from inference.scoring import sequence_logprobs, verifier_loss
+from inference.solutions import Attempts, label_by_value, solve, with_room
 from model import GPT
 from runtime.checkpoint import checkpoint_files, load_checkpoint, model_from, weights_hash
 from runtime.files import digest, read_jsonl, read_log, write_atomic, write_json, write_jsonl
@@ -107,7 +107,7 @@ class SamplingConfig:
 
 
 # ------------------------------------------------------------------------------------------------
-# Objectives: pure functions of tensors
+# The objective of preferences; that of the verifier stands beside its scores
 
 
 def preference_loss(policy: Tensor, reference: Tensor, lengths: Tensor, cfg: DPOConfig) -> Tensor:
@@ -128,13 +128,6 @@ def preference_loss(policy: Tensor, reference: Tensor, lengths: Tensor, cfg: DPO
     if cfg.loss_type == "ipo":
         return (margin - 1 / (2 * beta)) ** 2
     return -(1 - smoothing) * F.logsigmoid(d) - smoothing * F.logsigmoid(-d)
-
-
-def verifier_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy over labels (B, T), -1 = none (arXiv 2110.14168, section 4.1)."""
-    wanted = labels.clamp(min=0).to(scores.dtype)
-    loss = F.binary_cross_entropy_with_logits(scores, wanted, reduction="none")
-    return (loss * (labels >= 0)).sum()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -230,8 +223,7 @@ class DPO:
         self.cfg = setup.mode
         self.seed = loop.seed
         self.pad = setup.tokenizer.pad
-        log = setup.world.log
-        space = setup.seq_len
+        log, space = setup.world.log, setup.seq_len
         self.pairs = {}
         for split in ("train", "val"):
             if self.cfg.on_policy:
@@ -361,6 +353,7 @@ def sampled_solutions(setup: Setup, split: str) -> list[dict]:
     loop, cfg, world = setup.loop, setup.sampling, setup.world
     problems = records.load_records(loop.data, loop.data_dir, "problems", split)
     problems = problems[: cfg.n_problems]
+    problems = with_room(setup.model, setup.tokenizer, problems, world.log, needed=True)
     settings = (cfg.n_samples, cfg.temperature, setup.align.max_new_tokens, cfg.calculator)
     attempts = Attempts(*settings, loop.seed)
     weights = setup.model.state_dict()
@@ -374,7 +367,7 @@ def sampled_solutions(setup: Setup, split: str) -> list[dict]:
         if world.main:
             write_jsonl(path, rows)
         world.barrier()
-    return read_jsonl(path)
+    return label_by_value(read_jsonl(path))  # the file has GSM8K's strict rule
 
 
 def sampled_pairs(setup: Setup, split: str) -> list[dict]:

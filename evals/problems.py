@@ -17,7 +17,15 @@ from evals.base import VERSION, EvalConfig, Row, Subject, judged, read_test_set,
 from evals.results import RERANKERS
 from evals.stats import Estimate, auc, bootstrap, mean, proportion
 from inference.scoring import log_likelihoods, score_solutions, with_prompts
-from inference.solutions import Attempts, arithmetic, final_answer, solve
+from inference.solutions import (
+    Attempts,
+    answer_value,
+    arithmetic,
+    final_answer,
+    is_same,
+    last_value,
+    solve,
+)
 from model import GPT
 from runtime.files import digest, read_jsonl, write_jsonl
 
@@ -209,11 +217,11 @@ def taxonomy(rows: list[dict]) -> tuple[dict[str, list[bool]], dict[str, list[di
     for row in rows:
         text, correct = row["solutions"][0]["text"], row["solutions"][0]["correct"]
         answer, false = final_answer(row["answer"]), false_equation(text)
-        flexible = last_number(text) == answer
+        flexible = is_same(last_value(text), answer_value(row["answer"]))
         wrong = not (correct or flexible)
         outcome = {
             "exact_match": correct,  # the number after #### is the answer's (strict)
-            "flexible_match": flexible,  # the last number is
+            "flexible_match": flexible,  # the last number has its value
             "no_answer": final_answer(text) is None,  # nothing after ####
             "stop_rate": row["solutions"][0]["stopped"],  # it ended by itself
         }
@@ -229,12 +237,6 @@ def taxonomy(rows: list[dict]) -> tuple[dict[str, list[bool]], dict[str, list[di
         for name in (name for name, flag in errors.items() if flag):
             examples.setdefault(name, []).append({**example, "false_equation": false})
     return flags, {name: found[:3] for name, found in examples.items()}
-
-
-def last_number(text: str) -> str | None:
-    """Return the last number of all, without commas and dollars (GSM8K's flexible extraction)."""
-    found = re.findall(r"-?[0-9][0-9,]*\.?[0-9]*|-?\.[0-9]+", text)
-    return found[-1].replace(",", "").rstrip(".") if found else None
 
 
 def false_equation(text: str) -> str | None:

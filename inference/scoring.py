@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from corpus.chat import Pair, render_prompt, user_turn
@@ -102,3 +103,10 @@ def scale_scores(model: GPT, tokenizer: Tokenizer, rows: list[dict]) -> None:
     logliks = [solution["loglik"] for row in rows for solution in row["solutions"]]
     spread = float(torch.tensor(logliks).std(correction=0))  # tens of nats for long solutions
     model.score_loglik.data.fill_(1 / max(1.0, spread / 2))
+
+
+def verifier_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy over labels (B, T), -1 = none (arXiv 2110.14168, section 4.1)."""
+    wanted = labels.clamp(min=0).to(scores.dtype)
+    loss = F.binary_cross_entropy_with_logits(scores, wanted, reduction="none")
+    return (loss * (labels >= 0)).sum()

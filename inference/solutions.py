@@ -1,6 +1,7 @@
 """This module samples solutions of word problems and checks them, with a calculator if wanted.
 
 A problem is {question, answer}; its answer ends in "#### " and a number (GSM8K, arXiv 2110.14168).
+Two rules compare answers: the strict one as GSM8K does, by characters; the other by value.
 """
 
 import ast
@@ -10,8 +11,9 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 
-from corpus.chat import render_prompt, user_turn
+from corpus.chat import drop_too_long, render_prompt, user_turn
 from corpus.tokenizer import Tokenizer
 from inference.answers import answer_text, stops
 from inference.sampling import Ids, Sampling, generate
@@ -29,10 +31,60 @@ OPERATORS = {
 }
 
 
+# The start of a number with all that is written into it, so that no part is taken for the whole
+NUMBER = re.compile(
+    r"(?:(?<![\w)])[-−+])?[$€£¥₹]?(?:\.?\d|[½¼¾])"  # the dash of 10-15 is no minus
+    r"(?:[\d½¼¾²³]|[.,:'’_](?=\d)|[eE][-+]?(?=\d)"  # 3.5, 1,000, 3:30, 1e3
+    r"|(?<!\d{4})[ \u00a0\u2009\u202f](?=\d{3}(?!\d))| (?=\d+/\d|[½¼¾])"  # 1 000, 1 1/2
+    r"| ?[-−–+*/×x^] ?[$€£¥₹]?(?=\.?\d))*"  # 1/2, 10-15, 3 x 4
+)
+ANSWER = re.compile(rf"####[ \t]*(?:[$€£¥₹] ?)?({NUMBER.pattern})")
+IN_THOUSANDS = re.compile(r"[-+]?\d{1,3}([,\s'’_])\d{3}(?:\1\d{3})*(?:\.\d+)?")
+WHOLE = re.compile(r"[-+]?(?:(?:\d*\.)?\d+(?:[eE][-+]?\d\d?)?|\d+ ?/ ?\d+)")
+
+
+def number_value(written: str) -> Fraction | None:
+    """Return the value of a number as people write it, or None where it is not wholly one."""
+    plain = re.sub("[$€£¥₹]", "", written).replace("−", "-")
+    if IN_THOUSANDS.fullmatch(plain):
+        plain = re.sub(r"[,\s'’_]", "", plain)
+    if not WHOLE.fullmatch(plain):
+        return None
+    try:
+        return Fraction(plain.replace(" ", ""))
+    except (ValueError, ZeroDivisionError):  # thousands of digits, or 1/0
+        return None
+
+
+def answer_value(text: str) -> Fraction | None:
+    """Return the value of the number after ####, or None."""
+    found = ANSWER.search(text)
+    return number_value(found[1]) if found else None
+
+
+def last_value(text: str) -> Fraction | None:
+    """Return the value of the last number, or None where that is not wholly one."""
+    found = NUMBER.findall(text)
+    return number_value(found[-1]) if found else None
+
+
 def final_answer(text: str) -> str | None:
     """Return the number after ####, commas removed, or None (GSM8K's strict match)."""
     found = re.search(r"#### (\-?[0-9\.\,]+)", text)
     return found[1].replace(",", "").rstrip(".") if found else None
+
+
+def is_same(a: str | Fraction | None, b: str | Fraction | None) -> bool:
+    return a is not None and a == b  # no number is not the same as no number
+
+
+def label_by_value(rows: list[dict]) -> list[dict]:
+    """Call those solutions correct whose answers have the right value; rows as of solve()."""
+    for row in rows:
+        if (gold := answer_value(row["answer"])) is not None:
+            for solution in row["solutions"]:
+                solution["correct"] = is_same(answer_value(solution["text"]), gold)
+    return rows
 
 
 def value_of(node: ast.expr) -> float:
@@ -94,11 +146,23 @@ class Attempts:
 
 
 def checked(ids: Ids, answer: str, tokenizer: Tokenizer) -> dict:
-    """Return a solution {ids, text, stopped, correct}, checked by its final answer."""
+    """Return a solution {ids, text, stopped, correct}, checked by the strict rule."""
     text = answer_text(ids, tokenizer)
     found = final_answer(text)
-    correct = found is not None and found == final_answer(answer)
+    correct = is_same(found, final_answer(answer))  # which is the 1 of 1/2
+    correct = correct and is_same(number_value(found), answer_value(answer))
     return {"ids": ids, "text": text, "stopped": ids[-1] in stops(tokenizer), "correct": correct}
+
+
+def with_room(
+    model: GPT, tokenizer: Tokenizer, problems: list[dict], log: Callable, needed: bool = False
+) -> list[dict]:
+    """Return the problems whose prompts leave room for an answer; log how many do not."""
+
+    def length(problem: dict) -> int:
+        return len(render_prompt(user_turn(problem["question"]), tokenizer)) + 1
+
+    return drop_too_long(problems, length, model.cfg.seq_len, "problems", log, needed)
 
 
 def solve(
@@ -111,8 +175,10 @@ def solve(
     """Sample solutions of every problem. -> [{question, answer, solutions: [...]}], see checked().
 
     Prompts of similar length share a batch. The solutions of a problem depend on it and the seed
-    alone, not on the other problems or on the processes that share them.
+    alone, not on the other problems or on the processes that share them. Problems that leave no
+    room for an answer are left out, and an answer ends where the context does.
     """
+    problems = with_room(model, tokenizer, problems, log)
     rows = [{**problem, "solutions": []} for problem in problems]
     prompts = [render_prompt(user_turn(row["question"]), tokenizer) for row in rows]
     hashes = [hashlib.sha256(row["question"].encode()).hexdigest() for row in rows]
@@ -130,6 +196,7 @@ def solve(
         seeds = [(attempts.seed, int(hashes[i][:8], 16), k) for i, k in part]
         texts = generate(model, batch, length, end, seeds, sampling, calculator)
         for (i, _), ids in zip(part, texts, strict=True):
+            ids = ids[: model.cfg.seq_len - len(prompts[i])]
             rows[i]["solutions"].append(checked(ids, rows[i]["answer"], tokenizer))
             n_tokens += len(ids)
         n_done = first + len(part)

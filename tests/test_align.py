@@ -914,6 +914,52 @@ def test_samples_are_labelled_by_their_final_answer(tmp_path, monkeypatch):
     assert labels == {"nonsense\n#### 1": 1, "1+0=1\n#### 2": 0, "1": 0, "1+0=1\n#### 1": -1}
 
 
+def test_samples_are_labelled_by_value(tmp_path, monkeypatch):
+    """A right answer in another dress is no wrong one, and a part of a number is no number.
+
+    The file keeps the strict rule, by which generations are counted everywhere.
+    """
+    right = ["#### 1,234.00", "#### $1234", "#### 1 234", "####1234.", "#### 1,234 apples"]
+    wrong = ["1234", "#### 1234-1240", "#### 1234/2", "#### 12:34", "#### 1,23,4", "#### -1234"]
+    monkeypatch.setattr(solutions, "generate", canned(right + wrong))
+    problems = [{"question": "q", "answer": "#### 1234"}]
+    data = world(tmp_path / "data", problems=problems)
+    parts = config(tmp_path, "verifier", data, n_samples=len(right + wrong), seq_len=64)
+    task = build(parts, tiny(score_head=True))
+    labels = {}
+    for document in task.packed["train"].documents:
+        text = BYTE.decode([i for i in document["ids"] if i < 256]).removeprefix("q")
+        labels[text] = max(document["labels"])
+    expected = dict.fromkeys(right, 1) | dict.fromkeys(wrong, 0) | {"#### 1234": -1}
+    assert labels == expected
+    rows = read_jsonl(os.path.join(parts[0].out_dir, files_of(parts, "samples_")[0]))
+    strict = {s["text"] for s in rows[0]["solutions"] if s["correct"]}
+    assert strict == {"#### 1,234 apples", "#### 1234-1240", "#### 1234/2", "#### 1,23,4"}
+
+
+@pytest.mark.parametrize("mode", ["verifier", "dpo"])
+def test_problems_without_room_for_an_answer_are_left_out_aloud(
+    tmp_path, monkeypatch, capsys, mode
+):
+    """A question that lost its beginning teaches nothing; none that fits is an error in words."""
+    monkeypatch.setattr(solutions, "generate", canned(["#### 1", "#### 2"]))
+    problems = [
+        {"question": f"{'long ' * 15 * (i == 2)}1+{i}?", "answer": f"#### {1 + i}"}
+        for i in range(4)
+    ]
+    how = {"on_policy": True} if mode == "dpo" else {}
+    data = world(tmp_path / "data", problems=problems)
+    parts = config(tmp_path, mode, data, n_samples=2, **how)
+    build(parts, tiny(score_head=mode == "verifier"))
+    said = capsys.readouterr().out
+    assert "problems: 1 of 4 are longer than seq_len=64 tokens and dropped" in said
+    for name in files_of(parts, "samples_"):
+        rows = read_jsonl(os.path.join(parts[0].out_dir, name))
+        assert len(rows) == 3 and not any("long" in row["question"] for row in rows)
+    model = tiny(score_head=mode == "verifier", seq_len=6)
+    fails(lambda: build(parts, model), "problems: all 4 are longer than seq_len=6")
+
+
 def test_samples_are_kept_and_read_by_the_second_start(tmp_path, monkeypatch):
     """A restart must neither pay for the samples again nor train on others."""
     monkeypatch.setattr(solutions, "generate", canned(["#### 1", "#### 2"]))

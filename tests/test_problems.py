@@ -15,7 +15,7 @@ from evals import problems, stats
 from evals import problems as mistakes
 from evals.results import RERANKERS
 from inference.scoring import log_likelihoods
-from inference.solutions import final_answer
+from inference.solutions import answer_value, final_answer, last_value
 from runtime.files import read_jsonl
 
 
@@ -186,21 +186,6 @@ def test_generations_are_kept_so_that_a_number_can_be_traced_to_its_text(finishe
 
 
 @pytest.mark.parametrize(
-    "text, number",
-    [
-        ("#### 3", "3"),
-        ("so 1,234.50 dollars.", "1234.50"),
-        ("5 then -7", "-7"),
-        ("it is 12.", "12"),
-        ("$5,000", "5000"),
-        ("none", None),
-    ],
-)
-def test_last_number_is_what_flexible_extraction_reads(text, number):
-    assert mistakes.last_number(text) == number
-
-
-@pytest.mark.parametrize(
     "text, false",
     [
         ("3+4=<<3+4=8>>8", "3+4=8"),
@@ -235,7 +220,30 @@ def test_no_text_of_a_model_stops_the_sorting_of_errors(text):
     """Models write anything; and an equation called false is one that stands in the text."""
     found = mistakes.false_equation(text)
     assert found is None or found.split("=")[0] in text
-    mistakes.last_number(text), final_answer(text)
+    last_value(text), answer_value(text), final_answer(text)
+
+
+@pytest.mark.parametrize(
+    "answer, text, flexible",
+    [
+        ("#### 18", "it is 18.00", True),
+        ("#### 18", "so she makes $18 a day.", True),
+        ("#### 1800", "1,800 dollars", True),
+        ("#### -15", "10-15 days", False),
+        ("#### 15", "10-15 days", False),
+        ("#### 30", "at 3:30", False),
+        ("#### 2", "1/2", False),
+        ("none", "none", False),
+        ("none", "3", False),
+    ],
+)
+def test_the_flexible_rule_compares_values(answer, text, flexible):
+    """The last number of the text, wholly read; a reference without a number is met by nothing."""
+    row = {"question": "q", "answer": answer}
+    row["solutions"] = [{"text": text, "correct": False, "stopped": True}]
+    flags, _ = mistakes.taxonomy([row])
+    assert flags["flexible_match"] == [flexible]
+    assert flags["error_extraction"] == [flexible]
 
 
 def test_errors_are_sorted_by_what_went_wrong():
