@@ -122,6 +122,8 @@ def prepare_eval(source: Source, folder: str) -> dict:
             raise UserError(f"source {source.name}: a cap counts records, and this is one text")
         parts = itertools.chain.from_iterable(texts for _, texts in texts_of(source))
         text = "".join(parts).encode(errors="replace")
+        if not text.strip():
+            raise UserError(f"source {source.name}: there is no text in it")
         write_atomic(os.path.join(folder, "test.txt"), lambda f: f.write(text))
         return {"bytes": len(text)}
     rows = json.loads(json.dumps(source_rows(source)[: source.cap], default=str))  # also of dates

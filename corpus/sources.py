@@ -169,7 +169,7 @@ def record_texts(rows: Iterable, where: str) -> Iterator[str]:
         print(f'{where}: {n_null} of {number} records dropped: "text" is null')
     fields.pop("text", None)
     if fields:
-        print(f"{where}: ignored: {', '.join(fields)}")
+        print(f"{where}: ignored: {', '.join(fields):.200}")
 
 
 def cut_at_marks(lines: Iterable[str]) -> Iterator[str | None]:

@@ -94,7 +94,7 @@ def write_jsonl(path: str, rows: Iterable) -> None:
 def first_bytes(path: str) -> bytes:
     """Return the start of a file; one that is missing, empty or not readable is a UserError."""
     if not os.path.isfile(path):
-        what = "is no file" if os.path.exists(path) else "does not exist"
+        what = "is a folder or a device" if os.path.exists(path) else "does not exist"
         raise UserError(f"file {path} {what}")
     try:
         with open(path, "rb") as f:
@@ -153,10 +153,14 @@ def read_jsonl(path: str) -> list:
     values = []
     with open_text(path) as f:
         for number, line in enumerate(f, 1):
-            is_open = not values and line.lstrip().startswith(("[", "{\n"))
-            text = line + f.read() if is_open else line
-            if text.strip():
-                values.append(decode(text, path, number))
+            if not line.strip():
+                continue
+            try:
+                values.append(decode(line, path, number))
+            except UserError:
+                if values or not line.lstrip().startswith(("[", "{\n")):
+                    raise
+                values.append(decode(line + f.read(), path, number))  # a value of many lines
     is_list = len(values) == 1 and isinstance(values[0], list)
     return values[0] if is_list else values
 

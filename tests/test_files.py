@@ -200,6 +200,12 @@ def test_a_list_and_json_lines_are_told_apart_by_content(tmp_path, text, name):
     assert list(read_rows(str(tmp_path / name))) == [{"a": 1}, {"a": 2}]
 
 
+def test_lines_that_are_lists_are_values_each(tmp_path):
+    """Only where the one list is all of the file, its items are the records."""
+    (tmp_path / "x").write_text("[1]\n[2, 3]\n")
+    assert read_jsonl(str(tmp_path / "x")) == [[1], [2, 3]]
+
+
 @pytest.mark.parametrize(
     "text, line",
     [

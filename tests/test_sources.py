@@ -340,6 +340,8 @@ def test_text_and_records_make_no_evaluation_set_together(tmp_path):
     for files in ("a.txt;b.jsonl", "b.jsonl;a.txt"):
         fails(lambda files=files: prepare(request(tmp_path, f"eval/w={files}")), "w", "two sources")
     fails(lambda: prepare(request(tmp_path, "eval/w:9=a.txt")), "cap")
+    (tmp_path / "c.txt").write_text("\ufeff \n")
+    fails(lambda: prepare(request(tmp_path, "eval/w=c.txt")), "no text")
 
 
 CONTENT = {  # name of a file -> its content, and whether it holds records
