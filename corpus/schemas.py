@@ -262,6 +262,7 @@ def problem_record(row: dict) -> dict:
         raise Unusable("empty question or empty response")
     if not GOLD.fullmatch(texts["answer"].partition("#### ")[2].rstrip()):
         raise Unusable("answer that does not end in '#### ' and a number alone")
+    refuse_marks(list(texts.values()))
     return texts
 
 
@@ -290,7 +291,8 @@ def summarized_dialogue(row: dict) -> dict:
 def judged_solutions(row: dict) -> dict:
     """Return the question of a row of published solutions, each of which has a verdict."""
     (question,) = required(row, "question")
-    text, sources = text_of(question, "question"), sources_of(row)
+    text = text_of(question, "question")
+    sources = [name for name, value in row.items() if isinstance(value, dict)]
     if not sources or not text.strip():
         raise Unusable("empty question or no solutions")
     for name in sources:
@@ -300,8 +302,3 @@ def judged_solutions(row: dict) -> dict:
             expected = "solution: a text, is_correct: true or false"
             raise UserError(f"{name} is {describe(fields)}, expected {expected}")
     return {"question": text}
-
-
-def sources_of(row: dict) -> list[str]:
-    """Return the names of those whose solutions a row of published ones holds."""
-    return sorted(name for name, value in row.items() if isinstance(value, dict))
