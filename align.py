@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from configurator import UserError, load, require, run
+from configurator import UserError, load, require
 from corpus import chat, folders, records, shards
 from corpus.tokenizer import Tokenizer, load_tokenizer
 from inference import answers, scoring
@@ -25,6 +25,7 @@ from inference.solutions import Attempts, label_by_value, solve, with_room
 from model import GPT
 from runtime.checkpoint import checkpoint_files, load_checkpoint, model_from, weights_hash
 from runtime.files import digest, read_jsonl, read_log, write_atomic, write_json, write_jsonl
+from runtime.program import run
 from runtime.run_folder import PREEMPTED, is_done
 from runtime.world import World
 from train import LoopConfig, train

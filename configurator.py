@@ -15,27 +15,17 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 COMMENT = r"^\s+(\w+): [^#\n]*?#\s*(.*)$"  # behind a field of a dataclass
 WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+# Ctrl-C while the libraries are still being imported shows no traceback
+sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
 
 
 class UserError(ValueError):
     """This error is something the user can mend; its text is shown without a traceback."""
-
-
-def run(main: Callable) -> None:
-    """Call main(argv) as a program: a UserError ends it with one message and exit code 2."""
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def require(cfg: object, ranges: dict[str, str], choices: dict[str, tuple] | None = None) -> None:
@@ -70,7 +60,7 @@ def load(argv: list[str], *parts: type, choose: tuple | None = None, quiet: bool
     One part alone is returned as such. Raises UserError with all faults at once.
     """
     if "--help" in argv or "-h" in argv:
-        print(help_text(parts, choose))
+        print(help_text(parts, choose), flush=True)
         sys.exit(0)
     settings = [s for arg in argv if not arg.startswith("--") for s in read_file(arg)]
     settings += [read_flag(arg) for arg in argv if arg.startswith("--")]

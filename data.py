@@ -30,6 +30,7 @@ from corpus.records import evaluation_set, split_records, to_records
 from corpus.sources import PRESETS, STAGES, Source, source_rows, texts_of
 from corpus.tokenizer import Tokenizer, load_tokenizer
 from runtime.files import holds_records, sha256, write_atomic, write_jsonl
+from runtime.program import run
 
 
 @dataclass
@@ -167,4 +168,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    configurator.run(main)
+    run(main)

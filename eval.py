@@ -13,11 +13,12 @@ import functools
 import os
 import time
 
-from configurator import UserError, load, run
+from configurator import UserError, load
 from evals import language, preferences, problems, sinks, tables, transfer
 from evals.base import VERSION, EvalConfig, Row, Subject, chosen_tasks, inputs_of, judged
 from evals.results import append_results, item_key, matches, read_results
 from runtime.files import digest, write_json
+from runtime.program import run
 from runtime.run_folder import provenance
 
 TASK_MODULES = (language, problems, preferences, transfer, sinks)  # they fill TASKS

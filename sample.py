@@ -15,13 +15,14 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
-from configurator import UserError, load, require, run
+from configurator import UserError, load, require
 from corpus.chat import check_template, render_prompt, user_turn
 from corpus.tokenizer import load_tokenizer
 from inference.answers import answer_text, stops
 from inference.sampling import Sampling, stream
 from inference.solutions import Calculator
 from runtime.checkpoint import load_checkpoint, model_from
+from runtime.program import run
 from runtime.world import choose_device
 
 

@@ -16,8 +16,9 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
-from configurator import UserError, load, require, run
+from configurator import UserError, load, require
 from runtime.files import write_json
+from runtime.program import run
 from runtime.run_folder import PREEMPTED, lock, read_state
 from runtime.world import KEEP_MEMORY
 

@@ -24,6 +24,7 @@ from corpus.tokenizer import Tokenizer, load_tokenizer
 from fast.muon import Muon, full_tensor
 from model import GPT, ModelConfig
 from runtime.budget import expert_notes, preflight
+from runtime.program import run
 from runtime.run_folder import PREEMPTED, RunFolder, is_done
 from runtime.world import World, distribute, sync_gradients
 
@@ -356,4 +357,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    configurator.run(main)
+    run(main)

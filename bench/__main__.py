@@ -29,6 +29,7 @@ from bench.worker import SYSTEMS, model_fields
 from configurator import UserError
 from model import GPT, ModelConfig
 from runtime.budget import device_peak_flops, flops_per_token
+from runtime.program import run
 from runtime.run_folder import provenance
 from runtime.world import KEEP_MEMORY
 
@@ -256,4 +257,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    configurator.run(main)
+    run(main)

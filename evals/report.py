@@ -17,6 +17,7 @@ from evals import plots, tables
 from evals.results import RERANKERS, newest, read_results, run_folders
 from evals.tables import format_value, table
 from runtime.files import read_jsonl, read_log, write_atomic
+from runtime.program import run
 
 DETAILS = {  # task -> heading of the section with all of its numbers
     "problems": "Word problems, greedily: right answers and kinds of error",
@@ -255,4 +256,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    configurator.run(main)
+    run(main)

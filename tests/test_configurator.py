@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 import typing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -546,62 +543,3 @@ def test_the_saved_json_gives_the_same_configuration_again(tmp_path):
     types = configurator.key_types(Config)
     again = {key: configurator.check(value, types[key]) for key, value in saved.items()}
     assert Config(**again) == cfg
-
-
-# ------------------------------------------------------------------------------------------------
-# run
-
-
-def main(argv):
-    return load(argv, Config).seed
-
-
-def test_run_returns_the_exit_code_of_main_and_2_for_a_user_error(monkeypatch, capsys):
-    """Slurm scripts look at it; the message goes to stderr."""
-    for argv, code in ((["--seed=0"], 0), (["--seed=75"], 75), (["--sed=1"], 2)):
-        monkeypatch.setattr(sys, "argv", ["x.py", *argv])
-        with pytest.raises(SystemExit) as end:
-            configurator.run(main)
-        assert end.value.code == code
-        shown = capsys.readouterr()
-        assert shown.out == "" and shown.err.startswith("error: ") == (code == 2)
-
-
-def test_run_lets_our_own_mistakes_through(monkeypatch):
-    """Only a UserError is the user's; the traceback of a bug is worth having."""
-    monkeypatch.setattr(sys, "argv", ["x.py"])
-
-    def broken(argv):
-        raise ValueError("a bug")
-
-    with pytest.raises(ValueError, match="a bug"):
-        configurator.run(broken)
-
-
-def test_a_program_shows_no_traceback_and_makes_no_folder(tmp_path):
-    """The whole way once, in a process: exit code 2, one message, nothing left behind."""
-    program = tmp_path / "program.py"
-    program.write_text(
-        "from dataclasses import dataclass\nimport configurator\n\n"
-        "@dataclass\nclass C:\n    seed: int = 1  # s\n\n"
-        "configurator.run(lambda argv: print(configurator.load(argv, C)))\n"
-    )
-
-    def start(*argv):
-        return subprocess.run(
-            [sys.executable, str(program), *argv],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
-        )
-
-    bad, good = start("--sede=3"), start("--seed=3")
-    assert (
-        bad.returncode == 2
-        and "Traceback" not in bad.stderr
-        and "did you mean seed" in bad.stderr
-        and bad.stdout == ""
-    )
-    assert good.returncode == 0 and good.stdout == "C(seed=3)\n" and good.stderr == ""
-    assert os.listdir(tmp_path) == ["program.py"]
