@@ -2,23 +2,24 @@
 
     model, loop = load(["config/smoke.py", "--seed=7", "--compile"], ModelConfig, LoopConfig)
 
-The fields of the dataclasses are the keys, one flat set. A config file is plain Python that assigns
-some of them, in a namespace of its own. An unknown key is an error that names the nearest ones.
+The fields of the dataclasses are the keys, one flat set. A config file is Python that assigns some
+of them, or a run's config.json, without its force. An unknown key is refused with the nearest ones.
 """
 
 import ast
 import difflib
 import inspect
-import math
+import json
 import os
 import re
 import sys
 import types
 import typing
 from dataclasses import fields
-from typing import Any
 
 COMMENT = r"^\s+(\w+): [^#\n]*?#\s*(.*)$"  # behind a field of a dataclass
+PATHS = ("out_dir", "data_dir", "local_dir", "checkpoint", "out")  # these must not be empty
+ADVICE = "write --key=value (a number is 0, or 1e-30 to 9e18 in size), and see --help"
 WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 # Ctrl-C while the libraries are still being imported shows no traceback
 sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
@@ -39,7 +40,7 @@ def require(cfg: object, ranges: dict[str, str], choices: dict[str, tuple] | Non
         low, high = (float(end) for end in interval[1:-1].split(","))
         excluded = [low] * interval.startswith("(") + [high] * interval.endswith(")")
         words = f"in {interval}"
-        if math.isinf(high):
+        if interval.endswith("inf)"):
             words = f"at least {low:g}" if interval.startswith("[") else f"above {low:g}"
         for key in keys.split():
             value = getattr(cfg, key)
@@ -49,11 +50,12 @@ def require(cfg: object, ranges: dict[str, str], choices: dict[str, tuple] | Non
     for key, known in (choices or {}).items():
         if getattr(cfg, key) not in known:
             faults.append(f"{key} must be one of {', '.join(known)}, got {getattr(cfg, key)!r}")
+    faults += [f"{key} is empty: give a path" for key in PATHS if getattr(cfg, key, None) == ""]
     if faults:
         raise UserError("; ".join(faults))
 
 
-def load(argv: list[str], *parts: type, choose: tuple | None = None, quiet: bool = True) -> Any:
+def load(argv: list[str], *parts: type, choose: tuple | None = None, quiet: bool = True) -> object:
     """Return an instance of each part: its defaults, then the files in argv, then the flags.
 
     choose: (key, {value: further parts}), where the key's value decides which parts are added.
@@ -89,11 +91,11 @@ def load(argv: list[str], *parts: type, choose: tuple | None = None, quiet: bool
             kind = inspect.formatannotation(kinds[key])
             faults.append(f"{where}: {key}={value!r} is not of type {kind}")
     if faults:
-        raise UserError("\n  ".join(["the configuration has faults:", *faults, "see --help"]))
+        raise UserError("\n  ".join(["the configuration has faults:", *faults, ADVICE]))
     return build(parts, values, origin, quiet)
 
 
-def build(parts: tuple, values: dict, origin: dict[str, str], quiet: bool) -> Any:
+def build(parts: tuple, values: dict, origin: dict[str, str], quiet: bool) -> object:
     """Return the instances, and print what differs from the defaults with its origin."""
     made, faults = [], []
     for part in parts:
@@ -116,17 +118,25 @@ def build(parts: tuple, values: dict, origin: dict[str, str], quiet: bool) -> An
 def read_file(path: str) -> list[tuple[str, object, str]]:
     """Return (key, value, path) for every public name that a config file assigns."""
     if not os.path.isfile(path):
-        hint = " (a flag begins with --)" if "=" in path else ""
-        raise UserError(f"config file {path!r} does not exist{hint}")
+        raise UserError(f"config file {path!r} does not exist; a flag is written --key=value")
     names = {"__file__": path}
     try:
-        with open(path, encoding="utf-8") as f:
-            exec(compile(f.read(), path, "exec"), names)
-    except Exception as error:  # whatever is wrong in a user's file is theirs to mend
-        kind = type(error).__name__
-        raise UserError(f"config file {path} does not run: {kind}: {error}") from None
+        with open(path, encoding="utf-8-sig") as f:
+            text = f.read()
+        if text.lstrip().startswith("{"):
+            names |= json.loads(text)
+            names.pop("force", None)  # that was for one start
+        else:
+            exec(compile(text, path, "exec"), names)
+    except (Exception, SystemExit) as error:  # what is wrong in a user's file is theirs to mend
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"config file {path} does not run: {reason}; flags: --key=value") from None
     public = {key: value for key, value in names.items() if not key.startswith("_")}
-    return [(k, v, path) for k, v in public.items() if not isinstance(v, types.ModuleType)]
+    settings = [(k, v, path) for k, v in public.items() if not isinstance(v, types.ModuleType)]
+    idle = names.get("__annotations__", {}).keys() - names.keys()  # "key: value", as in YAML
+    if idle or not settings:
+        raise UserError(f"{path}: {min(idle, default='it')} assigns nothing: write key = value")
+    return settings
 
 
 def read_flag(arg: str) -> tuple[str, object, str]:
@@ -149,10 +159,10 @@ def key_types(*parts: type) -> dict[str, type]:
 def parse(text: str, kind: type) -> object:
     """Return the value that a flag's text stands for; raise where it is not of the type."""
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if types.NoneType in kinds and text in ("None", "none", ""):
-        return None
     if str in kinds:
         return text
+    if types.NoneType in kinds and text in ("None", "none", ""):
+        return None
     if bool in kinds:
         return WORDS[text.lower()]
     if kind == tuple[str, ...]:
@@ -165,8 +175,10 @@ def parse(text: str, kind: type) -> object:
 
 def check(value: object, kind: type) -> object:
     """Return a value as its type wants it, a list as a tuple; raise where it does not fit."""
+    if type(value) in (int, float) and value != 0 and not 1e-30 <= abs(value) < 2**63:
+        raise ValueError(value)  # beyond what torch and numpy can hold; nan and inf, too
     for option in typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,):
-        if option is float and type(value) in (int, float) and math.isfinite(value):
+        if option is float and type(value) in (int, float):
             return float(value)
         if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
             return tuple(check(item, typing.get_args(option)[0]) for item in value)
@@ -178,7 +190,7 @@ def check(value: object, kind: type) -> object:
 def help_text(parts: tuple, choose: tuple | None) -> str:
     """Return the program's docstring and one line per key: name, default, type, its comment."""
     lines = [(sys.modules["__main__"].__doc__ or "").strip(), ""]
-    lines += ["keys (--key=value, or assigned in a config file; a bare --key means True):"]
+    lines += ["keys, as --key=value or in a config file (bare: True; a str: any text, even None):"]
     groups = {part: [] for part in parts}  # part -> the choices that add it
     for value, further in (choose[1] if choose else {}).items():
         for part in further:
@@ -187,10 +199,8 @@ def help_text(parts: tuple, choose: tuple | None) -> str:
         of = f" (only with {choose[0]}={' or '.join(values)})" if values else ""
         lines += ["", part.__doc__.partition("\n")[0] + of]
         notes = dict(re.findall(COMMENT, inspect.getsource(part), re.M))
-        kinds = key_types(part)
-        defaults = {field.name: field.default for field in fields(part)}
-        for key, kind in kinds.items():
-            flag, name = f"  --{key}={defaults[key]!r}", inspect.formatannotation(kind)
+        for key, kind in key_types(part).items():
+            flag, name = f"  --{key}={getattr(part, key)!r}", inspect.formatannotation(kind)
             lines.append(f"{flag:<34} {name:<14} {notes.get(key, '')}")
     return "\n".join(lines)
 

@@ -112,7 +112,8 @@ def test_a_bare_flag_is_true_and_a_dash_is_an_underscore():
         ("--window=none", "window", None),
         ("--window=", "window", None),
         ("--window=8", "window", 8),
-        ("--init_from=None", "init_from", None),
+        ("--init_from=None", "init_from", "None"),
+        ("--init_from=", "init_from", ""),
         ("--init_from=a", "init_from", "a"),
         ("--out_dir=", "out_dir", ""),
         ("--out_dir=None", "out_dir", "None"),
@@ -163,7 +164,10 @@ def test_any_text_survives_the_command_line(text):
     assert load([f"--out_dir={text}"], Config).out_dir == text
 
 
-@given(st.floats(allow_nan=False, allow_infinity=False), st.integers())
+SIZES = st.floats(1e-30, 9e18) | st.floats(-9e18, -1e-30) | st.just(0.0)
+
+
+@given(SIZES, st.integers(-(2**63) + 1, 2**63 - 1))
 def test_numbers_survive_the_command_line(x, i):
     """repr and back, to the last bit."""
     cfg = load([f"--learning_rate={x!r}", f"--seed={i}"], Config)
@@ -543,3 +547,101 @@ def test_the_saved_json_gives_the_same_configuration_again(tmp_path):
     types = configurator.key_types(Config)
     again = {key: configurator.check(value, types[key]) for key, value in saved.items()}
     assert Config(**again) == cfg
+
+
+# ------------------------------------------------------------------------------------------------
+# Files that are no Python recipe
+
+
+def test_a_saved_config_json_is_a_config_file(tmp_path):
+    """A run is repeated by the file that it left; other keys are refused by name as ever."""
+    cfg = load(["--learning_rate=0.1", "--tasks=a,b", "--compile", "--window=3"], Config)
+    path = str(tmp_path / "config.json")
+    write_json(path, configurator.as_dict(cfg))
+    assert load([path], Config) == cfg
+    assert load([path, "--window=4"], Config).window == 4
+    write_json(path, {"seed": 3, "n_expert": 2, "betas": ["x"]})
+    assert "unknown key 'n_expert'" in refusal([path]) and "betas=['x']" in refusal([path])
+
+
+@dataclass
+class Forced:
+    """With a wish that deletes."""
+
+    force: bool = False  # start over
+
+
+def test_a_saved_force_is_not_repeated(file):
+    """It was meant for one start: the saved file must not delete what that start has made."""
+    path = file('{"force": true, "seed": 3}', "config.json")
+    forced, cfg = load([path], Forced, Config)
+    assert not forced.force and cfg.seed == 3
+    assert load([path, "--force"], Forced, Config)[0].force
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", ["assigns nothing"]),
+        ("# seed = 3\n", ["assigns nothing"]),
+        ('"""Words."""\nimport os\n_seed = 3', ["assigns nothing"]),
+        ("seed: 3\nn_layer: 4\n", ["n_layer", "assigns nothing"]),  # YAML
+        ("seed = 3\nn_layer: 4", ["n_layer", "assigns nothing"]),
+        ("out_dir: 'x'", ["out_dir", "assigns nothing"]),
+        ("data: toy", ["NameError"]),
+        ("- seed\n- 3", ["NameError"]),
+        ("[train]\nseed = 3", ["NameError"]),  # TOML, INI
+        ("[1, 2]", ["assigns nothing"]),  # JSON, but no object
+        ("3", ["assigns nothing"]),
+        ('"seed"', ["assigns nothing"]),
+        ("null", ["NameError"]),
+        ("{}", ["assigns nothing"]),
+        ('{"seed": 3', ["JSONDecodeError"]),
+        ('{"seed": NaN}', ["seed=nan"]),
+        ('{"learning_rate": 1e400}', ["learning_rate=inf"]),
+        ("exit()", ["SystemExit"]),
+        ("raise SystemExit(0)", ["SystemExit"]),
+    ],
+)
+@pytest.mark.parametrize("name", ["config.yaml", "config.json", "config.py"])
+def test_a_file_that_sets_nothing_is_refused(file, text, words, name):
+    """Else all defaults would be used: the suffix does not matter, what is in the file does."""
+    path = file(text, name)
+    message = refusal([path])
+    assert path in message and all(word in message for word in words)
+
+
+def test_an_annotated_assignment_and_a_byte_order_mark_are_fine(file):
+    """The one is good Python, the other what an editor on Windows adds."""
+    assert load([file("seed: int = 3")], Config).seed == 3
+    assert load([file("\ufeffseed = 4")], Config).seed == 4
+    assert load([file('\ufeff{"seed": 5}', "config.json")], Config).seed == 5
+
+
+@pytest.mark.parametrize("argv", [["--seed", "3"], ["--seed", "=", "3"], ["--seed", "=3"]])
+def test_a_value_after_a_blank_is_refused_with_the_right_way_to_write_it(argv, file):
+    """argparse takes it so; and a value may be the name of a file that is there."""
+    assert "--key=value" in refusal(argv)
+    assert "--key=value" in refusal(["--init_from", file("IQ== 0\nIg== 1", "gpt2.tiktoken")])
+    assert "--key=value" in refusal(["--init_from", file("seed = 3")])
+
+
+# ------------------------------------------------------------------------------------------------
+# Numbers of any size
+
+
+@pytest.mark.parametrize("text", ["1e-40", "-1e-31", "1e40", "1e19", "5e-324", "-1e300"])
+def test_numbers_beyond_what_tensors_hold_are_refused(text, file):
+    """In float32 1e-40 divides to infinity, and 0 times 1e40 is nan."""
+    assert "learning_rate" in refusal([f"--learning_rate={text}"])
+    assert "betas" in refusal([f"--betas=0.9,{text}"])
+    assert "learning_rate" in refusal([file(f"learning_rate = {text}")])
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**63), 10**40, 10**400])
+def test_integers_beyond_64_bits_are_refused(value, file):
+    """numpy and torch overflow on them, each in its own way."""
+    assert "seed" in refusal([f"--seed={value}"])
+    assert "window" in refusal([f"--window={value}"])
+    assert "seed" in refusal([file(f"seed = {value}")])
+    assert "learning_rate" in refusal([file(f"learning_rate = {value}")])
