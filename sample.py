@@ -31,7 +31,7 @@ class SampleConfig:
     """Sampling from a checkpoint."""
 
     checkpoint: str = "out/toy/dpo"  # run folder, checkpoint file or run name
-    prompt: str | None = None  # None = chat on a terminal, else what comes on stdin
+    prompt: str | None = None  # left out: chat on a terminal, else what comes on stdin
     chat: bool | None = None  # the prompt is a user's turn; None = if the checkpoint knows chats
     n_samples: int = 1  # answers to the prompt, all sampled at once
     max_new_tokens: int = 256  # of each answer
@@ -65,7 +65,11 @@ class Sampler:  # a checkpoint that is ready to answer
 
     def answer(self, ids: list[int]) -> str:
         """Sample and print the answers to a prompt, one alone as it comes. -> the first"""
-        cfg, tokenizer = self.cfg, self.tokenizer
+        cfg, tokenizer, space = self.cfg, self.tokenizer, self.model.cfg.seq_len
+        if len(ids) > space:
+            cut = f"the first {len(ids) - space} of the prompt's {len(ids)} tokens are cut"
+            print(f"[{cut}: the context has {space}]", file=sys.stderr)
+            ids = ids[-space:]
         seeds = [(cfg.seed, self.n_prompts, number) for number in range(cfg.n_samples)]
         self.n_prompts += 1
         prompts = [ids] * cfg.n_samples

@@ -92,7 +92,7 @@ def sample(logits: Tensor, sampling: Sampling = PLAIN, draws: Tensor | None = No
 
     draws (B,): uniform numbers in [0, 1), which decide the rows by inversion of the distribution.
     """
-    if sampling.temperature == 0:
+    if sampling.temperature < 1e-30:  # 0, or the logits would grow to infinity
         return logits.argmax(-1)
     logits = logits / sampling.temperature
     if sampling.min_p:

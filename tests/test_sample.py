@@ -1,11 +1,12 @@
 """The program streams what it samples, chats, and refuses in words."""
 
 import io
+import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import BYTE, fails, save_start
+from helpers import BYTE, ROOT, fails, save_start
 from test_model import tiny
 
 import sample as program
@@ -15,7 +16,7 @@ from corpus.chat import TEMPLATE
 @pytest.fixture
 def start(tmp_path):
     """Folders of a base model and of a chat model, in bytes."""
-    model = tiny(dtype=torch.float32, vocab_size=BYTE.vocab_size)
+    model = tiny(dtype=torch.float32, vocab_size=BYTE.vocab_size, seq_len=32)
     return {
         "base": save_start(tmp_path / "base", model),
         "chat": save_start(tmp_path / "chat", model, template=TEMPLATE, task="sft"),
@@ -106,6 +107,42 @@ def test_the_prompt_may_come_on_stdin(start, monkeypatch, capsys):
     assert asked == [[BYTE.user, *b"from a pipe", BYTE.end, BYTE.assistant]]
 
 
+def test_any_text_is_a_prompt(start, monkeypatch):
+    """Neither "None" nor nothing is a wish to read stdin: without the flag stdin is read."""
+    asked = answers_of(monkeypatch)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("never read"))
+    for text in ("", "None", "none", "--chat"):
+        program.main([f"--checkpoint={start['base']}", f"--prompt={text}"])
+    assert asked == [[BYTE.eos, *text.encode()] for text in ("", "None", "none", "--chat")]
+    program.main([f"--checkpoint={start['chat']}", "--prompt=None"])
+    assert asked[-1] == [BYTE.user, *b"None", BYTE.end, BYTE.assistant]
+    fails(lambda: program.main([f"--checkpoint={start['chat']}", "--prompt="]), "prompt is empty")
+
+
+@pytest.mark.parametrize("name, marks", [("base", 1), ("chat", 3)])
+@pytest.mark.parametrize("over", [-1, 0, 1, 20])
+def test_a_prompt_beyond_the_context_loses_its_beginning_aloud(
+    start, monkeypatch, capsys, name, marks, over
+):
+    """The context has 32 tokens, marks included; what is left is its end, and the loss is told."""
+    asked = answers_of(monkeypatch)
+    text = "abcdefghijklmnopqrstuvwxyz" * 2
+    text = text[: 32 + over - marks]
+    program.main([f"--checkpoint={start[name]}", f"--prompt={text}"])
+    said = capsys.readouterr().err
+    assert len(asked[0]) == min(32, 32 + over)
+    assert (f"the first {over} of the prompt's {32 + over} tokens are cut" in said) == (over > 0)
+    end = [*text.encode(), BYTE.end, BYTE.assistant] if name == "chat" else [*text.encode()]
+    assert asked[0][-20:] == end[-20:]
+
+
+def test_input_that_is_not_utf8_is_refused_in_words(start, tmp_path):
+    """A file in another encoding comes through the pipe: one message, no traceback."""
+    command = [sys.executable, str(ROOT / "sample.py"), f"--checkpoint={start['chat']}"]
+    done = subprocess.run(command, input=b"Gr\xf6\xdfe", capture_output=True)
+    assert done.returncode == 2 and b"UTF-8" in done.stderr and b"Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -113,6 +150,8 @@ def test_the_prompt_may_come_on_stdin(start, monkeypatch, capsys):
         (["--top_p=1.5", "--n_samples=0"], ["top_p", "n_samples"]),
         (["--prompt= "], ["empty"]),
         (["--checkpoint=nowhere"], ["nowhere"]),
+        (["--temperature=1e-40"], ["temperature", "1e-40"]),
+        (["--checkpoint="], ["checkpoint is empty"]),
     ],
 )
 def test_wrong_requests_are_errors_in_words(start, flags, words):

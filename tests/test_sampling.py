@@ -174,6 +174,22 @@ def test_top_k_keeps_the_k_most_likely_and_their_proportions():
     assert drawn([0.0, 1.0, 2.0], top_k=99) == {0, 1, 2}
 
 
+@pytest.mark.parametrize("temperature", [1e-40, 5e-324, 1e-31, 1e-30, 1e-20, 1e-6])
+def test_the_limit_of_a_low_temperature_is_greedy(temperature):
+    """Logits must not grow to infinity on the way: inf - inf is nan, and no id at all."""
+    logits = torch.cat([randn(40, 50), 1e4 * randn(40, 50)])
+    for more in ({}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}):
+        got = sample(logits, Sampling(temperature, **more), uniform(80))
+        assert torch.equal(got, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [1e9, 1e18, 1e30])
+def test_the_limit_of_a_high_temperature_is_uniform(temperature):
+    """Every id of the vocabulary, and no other."""
+    got = sample(randn(1, 8).expand(4000, 8), Sampling(temperature), uniform(4000))
+    assert got.bincount(minlength=8).shape == (8,) and got.bincount().min() > 400
+
+
 def test_temperature_divides_the_logits():
     """At temperature 2 the odds of 4 : 1 become 2 : 1."""
     logits = torch.tensor([math.log(4.0), 0.0]).expand(20000, 2)
