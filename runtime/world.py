@@ -29,6 +29,8 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else name
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device=mps: this machine has no Apple GPU for torch. Use --device=cpu")
     if name != "cuda":
         return torch.device(name)
     local, found = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()

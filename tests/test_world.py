@@ -6,9 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
+import torch
+from helpers import ROOT, fails
 
-from runtime.world import KEEP_MEMORY
+from runtime.world import KEEP_MEMORY, choose_device
 
 COUNT_FAULTS = """
 import resource, torch
@@ -38,3 +39,11 @@ def test_freed_memory_is_used_again_instead_of_being_mapped_anew():
 
     assert faults(KEEP_MEMORY) <= 12_000
     assert faults({}) > 100_000, "this libc keeps freed memory anyway: the variables can go"
+
+
+@pytest.mark.parametrize("name", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_refused_in_words(name, monkeypatch):
+    """Every program asks here: torch itself fails at the first tensor, deep inside."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    fails(lambda: choose_device(name), f"device={name}", "--device=cpu")
