@@ -104,7 +104,7 @@ class SamplingConfig:
     calculator: bool = False  # work out <<3+4= for the model (Cobbe et al. 2021)
 
     def __post_init__(self):
-        require(self, {"[1, inf)": "n_problems n_samples", "[0, inf)": "temperature"})
+        require(self, {"[1, 1e6]": "n_problems n_samples", "[0, inf)": "temperature"})
 
 
 # ------------------------------------------------------------------------------------------------

@@ -45,8 +45,8 @@ class SampleConfig:
     device: str = "auto"  # auto, cpu, cuda, mps
 
     def __post_init__(self):
-        ranges = {"[1, inf)": "n_samples max_new_tokens top_k", "[0, inf)": "temperature seed"}
-        ranges["[0, 1]"] = "top_p min_p"
+        ranges = {"[1, inf)": "max_new_tokens top_k", "[0, inf)": "temperature seed"}
+        ranges |= {"[1, 1e4]": "n_samples", "[0, 1]": "top_p min_p"}
         require(self, ranges, {"device": ("auto", "cpu", "cuda", "mps")})
 
 

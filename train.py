@@ -3,12 +3,14 @@
     python train.py config/smoke.py                                  # one process, CPU or GPU
     torchrun --nproc_per_node=4 train.py config/h100_pretrain.py     # the same batches on 4 GPUs
 
-Started again in the same out_dir, a run goes on from its newest good checkpoint, bitwise; a
-finished run is left alone. Schedule: WSD, arXiv 2404.06395. Muon: fast/muon.py.
+The model must be named, by a config file or by --n_layer. Started again in the same out_dir, a run
+goes on from its newest good checkpoint, bitwise; a finished run is left alone. Schedule: WSD, arXiv
+2404.06395. Muon: fast/muon.py.
 """
 
 import math
 import os
+import re
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -67,9 +69,10 @@ class LoopConfig:
     force: bool = False  # start over: deletes this run's checkpoints and metrics
 
     def __post_init__(self):
-        counts = "batch_tokens micro_batch max_steps eval_interval log_interval save_interval"
+        counts = "micro_batch max_steps eval_interval log_interval save_interval max_bad_steps"
         zero_or_more = "seed eval_rows learning_rate muon_lr weight_decay grad_clip"
-        ranges = {"[1, inf)": f"{counts} max_bad_steps ns_steps", "[2, inf)": "keep"}
+        ranges = {"[1, inf)": counts, "[2, inf)": "keep", "[1, 1e9]": "batch_tokens"}
+        ranges["[1, 100]"] = "ns_steps"
         ranges |= {"[0, inf)": zero_or_more, "[0, 1]": "warmup_frac decay_frac final_lr_frac"}
         choices = {"schedule": ("wsd", "cosine"), "optimizer": ("muon", "adamw")}
         choices |= {"dtype": ("auto", "float32", "bfloat16")}
@@ -343,6 +346,9 @@ class Pretrain:
 def main(argv: list[str]) -> int:
     quiet = os.environ.get("RANK", "0") != "0"
     kinds = (ModelConfig, LoopConfig, PretrainConfig)
+    if not any(arg[:2] != "--" or re.match("--(n.layer|d.model|help)", arg) for arg in argv):
+        usage = "python train.py config/smoke.py [--key=value ...]; --help lists the keys"
+        raise UserError(f"no model is named, by a config file or by --n_layer. Usage: {usage}")
     sizes, loop, pretrain = parts = configurator.load(argv, *kinds, quiet=quiet)
     ensure_toy(loop.data, loop.data_dir)
     tokenizer = load_tokenizer(pretrain.tokenizer, loop.data_dir)

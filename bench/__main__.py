@@ -87,7 +87,7 @@ class BenchConfig:
     out: str = "out/bench.jsonl"  # results are appended here
 
     def __post_init__(self) -> None:
-        bounds = {"[1, inf)": "rounds new_tokens batches threads"}
+        bounds = {"[1, 1e6]": "rounds new_tokens batches threads"}
         choices = {"device": ("cpu", "cuda"), "dtype": ("float32", "bfloat16")}
         configurator.require(self, bounds, choices)
         unknown = {*self.shapes} - {*SHAPES} | {*self.tasks} - {*TASKS}

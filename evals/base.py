@@ -66,12 +66,13 @@ class EvalConfig:
     force: bool = False  # replace results that exist
 
     def __post_init__(self):
-        counts = "n_streams n_samples max_new_tokens n_problems n_chats"
+        counts = "n_streams max_new_tokens n_problems n_chats"
         choices = {
             "device": ("auto", "cpu", "cuda", "mps"),
             "dtype": ("auto", "float32", "bfloat16"),
         }
-        require(self, {"[1, inf)": counts, "[0, inf)": "temperature seed"}, choices)
+        ranges = {"[1, inf)": counts, "[1, 1e4]": "n_samples", "[0, inf)": "temperature seed"}
+        require(self, ranges, choices)
         known = {"task": (self.tasks, ORDER), "protocol": (self.protocols, PROTOCOLS)}
         for what, (names, possible) in known.items():
             unknown = ", ".join(name for name in names if name not in possible)

@@ -428,6 +428,44 @@ def test_every_number_has_a_lower_bound(part, key):
         part(**needed, **{key: -1000})
 
 
+ANY_SIZE = ("-1", "0", "1e-40", "1e40", "inf", "-inf", "nan", "1e-30", "9e18", str(2**63 - 1))
+
+
+@pytest.mark.parametrize(
+    "part, key", NUMBERS, ids=lambda x: x if isinstance(x, str) else x.__name__
+)
+def test_every_number_of_any_size_is_taken_or_refused_in_words(part, key):
+    """A number that passes is finite and fits a float32; one that does not is named."""
+    needed = ["--init_from=x"] if part is align.AlignConfig else []
+    for text in ANY_SIZE:
+        try:
+            value = getattr(load([*needed, f"--{key}={text}"], part), key)
+        except UserError as error:
+            assert key in str(error)
+            continue
+        values = value if isinstance(value, tuple) else (value,)
+        assert all(0 <= x <= 2**63 and (x == 0 or x >= 1e-30) for x in values)
+
+
+FOLDERS = [
+    (part, key)
+    for parts in (*PROGRAMS.values(), OTHERS)
+    for part in parts
+    for key in configurator.key_types(part)
+    if key in ("out_dir", "data_dir", "local_dir", "checkpoint", "out")
+]
+
+
+@pytest.mark.parametrize("part, key", FOLDERS)
+def test_an_empty_path_is_refused(part, key, file):
+    """--out_dir=$UNSET must neither fill the working directory nor end in a traceback."""
+    assert {key for _, key in FOLDERS} == set(configurator.PATHS)
+    needed = {"--stage=dpo"} if part is SpeedrunConfig else set()
+    for argv in ([f"--{key}="], [file(f"{key} = ''")]):
+        with pytest.raises(UserError, match=f"{key} is empty"):
+            load([*argv, *needed], part)
+
+
 # ------------------------------------------------------------------------------------------------
 # Parts, choices, bounds
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -694,6 +695,28 @@ def test_a_finished_run_is_refused_to_other_settings(smoke, data_dir):
         "--force",
     )
     assert snapshot(smoke) == before
+
+
+@pytest.mark.parametrize("argv", [[], ["--max_steps=3"], ["--seed=1", "--force"]])
+def test_no_model_is_trained_that_nobody_named(argv, tmp_path, monkeypatch):
+    """The defaults are a model of 152M parameters: nobody wants it by leaving everything out."""
+    monkeypatch.chdir(tmp_path)
+    fails(lambda: train.main(argv), "no model is named", "python train.py config/smoke.py")
+    assert os.listdir(tmp_path) == []
+
+
+LARGE_AND_SMALL = ("0", "1e-30", "1e18")
+
+
+@pytest.mark.parametrize("key", ["learning_rate", "muon_lr", "weight_decay", "rope_base"])
+def test_numbers_of_any_size_train_or_are_refused(key, data_dir, tmp_path):
+    """What the bounds let pass must neither raise nor leave a run in a state of its own."""
+    for number, text in enumerate(LARGE_AND_SMALL):
+        folder = tmp_path / f"{number}"
+        with suppress(UserError):
+            argv = smoke_argv(folder, data_dir, "--max_steps=2", f"--{key}={text}")
+            assert train.main(argv) == 0
+            assert json.loads((folder / "state.json").read_text())["state"] == "done"
 
 
 def test_training_and_evaluation_open_no_socket(smoke, data_dir, monkeypatch):
