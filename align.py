@@ -22,13 +22,13 @@ from corpus.tokenizer import Tokenizer, load_tokenizer
 from inference import answers, scoring
 from inference.scoring import sequence_logprobs, verifier_loss
 from inference.solutions import Attempts, label_by_value, solve, with_room
-from model import GPT
-from runtime.checkpoint import checkpoint_files, load_checkpoint, model_from, weights_hash
+from model import GPT, ModelConfig
+from runtime.checkpoint import beside, checkpoint_files, model_from, open_start, weights_hash
 from runtime.files import digest, read_jsonl, read_log, write_atomic, write_json, write_jsonl
 from runtime.program import run
 from runtime.run_folder import PREEMPTED, is_done
 from runtime.world import World
-from train import LoopConfig, train
+from train import LoopConfig, check_fits, train
 
 
 @dataclass
@@ -384,8 +384,8 @@ def sampled_pairs(setup: Setup, split: str) -> list[dict]:
     return pairs
 
 
-def tune(task: SFT | DPO | Verifier, setup: Setup, parts: list) -> int:
-    """Train, and say what that did to the answers. -> exit code"""
+def tune(task: SFT | DPO | Verifier, setup: Setup, parts: list, files: list[str]) -> int:
+    """Train, and say what that did to the answers, in files too. -> exit code"""
     model, tokenizer, world, loop, align = setup[:5]
     prompts = [ids for ids in task.prompts if len(ids) < model.cfg.seq_len]
     prompts = prompts[: align.n_answers]
@@ -395,16 +395,16 @@ def tune(task: SFT | DPO | Verifier, setup: Setup, parts: list) -> int:
         return {key: sum(values) / len(values) for key, values in stats.items()}
 
     before, notes = {}, []
-    if prompts and world.main and not loop.fsdp:  # one rank alone cannot ask a sharded model
+    if files and prompts and world.main:
         model.to(world.device)
         before = measure()
     result = train(loop, task, model, world, parts)
     if result["state"] == "preempted":
         return PREEMPTED
+    after = measure() if before else {}
+    if files and world.main:
+        write_json(os.path.join(loop.out_dir, *files), {"before": before, "after": after})
     if before:
-        after = measure()
-        path = os.path.join(loop.out_dir, "answers.json")
-        write_json(path, {"before": before, "after": after})
         line, notes = answers.changes(before, after)
         world.log(f"{align.mode}: {line}")
     if align.mode == "dpo":
@@ -425,23 +425,29 @@ def main(argv: list[str]) -> int:
     parts = load(argv, LoopConfig, AlignConfig, choose=("mode", MODES), quiet=quiet)
     loop, align, mode = parts[:3]
     folders.ensure_toy(loop.data, loop.data_dir)
-    start = load_checkpoint(align.init_from)
+    if loop.out_dir == LoopConfig.out_dir:  # not given: never where train.py puts its own run
+        loop.out_dir = beside(align.init_from, align.mode)
+    start, origin = open_start(align.init_from, loop.out_dir, loop.force)
     spec = start["tokenizer"]
     tokenizer = load_tokenizer(align.tokenizer or spec["name"], loop.data_dir, spec)
     chat.check_template(start, align.init_from)
     if align.mode == "sft" and mode.replay and mode.replay_data is None:
         mode.replay_data = start["train_config"]["data"]  # before it is compared with the run's
+    # one rank alone cannot ask a sharded model, and a verifier does not answer
+    compared = align.n_answers and align.mode != "verifier" and not loop.fsdp
+    files = ["answers.json"] if compared else []
     with World(loop.device, loop.dtype) as world:
-        if is_done(loop.out_dir, parts, loop.force, world):
+        if is_done(loop, parts, world, origin, files):
             return 0
+        head = {"score_head": True} if align.mode == "verifier" else {}
+        cfg = ModelConfig(**start["model_config"] | head)
+        check_fits(cfg, align.seq_len or cfg.seq_len, loop, world)
         torch.manual_seed(loop.seed)
         os.makedirs(loop.out_dir, exist_ok=True)
-        head = {"score_head": True} if align.mode == "verifier" else {}
         setup = Setup(model_from(start, **head), tokenizer, world, *parts)
         task = TASKS[align.mode](setup)
-        origin = {"ref": align.init_from, "weights_hash": start["weights_hash"]}
         task.extra = {"tokenizer": tokenizer.spec(), "template": chat.TEMPLATE, "init_from": origin}
-        return tune(task, setup, parts)
+        return tune(task, setup, parts, files)
 
 
 if __name__ == "__main__":

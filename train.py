@@ -2,6 +2,7 @@
 
     python train.py config/smoke.py                                  # one process, CPU or GPU
     torchrun --nproc_per_node=4 train.py config/h100_pretrain.py     # the same batches on 4 GPUs
+    python train.py config/smoke.py --init_from=out/smoke --out_dir=out/more  # goes on from there
 
 The model must be named, by a config file or by --n_layer. Started again in the same out_dir, a run
 goes on from its newest good checkpoint, bitwise; a finished run is left alone. Schedule: WSD, arXiv
@@ -25,7 +26,8 @@ from corpus.shards import Mixture
 from corpus.tokenizer import Tokenizer, load_tokenizer
 from fast.muon import Muon, full_tensor
 from model import GPT, ModelConfig
-from runtime.budget import expert_notes, preflight
+from runtime.budget import check_memory, expert_notes, preflight
+from runtime.checkpoint import check_shape, model_from, open_start
 from runtime.program import run
 from runtime.run_folder import PREEMPTED, RunFolder, is_done
 from runtime.world import World, distribute, sync_gradients
@@ -35,7 +37,7 @@ from runtime.world import World, distribute, sync_gradients
 class LoopConfig:
     """The training loop."""
 
-    out_dir: str = "out/pretrain"  # run folder: config, metrics.jsonl, checkpoints, state.json
+    out_dir: str = "out/pretrain"  # run folder; of align.py the default is beside its init_from
     data: str = "toy"  # data sets under data_dir, "name" or a mixture "name*0.7,other*0.3"
     data_dir: str = "data"  # where data.py put them
     seed: int = 1337  # initial weights and data order
@@ -66,7 +68,7 @@ class LoopConfig:
     save_interval: int = 100  # steps between checkpoints
     keep: int = 2  # newest checkpoints kept, beside the best
     max_bad_steps: int = 5  # non-finite steps in a row that end the run
-    force: bool = False  # start over: deletes this run's checkpoints and metrics
+    force: bool = False  # start over; the run in out_dir is kept until the new one has saved
 
     def __post_init__(self):
         counts = "micro_batch max_steps eval_interval log_interval save_interval max_bad_steps"
@@ -84,6 +86,7 @@ class LoopConfig:
 class PretrainConfig:
     """Pretraining."""
 
+    init_from: str | None = None  # go on from these weights: run folder, checkpoint or run name
     tokenizer: str = "toy"  # toy, byte, gpt2, or the path of a .tiktoken ranks file
     headerless: bool = False  # the shards are nanoGPT's .bin files, plain uint16 without a header
 
@@ -147,10 +150,11 @@ def train(loop: LoopConfig, task: Task, model: GPT, world: World, parts: tuple) 
             last = step == loop.max_steps
             stopping = world.any(run.stop_requested)
             if not stopping and (last or step % loop.eval_interval == 0):
-                with run.clock.paused():
+                with run.clock.paused("validation"):
                     run.validated(step, evaluate(step_module, task, loop, world))
             if run.save_is_due(step, last or stopping):
-                run.save(step, model, optimizers)
+                with run.clock.paused("save"):
+                    run.save(step, model, optimizers)
             if last or stopping:
                 break
 
@@ -343,6 +347,16 @@ class Pretrain:
         return nll, {"loss": nll}
 
 
+def check_fits(cfg: ModelConfig, seq_len: int, loop: LoopConfig, world: World) -> None:
+    """Raise UserError where a model is too large to be trained here, before it is built."""
+    with torch.device("meta"):
+        model = GPT(cfg)
+    model.recompute = loop.recompute
+    at_once = seq_len * max(1, min(loop.micro_batch, loop.batch_tokens // seq_len))
+    shards = world.size if loop.fsdp else 1
+    check_memory(model, make_optimizers(model, loop), at_once, world, shards)
+
+
 def main(argv: list[str]) -> int:
     quiet = os.environ.get("RANK", "0") != "0"
     kinds = (ModelConfig, LoopConfig, PretrainConfig)
@@ -351,13 +365,25 @@ def main(argv: list[str]) -> int:
         raise UserError(f"no model is named, by a config file or by --n_layer. Usage: {usage}")
     sizes, loop, pretrain = parts = configurator.load(argv, *kinds, quiet=quiet)
     ensure_toy(loop.data, loop.data_dir)
-    tokenizer = load_tokenizer(pretrain.tokenizer, loop.data_dir)
+    ref, start, origin = pretrain.init_from, None, None
+    if ref:
+        start, origin = open_start(ref, loop.out_dir, loop.force)
+    tokenizer = load_tokenizer(pretrain.tokenizer, loop.data_dir, start and start["tokenizer"])
+    cfg = replace(sizes, vocab_size=tokenizer.vocab_size)
+    if start:
+        check_shape(start, cfg, ref)
     with World(loop.device, loop.dtype) as world:
-        if is_done(loop.out_dir, parts, loop.force, world):
+        if is_done(loop, parts, world, origin):
             return 0
+        check_fits(cfg, cfg.seq_len, loop, world)
         torch.manual_seed(loop.seed)
-        model = GPT(replace(sizes, vocab_size=tokenizer.vocab_size))
+        model = model_from(start, seq_len=cfg.seq_len) if start else GPT(cfg)
         task = Pretrain(loop, sizes.seq_len, tokenizer, pretrain.headerless)
+        if origin:
+            task.extra["init_from"] = origin
+            world.log(
+                f"pretrain: goes on from {ref}; optimizer, schedule and data order begin anew"
+            )
         result = train(loop, task, model, world, parts)
         return PREEMPTED if result["state"] == "preempted" else 0
 

@@ -1,6 +1,7 @@
 """What a run costs: FLOPs, memory, disk, and the share of a GPU's peak that it reaches."""
 
 import os
+import re
 import shutil
 from typing import Any
 
@@ -10,14 +11,19 @@ import torch.nn as nn
 from configurator import UserError
 from runtime.world import World
 
-# bf16 dense peak FLOP/s by device name, from the vendor's data sheets
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+# bf16 dense peak FLOP/s by words of the device's name, from the vendor's data sheets; first match
+PEAK_FLOPS = {"H100 PCIE": 756e12, "H100 HBM2E": 756e12, "H100 NVL": 835e12, "H100": 989e12}
+PEAK_FLOPS |= {"H200 NVL": 835e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
 def device_peak_flops() -> float | None:
     """Return the peak of this machine's GPU, or None where there is none that is known."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
+    words = set(re.findall(r"\w+", name.upper()))
+    if "MIG" in words:  # a slice of a GPU
+        return None
+    known = (flops for key, flops in PEAK_FLOPS.items() if words >= set(key.split()))
+    return next(known, None)
 
 
 def flops_per_token(model: nn.Module) -> float:
@@ -83,6 +89,32 @@ def free_disk(folder: str, need: int, checkpoint: int) -> int:
     return free
 
 
+def memory_there(world: World) -> tuple[str, int]:
+    """Return the memory that a rank runs in, in words and bytes: its GPU's, or a share of RAM."""
+    if world.device.type == "cuda":
+        return f"the GPU {torch.cuda.get_device_name()}", torch.cuda.mem_get_info()[1]
+    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return f"this machine, shared by {here} process(es),", ram // here
+
+
+def check_memory(
+    model: nn.Module, optimizers: list, at_once: int, world: World, shards: int
+) -> None:
+    """Raise UserError where a model cannot be trained in the memory there is; it may be on meta.
+
+    The estimate of activations is rough, so that half of it is enough to refuse.
+    """
+    states = (state_bytes(model, optimizers) + 4 * model.num_params()) / shards
+    activations = activation_bytes(model.cfg, at_once, world.dtype.itemsize, model.recompute)
+    where, there = memory_there(world)
+    if states + activations / 2 > there:
+        what = f"{model.num_params() / 1e6:,.0f}M parameters: weights, gradients and optimizer"
+        parts = f"{states / 1e9:.1f} GB, {activations / 1e9:.1f} GB for {at_once:,} tokens at once"
+        advice = "choose a smaller model or micro_batch, --recompute, or --fsdp on more GPUs"
+        raise UserError(f"{what} need {parts}; {where} has {there / 1e9:.1f} GB: {advice}")
+
+
 def preflight(
     model: nn.Module, optimizers: list, tokens: tuple, world: World, shards: int, disk: tuple
 ) -> str:
@@ -104,4 +136,6 @@ def preflight(
     if peak:
         hours = flops * in_all / (0.4 * peak * world.size) / 3600
         flops_note += f", {hours:.2f} h at 40 % of the peak"
+    elif world.device.type == "cuda":
+        flops_note += f"; the peak of {torch.cuda.get_device_name()} is not known: no MFU"
     return f"{memory_note}, {disk_note}; {flops_note}"

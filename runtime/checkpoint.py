@@ -3,8 +3,10 @@
 import glob
 import hashlib
 import os
+import shutil
 import zipfile
 from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from model import GPT, ModelConfig
 from runtime.files import write_atomic
 
 FORMAT = 2  # of checkpoints; 2: optimizer state by parameter name
+REPLACED = ".replaced"  # in a run folder: the run that --force replaces, until the new one saved
 
 
 def weights_hash(state: dict[str, Tensor]) -> str:
@@ -28,23 +31,30 @@ def weights_hash(state: dict[str, Tensor]) -> str:
 def save_checkpoint(path: str, checkpoint: dict) -> None:
     """Write a checkpoint with its weights hash; non-finite weights never replace a good file."""
     state = checkpoint["model"]
-    bad = [name for name, x in state.items() if not torch.isfinite(x).all()]
-    if bad:
-        names = f"non-finite weights in {', '.join(bad[:3])}"
-        raise UserError(f"{path} is not written: {names}. The last good checkpoint stays")
+    if bad := non_finite(state):
+        raise UserError(f"{path} is not written: {bad}. The last good checkpoint stays")
     need = 3 * sum(x.numel() * x.element_size() for x in state.values())
     checkpoint = {"format": FORMAT, "weights_hash": weights_hash(state), **checkpoint}
     write_atomic(path, lambda f: torch.save(checkpoint, f), need)
 
 
-def read_checkpoint(path: str) -> dict:
-    """Return the checkpoint in a file; raise UserError where it is damaged, foreign or newer."""
+def non_finite(state: dict[str, Tensor]) -> str:
+    """Say which weights are NaN or infinite; "" where none is."""
+    bad = [name for name, x in state.items() if not torch.isfinite(x).all()]
+    return f"non-finite weights in {', '.join(bad[:3])}" if bad else ""
+
+
+def read_checkpoint(path: str, whole: bool = True) -> dict:
+    """Return the checkpoint in a file; raise UserError where it is damaged, foreign or newer.
+
+    whole=False: for its settings and hashes; tensors stay in the file, unread and unchecked.
+    """
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not notice a flipped byte
-            damaged = archive.testzip()
+            damaged = archive.testzip() if whole else None
         if damaged:
             raise UserError(f"checkpoint {path} is damaged (bad CRC in {damaged})")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=not whole)
     except FileNotFoundError:
         raise UserError(f"checkpoint {path} does not exist") from None
     except UserError:
@@ -58,6 +68,8 @@ def read_checkpoint(path: str) -> dict:
     if checkpoint["format"] > FORMAT:
         versions = f"format {checkpoint['format']}, this code reads {FORMAT}"
         raise UserError(f"{path} was written by a newer version ({versions}): update the code")
+    if whole and (bad := non_finite(checkpoint["model"])):
+        raise UserError(f"checkpoint {path} has {bad}: use an earlier one")
     return checkpoint
 
 
@@ -66,12 +78,18 @@ def checkpoint_files(folder: str) -> list[str]:
     return sorted(glob.glob(os.path.join(glob.escape(folder), "ckpt_*.pt")), reverse=True)
 
 
-def newest_checkpoint(folder: str, log: Callable = print) -> tuple[str, dict] | None:
-    """Return path and content of the newest checkpoint that can be read; None without a file."""
-    files = checkpoint_files(folder)
+def newest_checkpoint(
+    folder: str, log: Callable = print, whole: bool = True
+) -> tuple[str, dict] | None:
+    """Return path and content of the newest checkpoint that can be read; None without a file.
+
+    Where none is left but best.pt, it is that.
+    """
+    best = os.path.join(folder, "best.pt")
+    files = checkpoint_files(folder) + [best] * os.path.isfile(best)
     for path in files:
         try:
-            return path, read_checkpoint(path)
+            return path, read_checkpoint(path, whole)
         except UserError as error:
             log(f"WARNING: {error}; trying the one before")
     if files:
@@ -79,16 +97,55 @@ def newest_checkpoint(folder: str, log: Callable = print) -> tuple[str, dict] | 
     return None
 
 
+def find_checkpoint(ref: str, whole: bool = True) -> tuple[str, dict]:
+    """Return path and content of the checkpoint that a file, a run folder or a run's name means."""
+    if os.path.isfile(ref):
+        return ref, read_checkpoint(ref, whole)
+    for folder in (ref, os.path.join("out", ref)):
+        for place in (folder, os.path.join(folder, REPLACED)):
+            if found := newest_checkpoint(place, whole=whole):
+                return found
+    tried = "it is no file, no run folder with ckpt_*.pt or best.pt, and no run under out/"
+    raise UserError(f"no checkpoint at {ref!r}: {tried}")
+
+
 def load_checkpoint(ref: str) -> dict:
     """Return the checkpoint of a file, of a run folder, or of the name of a run under out/."""
-    if os.path.isfile(ref):
-        return read_checkpoint(ref)
-    for folder in (ref, os.path.join("out", ref)):
-        found = newest_checkpoint(folder)
-        if found:
-            return found[1]
-    tried = "it is no file, no run folder with ckpt_*.pt, and no run under out/"
-    raise UserError(f"no checkpoint at {ref!r}: {tried}")
+    return find_checkpoint(ref)[1]
+
+
+def open_start(ref: str, folder: str, force: bool) -> tuple[dict, dict]:
+    """Return the checkpoint that a run in this folder starts from, and its name and hash.
+
+    Raises UserError where the run would replace it.
+    """
+    source, start = find_checkpoint(ref)
+    target = os.path.realpath(folder)
+    homes = [os.path.dirname(os.path.realpath(source)), os.path.realpath(os.path.dirname(source))]
+    inside = target in [os.path.commonpath([home, target]) for home in homes]
+    if target in homes or (force and inside):
+        what = f"the run would start from {source}, which lies inside its own out_dir {folder}"
+        raise UserError(f"{what}: choose another --out_dir, so that the checkpoint stays")
+    return start, {"ref": ref, "weights_hash": start["weights_hash"]}
+
+
+def beside(ref: str, name: str) -> str:
+    """Return the folder of this name beside the run that load_checkpoint(ref) would read."""
+    run = os.path.dirname(ref) if os.path.isfile(ref) else ref
+    if not os.path.exists(ref):
+        run = os.path.join("out", ref)
+    return os.path.normpath(os.path.join(run, "..", name))
+
+
+def check_shape(start: dict, cfg: ModelConfig, ref: str) -> None:
+    """Raise UserError where a checkpoint's weights are not those of such a model."""
+    saved = start["model_config"]
+    if saved.get("score_head"):
+        raise UserError(f"{ref} is a verifier; pretraining goes on from a language model")
+    keys = [key for key, value in asdict(cfg).items() if saved.get(key, value) != value]
+    differ = [f"--{key}={saved[key]}" for key in keys if key != "seq_len"]
+    if differ:
+        raise UserError(f"{ref} is a model of another shape: give {' '.join(differ)}")
 
 
 def model_from(checkpoint: dict, **changes: object) -> GPT:
@@ -104,3 +161,48 @@ def model_from(checkpoint: dict, **changes: object) -> GPT:
         faults = f"missing {missing}, unexpected {unexpected}"
         raise UserError(f"the checkpoint does not fit its model: {faults}")
     return model
+
+
+# ------------------------------------------------------------------------------------------------
+# --force. state.json leaves first and comes back last, so that a kill at any moment can be told:
+# without it files were on their way, with it the new run has begun. The newest checkpoint leaves
+# last and comes back first, so that a reader finds it at any moment
+
+
+def run_files(folder: str) -> list[str]:
+    names = ("state.json", "config.json", "metrics.jsonl", "answers.json", "best.pt")
+    paths = [os.path.join(folder, name) for name in names]
+    return [path for path in paths if os.path.lexists(path)] + checkpoint_files(folder)[::-1]
+
+
+def set_aside(folder: str) -> None:
+    """Move the run in a folder into REPLACED; one that has no weights is removed."""
+    old, paths = os.path.join(folder, REPLACED), run_files(folder)
+    keep = any(path.endswith(".pt") for path in paths) and not os.path.isdir(old)
+    if keep:
+        os.mkdir(old)
+    for path in paths:
+        if keep:
+            os.rename(path, os.path.join(old, os.path.basename(path)))
+        else:
+            os.remove(path)
+
+
+def drop_replaced(folder: str) -> None:
+    shutil.rmtree(os.path.join(folder, REPLACED), ignore_errors=True)
+
+
+def settle_replaced(folder: str, force: bool, log: Callable) -> None:
+    """Finish what a killed --force began: drop the old run, or bring it back."""
+    old = os.path.join(folder, REPLACED)
+    begun = os.path.exists(os.path.join(folder, "state.json"))
+    if not os.path.isdir(old) or (begun and checkpoint_files(folder)):
+        return drop_replaced(folder)
+    if begun and force:
+        return None
+    for path in reversed(run_files(folder) if begun else []):
+        os.remove(path)
+    for path in reversed(run_files(old)):
+        os.rename(path, os.path.join(folder, os.path.basename(path)))
+    drop_replaced(folder)
+    return log(f"{folder}: the run that --force was to replace is back, the new one had not saved")

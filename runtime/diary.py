@@ -1,6 +1,7 @@
 """What a run writes down while it trains: metrics.jsonl for programs, lines for people."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -12,14 +13,14 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from runtime.budget import device_peak_flops, flops_per_token
-from runtime.world import World
 
 
 class Clock:
-    """Seconds spent on training steps; it stands still during validation."""
+    """Seconds spent on training steps; it stands still while something else is done."""
 
     def __init__(self):
         self.spent, self.since, self.began = 0.0, time.perf_counter(), time.perf_counter()
+        self.pauses = {"validation": 0.0, "save": 0.0}  # seconds spent on each
 
     def read(self) -> float:
         now = time.perf_counter()
@@ -27,22 +28,25 @@ class Clock:
         return self.spent
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self, what: str) -> Iterator[None]:
         self.read()
         yield
-        self.since = time.perf_counter()
+        began, self.since = self.since, time.perf_counter()
+        self.pauses[what] += self.since - began
 
 
 class Diary:
-    """The log of one run; only rank 0 writes. sizes: first step, max_steps, tokens of a step."""
+    """The log of one run from its first step on; only rank 0 writes."""
 
-    def __init__(self, path: str, task: Any, model: nn.Module, sizes: tuple, world: World):
-        self.task, self.world = task, world
-        first, self.max_steps, self.tokens_per_step = sizes
+    def __init__(self, run: Any, model: nn.Module, tokens_per_step: int):
+        path, loop, first = run.path("metrics.jsonl"), run.loop, run.first
+        self.task, self.world, self.first = run.task, run.world, first
+        self.max_steps, self.tokens_per_step = loop.max_steps, tokens_per_step
+        self.intervals = {"validation": loop.eval_interval, "save": loop.save_interval}
         self.path, self.flops_per_token = path, flops_per_token(model)
-        hidden = not (world.main and sys.stderr.isatty())
+        hidden = not (self.world.main and sys.stderr.isatty())
         steps = {"total": self.max_steps, "initial": first}
-        self.bar = tqdm(desc=task.name, leave=False, disable=hidden, **steps)
+        self.bar = tqdm(desc=self.task.name, leave=False, disable=hidden, **steps)
         self.clock, self.timed_steps = Clock(), 0
 
     def record(self, row: dict) -> None:
@@ -65,7 +69,7 @@ class Diary:
         row = {"step": step, **means, "lr_share": lr_share, "grad_norm": norm}
         row |= {"step_ms": step_s * 1e3, "tokens_per_s": self.tokens_per_step / step_s}
         row |= {"tokens": tokens, "flops": self.flops_per_token * tokens}
-        row["eta_s"] = (self.max_steps - step - 1) * step_s
+        row["eta_s"] = self.seconds_left(step, step_s)
         if peak := device_peak_flops():
             row["mfu"] = row["tokens_per_s"] * self.flops_per_token / peak / self.world.size
         if torch.cuda.is_available():
@@ -75,6 +79,16 @@ class Diary:
             self.world.log(self.line(row))
         else:
             self.bar.set_postfix_str(f"loss {means[self.task.metrics[0]]:.3f}")
+
+    def seconds_left(self, step: int, step_s: float) -> float:
+        """Estimate the time from a step to the end, with the validations and saves to come."""
+        left = (self.max_steps - step - 1) * step_s
+        for what, interval in self.intervals.items():
+            ends = step // interval  # of intervals, up to now
+            before = self.first - (what == "validation")  # there is one before the first step
+            to_come = math.ceil(self.max_steps / interval) - ends
+            left += to_come * self.clock.pauses[what] / max(1, ends - before // interval)
+        return left
 
     def line(self, row: dict) -> str:
         first, *others = self.task.metrics

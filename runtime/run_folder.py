@@ -4,15 +4,14 @@ It holds config.json, metrics.jsonl, state.json (running, preempted, done or fai
 (the newest) and best.pt (the lowest validation loss).
 """
 
-import fcntl
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from typing import Any, Self
 
@@ -21,16 +20,27 @@ import torch.distributed.checkpoint.state_dict as full
 import torch.nn as nn
 
 from configurator import UserError, as_dict
-from runtime.checkpoint import FORMAT, checkpoint_files, newest_checkpoint, save_checkpoint
+from runtime.checkpoint import (
+    FORMAT,
+    checkpoint_files,
+    drop_replaced,
+    find_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    set_aside,
+    settle_replaced,
+)
 from runtime.diary import Diary
 from runtime.files import read_log, remove_if_there, write_json, write_jsonl
+from runtime.lock import lock
 from runtime.world import StopFlag, World
 
 PREEMPTED = 75  # exit code (EX_TEMPFAIL): saved; run the same command again
-START_OVER = "Choose another --out_dir, or --force to delete that run and start over"
-# Keys that cannot change the result of a run: they may differ when it goes on
+START_OVER = "Choose another --out_dir, or --force to start over in its place"
+# Keys that cannot change the result of a run: they may differ when it goes on. Of init_from the
+# weights count, not the name (check_same_start)
 HARMLESS = "log_interval save_interval keep device micro_batch compile recompute fsdp force "
-HARMLESS += "out_dir data_dir"
+HARMLESS += "out_dir data_dir init_from"
 # Weights and optimizer state whole, on the CPU, by name: the same file from one rank, DDP or FSDP
 FULL_STATE = full.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -52,32 +62,16 @@ def git(*args: str) -> str | None:
         return None
 
 
-@contextmanager
-def lock(folder: str) -> Iterator[None]:
-    """Hold a folder for this process; a second one is refused and told who is there.
-
-    The lock dies with its process.
-    """
-    path, another = os.path.join(folder, ".lock"), "choose another --out_dir"
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with open(path, "a"):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot use {folder} as run folder ({error}): {another}") from None
-    with open(path, "a+") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            f.seek(0)
-            owner = f.read().strip() or "another process"
-            raise UserError(f"{folder} is in use by {owner}: wait for it, or {another}") from None
-        f.truncate(0)
-        job = os.environ.get("SLURM_JOB_ID")
-        where = f"{os.uname().nodename}{f', job {job}' if job else ''}"
-        f.write(f"process {os.getpid()} on {where}, since {time.ctime()}")
-        f.flush()
-        yield
+def command(n_ranks: int = 1, **changes: object) -> str:
+    """Return the command line of this program without --force, and with these keys changed."""
+    keys = {"force", *changes}
+    names = {
+        arg: arg[2:].partition("=")[0].replace("-", "_") for arg in sys.argv if arg[:2] == "--"
+    }
+    kept = [arg for arg in sys.argv if names.get(arg) not in keys]
+    new = [f"--{key}={value}" for key, value in changes.items()]
+    launcher = ["torchrun", f"--nproc_per_node={n_ranks}"] if n_ranks > 1 else ["python"]
+    return shlex.join([*launcher, *kept, *new])
 
 
 def read_state(folder: str) -> str | None:
@@ -105,15 +99,56 @@ def check_same_run(folder: str, parts: tuple, saved: dict) -> None:
     changed = [key for key in now if key not in harmless and was[key] != now[key]]
     if changed:
         differ = "; ".join(f"{key}: {was[key]!r} -> {now[key]!r}" for key in changed)
-        raise UserError(f"{folder} holds a run with other settings: {differ}. {START_OVER}")
+        advice, more = START_OVER, now.get("max_steps", 0) - was.get("max_steps", 0)
+        if more > 0:
+            run = folder.rstrip("/")
+            how = command(init_from=run, out_dir=f"{run}-more", max_steps=more)
+            what = f"its learning rate follows {was['max_steps']} steps, and cannot be stretched"
+            advice += f". To train its weights further ({what}): {how}"
+        raise UserError(f"{folder} holds a run with other settings: {differ}. {advice}")
 
 
-def is_done(folder: str, parts: tuple, force: bool, world: World) -> bool:
-    """Say whether this very run is finished; raise UserError where another run is there."""
-    if force or read_state(folder) != "done":
+def check_same_start(folder: str, saved: dict, origin: dict | None) -> None:
+    """Raise UserError where a run was begun with other weights than those it would begin with now.
+
+    origin: {"ref", "weights_hash"} of the checkpoint that it starts from; None = initial weights.
+    """
+    before, now = saved.get("init_from") or {}, origin or {}
+    if before.get("weights_hash") == now.get("weights_hash"):
+        return
+    old, new = (f"{x['ref']} ({x['weights_hash']})" if x else "nothing" for x in (before, now))
+    what = f"{folder} is stale: it was trained from {old}, and would start from {new} now"
+    raise UserError(f"{what}. {START_OVER}: it is kept until the new one has saved")
+
+
+def is_stale(folder: str, start: str) -> bool:
+    """Say whether the run in a folder was trained from other weights than a start has now."""
+    try:
+        origin = find_checkpoint(folder, whole=False)[1].get("init_from")
+        now = find_checkpoint(start, whole=False)[1]["weights_hash"]
+    except UserError:  # no run yet, or none to start from: the stage itself says so
         return False
-    with open(os.path.join(folder, "config.json")) as f:
-        check_same_run(folder, parts, json.load(f))
+    return bool(origin) and origin["weights_hash"] != now
+
+
+def is_done(
+    loop: Any, parts: tuple, world: World, origin: dict | None = None, files: list | tuple = ()
+) -> bool:
+    """Say whether this very run is finished; raise UserError where another run is there.
+
+    files: what it must have left beside its checkpoint. All ranks return the same.
+    """
+    folder, found = loop.out_dir, None
+    paths = [os.path.join(folder, name) for name in files]
+    if not loop.force and read_state(folder) == "done" and all(map(os.path.exists, paths)):
+        found = newest_checkpoint(folder, world.log, whole=False)
+        if found and checkpoint_files(folder) and found[1]["step"] < loop.max_steps:
+            found = None  # its last checkpoint was taken away
+    if world.any(not found):
+        return False
+    saved = found[1]
+    check_same_run(folder, parts, saved["model_config"] | saved["train_config"])
+    check_same_start(folder, saved, origin)
     world.log(f"{folder} is done: nothing to do")
     return True
 
@@ -134,10 +169,8 @@ class RunFolder:
     def __enter__(self) -> Self:
         if self.world.main:
             self.stack.enter_context(lock(self.folder))
-            if self.loop.force:
-                others = [self.path(n) for n in ("best.pt", "metrics.jsonl", "state.json")]
-                for path in [*checkpoint_files(self.folder), *others]:
-                    remove_if_there(path)
+            requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"  # then without --force
+            settle_replaced(self.folder, self.loop.force or requeued, self.world.log)
         self.world.barrier()
         return self
 
@@ -150,11 +183,12 @@ class RunFolder:
 
     def resume(self, model: nn.Module, optimizers: list) -> int:
         """Load the newest checkpoint that can be read, if there is one. -> the first step to do"""
-        found = newest_checkpoint(self.folder, self.world.log)
+        found = None if self.loop.force else newest_checkpoint(self.folder, self.world.log)
         if not found:
             return 0
         path, saved = found
         check_same_run(self.folder, self.parts, saved["model_config"] | saved["train_config"])
+        check_same_start(self.folder, saved, self.task.extra.get("init_from"))
         if saved["format"] < FORMAT:
             what = f"{path} is of format {saved['format']} (this code writes {FORMAT})"
             use = "A run cannot go on from it; its weights can be used: --init_from in align.py"
@@ -173,6 +207,8 @@ class RunFolder:
     def begin(self, model: nn.Module, tokens_per_step: int, *lines: str) -> None:
         """Clean up what a killed run left, say what will be done, start the clock."""
         if self.world.main:
+            if self.loop.force:
+                set_aside(self.folder)
             for name in os.listdir(self.folder):
                 if name.endswith(".tmp"):  # of a save that was killed; we hold the lock
                     remove_if_there(self.path(name))
@@ -183,8 +219,7 @@ class RunFolder:
         for line in lines:
             self.world.log(f"{self.task.name}: {line}")
         self.stack.enter_context(self.stop)
-        sizes = (self.first, self.loop.max_steps, tokens_per_step)
-        self.diary = Diary(self.path("metrics.jsonl"), self.task, model, sizes, self.world)
+        self.diary = Diary(self, model, tokens_per_step)
         self.stack.enter_context(self.diary.bar)
         self.clock = self.diary.clock
 
@@ -220,6 +255,7 @@ class RunFolder:
         if step == self.best_step:  # first: after a kill between the two it comes again
             save_checkpoint(self.path("best.pt"), checkpoint)
         save_checkpoint(path, checkpoint)
+        drop_replaced(self.folder)
         up_to_now = [p for p in checkpoint_files(self.folder) if p <= path]
         for old in up_to_now[self.loop.keep :]:  # only now, when the new one is safe
             os.remove(old)
@@ -260,6 +296,8 @@ class RunFolder:
         self.result |= {"state": state, "step": step, "seconds": seconds}
         line = f"{state} at step {step} after {seconds:.0f} s, {self.folder}"
         self.world.log(f"{self.task.name}: {line}")
+        if preempted:
+            self.world.log(f"{self.task.name}: go on with: {command(self.world.size)}")
         self.world.barrier()
         if self.world.main:
             write_json(self.path("state.json"), {**self.result, **provenance()})

@@ -1,5 +1,6 @@
 """Processes, devices and signals: what a program of several ranks needs on a shared cluster."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -48,12 +49,30 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
+def die_with_parent() -> None:
+    """Let the kernel end this process when its parent ends, however it ends (Linux alone)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def end_if_orphan() -> None:
+    """End a rank whose torchrun was killed together with speedrun.py while this rank started."""
+    speedrun = os.environ.get("SPEEDRUN_PID")  # of this process's grandparent
+    if speedrun and sys.platform == "linux":
+        with open(f"/proc/{os.getppid()}/stat") as f:
+            if f.read().rpartition(")")[2].split()[1] != speedrun:
+                os._exit(128 + signal.SIGKILL)
+
+
 class World:
     """This process among the others: rank, size, device, and the collectives of the loop."""
 
     def __init__(self, device: str, dtype: str = "auto"):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
+        if self.size > 1:  # started by torchrun: without it nobody would end this process
+            die_with_parent()
+            end_if_orphan()
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
         if self.device.type == "cuda":
@@ -140,16 +159,19 @@ def sync_gradients(module: nn.Module, on: bool) -> None:
 
 
 class StopFlag:
-    """SIGTERM or SIGUSR1 asks the loop to save and stop; one 2 s later ends the process at once.
+    """SIGTERM, SIGUSR1 or Ctrl-C asks the loop to save and stop; a second one ends it at once.
 
-    torchrun sends on what a whole job gets: one warning comes twice within milliseconds.
+    A warning to a whole job comes twice within milliseconds: torchrun sends it on. A second one is
+    what comes 2 s later; Ctrl-C in a program of one process counts twice sooner.
     """
 
     def __init__(self):
         self.signal, self.since, self.previous = None, 0.0, {}
+        self.main = os.environ.get("RANK", "0") == "0"
+        self.relayed = "TORCHELASTIC_RUN_ID" in os.environ
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             self.previous[number] = signal.signal(number, self.handle)
         return self
 
@@ -158,7 +180,12 @@ class StopFlag:
             signal.signal(number, handler)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
+        pressed_again = number == self.signal == signal.SIGINT and not self.relayed
         if self.signal is None:
             self.signal, self.since = number, time.monotonic()
-        elif time.monotonic() - self.since > 2:
+            if number == signal.SIGINT and self.main:  # print is not safe in a handler
+                os.write(
+                    2, b"\nstopping: this step is finished and saved; Ctrl-C again ends at once\n"
+                )
+        elif time.monotonic() - self.since > (0.2 if pressed_again else 2):
             os._exit(128 + number)

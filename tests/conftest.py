@@ -7,6 +7,7 @@ import torch
 from corpus_helpers import real
 
 from corpus.tokenizer import load_tokenizer
+from runtime import lock
 
 torch.set_num_threads(1)
 
@@ -15,6 +16,12 @@ torch.set_num_threads(1)
 def gpt2():
     """GPT-2's tokenizer, where its ranks are."""
     return load_tokenizer(real("gpt2.tiktoken"))
+
+
+@pytest.fixture(autouse=True)
+def no_patience(monkeypatch):
+    """A folder in use is refused at once; only the test of the waiting waits."""
+    monkeypatch.setattr(lock, "WAIT", 0.0)
 
 
 @pytest.fixture

@@ -1086,6 +1086,100 @@ def test_a_resumed_dpo_refuses_a_starting_checkpoint_that_has_changed(tmp_path):
         align.main(flags(tmp_path, "dpo"))
 
 
+@pytest.mark.parametrize("mode", ["sft", "dpo", "verifier"])
+def test_a_run_is_stale_when_its_start_has_other_weights(tmp_path, mode):
+    """Finished or not it is refused by name; --force makes it again, and then it is done."""
+    world(tmp_path / "data")
+    save_start(tmp_path / "start", tiny())
+    assert align.main(flags(tmp_path, mode)) == 0
+    old = load_checkpoint(str(tmp_path / f"out_{mode}"))["weights_hash"]
+    save_start(tmp_path / "start", tiny(seed=1))
+    refused(flags(tmp_path, mode), f"out_{mode}", "stale", "start", "--force")
+    os.remove(tmp_path / f"out_{mode}" / "state.json")
+    os.remove(checkpoint_files(str(tmp_path / f"out_{mode}"))[0])
+    refused(flags(tmp_path, mode), "stale")
+    assert align.main([*flags(tmp_path, mode), "--force"]) == 0
+    assert load_checkpoint(str(tmp_path / f"out_{mode}"))["weights_hash"] != old
+    assert align.main(flags(tmp_path, mode)) == 0
+
+
+def test_the_start_may_be_named_in_another_way(tmp_path, monkeypatch):
+    """A slash, an absolute path, a run's name, its file: the weights count, when a run goes on."""
+    world(tmp_path / "data")
+    start = tmp_path / "out/start"
+    save_start(start, tiny())
+    monkeypatch.chdir(tmp_path)
+    assert align.main(flags(tmp_path, "sft", init_from="start")) == 0
+    out = tmp_path / "out_sft"
+    last = load_checkpoint(str(out))["weights_hash"]
+    for ref in ("out/start", "out/start/", start, start / "ckpt_0000007.pt", "out/../out/start"):
+        os.remove(checkpoint_files(str(out))[0])
+        assert align.main(flags(tmp_path, "sft", init_from=ref)) == 0
+        assert load_checkpoint(str(out))["weights_hash"] == last
+        before = {path: path.read_bytes() for path in out.iterdir()}
+        assert align.main(flags(tmp_path, "sft", init_from=ref)) == 0
+        assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("given", [[], ["--out_dir=out/pretrain"]])
+def test_without_an_out_dir_a_run_goes_beside_its_start(tmp_path, monkeypatch, given):
+    """Never to out/pretrain, where train.py's own run may be."""
+    world(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    save_start(tmp_path / "out/pretrain", tiny())
+    argv = [
+        flag for flag in flags(tmp_path, "sft", init_from="out/pretrain") if "out_dir" not in flag
+    ]
+    before = sorted(os.listdir("out/pretrain"))
+    assert align.main(argv + given) == 0
+    assert sorted(os.listdir("out/pretrain")) == before
+    assert json.loads(Path("out/sft/config.json").read_text())["out_dir"] == "out/sft"
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_a_stage_over_its_own_start_is_refused_and_changes_nothing(tmp_path, force):
+    """--force would delete the checkpoint before the first step; it is never recommended."""
+    world(tmp_path / "data")
+    save_start(tmp_path / "start", tiny())
+    before = {path: path.read_bytes() for path in (tmp_path / "start").iterdir()}
+    argv = [*flags(tmp_path, "dpo", out_dir=f"{tmp_path}/start/"), *force]
+    with pytest.raises(UserError, match="lies inside its own out_dir") as caught:
+        align.main(argv)
+    assert "--force" not in str(caught.value)
+    assert {path: path.read_bytes() for path in (tmp_path / "start").iterdir()} == before
+
+
+@pytest.mark.parametrize("mode", ["sft", "dpo"])
+def test_done_means_with_the_comparison_of_answers(tmp_path, mode):
+    """Killed after its last checkpoint a stage makes up for it; trained is nothing more."""
+    world(tmp_path / "data")
+    save_start(tmp_path / "start", tiny())
+    argv, out = flags(tmp_path, mode), tmp_path / f"out_{mode}"
+    assert align.main(argv) == 0
+    answered, log = (out / "answers.json").read_bytes(), untimed(out)
+    last = load_checkpoint(str(out))["weights_hash"]
+    os.remove(out / "answers.json")
+    assert align.main(argv) == 0
+    assert (out / "answers.json").read_bytes() == answered and untimed(out) == log
+    assert load_checkpoint(str(out))["weights_hash"] == last
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    assert align.main(argv) == 0
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_stage_without_answers_to_compare_is_done_too(tmp_path):
+    """n_answers=0 asks for none, and where no prompt fits there are none: neither runs for ever."""
+    world(tmp_path / "data", chats=[chat("long " * 5, "b")] * 4)
+    save_start(tmp_path / "start", tiny(seq_len=24))
+    for n, name in ((0, "none"), (3, "no room")):
+        out = tmp_path / name
+        argv = flags(tmp_path, "sft", out_dir=out, n_answers=n, seq_len=64)
+        assert align.main(argv) == 0 and (out / "answers.json").exists() == bool(n)
+        before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+        assert align.main(argv) == 0
+        assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
 def refused(argv: list[str], *words: str) -> None:
     fails(lambda: align.main(argv), *words)
 

@@ -3,10 +3,12 @@
 import errno
 import os
 import random
+import shutil
 import signal
 import time
 import zipfile
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,12 +18,17 @@ from configurator import UserError
 from model import GPT, ModelConfig
 from runtime.checkpoint import (
     FORMAT,
+    beside,
     checkpoint_files,
+    drop_replaced,
     load_checkpoint,
     model_from,
     newest_checkpoint,
+    open_start,
     read_checkpoint,
     save_checkpoint,
+    set_aside,
+    settle_replaced,
     weights_hash,
 )
 
@@ -476,3 +483,164 @@ def test_load_checkpoint_says_what_it_tried(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     for ref in ("nosuch", "empty", str(tmp_path / "a.pt")):
         fails(lambda ref=ref: load_checkpoint(ref), repr(ref), "file", "folder", "out/")
+
+
+# ------------------------------------------------------------------------------------------------
+# What a run starts from, and what --force replaces
+
+
+def test_a_folder_with_only_the_best_is_a_checkpoint(tmp_path):
+    """Who cleans up keeps best.pt; with others beside it, it is the last one that is tried."""
+    save_checkpoint(str(tmp_path / "best.pt"), content(4, seed=4))
+    assert load_checkpoint(str(tmp_path))["step"] == 4
+    write(tmp_path, 9)
+    assert load_checkpoint(str(tmp_path))["step"] == 9
+    damage_of("truncated", path_of(tmp_path, 9), None)
+    assert load_checkpoint(str(tmp_path))["step"] == 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_weights_are_refused_on_load(value, tmp_path):
+    """Every program reads through here; without this sample.py writes noise, eval.py NaN rows."""
+    write(tmp_path, 1)
+    bad = content(2)
+    bad["model"]["embed.weight"][3, 2] = value
+    torch.save({"format": FORMAT, "weights_hash": "x", **bad}, path_of(tmp_path, 2))
+    fails(lambda: load_checkpoint(path_of(tmp_path, 2)), "non-finite", "embed.weight")
+    assert load_checkpoint(str(tmp_path))["step"] == 1
+
+
+def test_settings_are_read_without_the_tensors(tmp_path):
+    """Hashes of a checkpoint of gigabytes are wanted at every start: its tensors stay unread."""
+    path = write(tmp_path, 3, init_from={"ref": "a", "weights_hash": "b"})
+    found, light = read_checkpoint(path), read_checkpoint(path, whole=False)
+    keys = ("step", "weights_hash", "init_from", "model_config")
+    assert [light[key] for key in keys] == [found[key] for key in keys]
+    damage_of("truncated", path, None)
+    fails(lambda: read_checkpoint(path, whole=False), path)
+
+
+def places(folder) -> dict:
+    """Ways to write the name of what lies in a run folder. -> {kind: ref}"""
+    (folder / "link").symlink_to(folder / "run")
+    (folder / "start.pt").symlink_to(path_of(folder / "run", 1))
+    refs = {"itself": folder / "run", "slash": f"{folder}/run/", "link": folder / "link"}
+    refs |= {"file": path_of(folder / "run", 1), "best": folder / "run/best.pt"}
+    refs |= {"linked file": folder / "start.pt", "up and down": f"{folder}/run/../run/."}
+    return {kind: str(ref) for kind, ref in refs.items()}
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("out", ["run", "run/", "link", "./link/../run"])
+def test_a_run_may_not_replace_what_it_starts_from(tmp_path, out, force):
+    """However the two are named; and the advice is never --force, which would lose the source."""
+    write(tmp_path / "run", 1)
+    save_checkpoint(str(tmp_path / "run/best.pt"), content(1))
+    for ref in places(tmp_path).values():
+        text = fails(lambda ref=ref: open_start(ref, f"{tmp_path}/{out}", force), "lies inside")
+        assert "--force" not in text and "--out_dir" in text
+    other = open_start(str(tmp_path / "run"), str(tmp_path / "runs"), force)
+    assert other[0]["weights_hash"] == other[1]["weights_hash"]
+
+
+def test_force_is_refused_above_the_start_too(tmp_path):
+    """A folder of runs is not to be started over from one of its runs; without --force it may."""
+    write(tmp_path / "all/base", 1)
+    fails(lambda: open_start(str(tmp_path / "all/base"), str(tmp_path / "all"), True), "inside")
+    assert open_start(str(tmp_path / "all/base"), str(tmp_path / "all"), False)
+
+
+@pytest.mark.parametrize(
+    "ref, wanted",
+    [
+        ("out/toy/pretrain", "out/toy/sft"),
+        ("out/toy/pretrain/", "out/toy/sft"),
+        ("toy/pretrain", "out/toy/sft"),
+        ("out/toy/pretrain/ckpt_0000001.pt", "out/toy/sft"),
+    ],
+)
+def test_beside_a_run_is_in_the_folder_that_holds_it(tmp_path, monkeypatch, ref, wanted):
+    """Of every way to name it."""
+    write(tmp_path / "out/toy/pretrain", 1)
+    monkeypatch.chdir(tmp_path)
+    assert beside(ref, "sft") == wanted
+    absolute = beside(str(tmp_path / "out/toy/pretrain"), "sft")
+    assert absolute == str(tmp_path / "out/toy/sft")
+
+
+OLD_RUN = ("state.json", "config.json", "metrics.jsonl", "answers.json", "best.pt")
+
+
+def old_run(folder) -> dict:
+    """Write a run of two checkpoints, with a user's own file. -> name: content"""
+    write(folder, 1), write(folder, 2)
+    for name in (*OLD_RUN, "notes.txt"):
+        (folder / name).write_text(f"old {name}")
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def begin_new_run(folder) -> None:
+    for name in ("metrics.jsonl", "config.json", "state.json"):
+        (folder / name).write_text(f"new {name}")
+
+
+def forced_run(folder) -> None:
+    """Do what a run under --force does to its folder, up to its first checkpoint."""
+    settle_replaced(folder, True, print)
+    set_aside(folder)
+    begin_new_run(folder)
+    save_checkpoint(str(folder / "best.pt"), content(9))
+    write(folder, 9)
+    drop_replaced(folder)
+
+
+CHANGES = ("rename", "remove", "mkdir", "rmdir", "replace")
+
+
+def dies_after(n: int, call) -> bool:
+    """Run call() up to its n-th change of the file system. -> whether it was cut off"""
+    with pytest.MonkeyPatch.context() as patch:
+        count = iter(range(n))
+
+        def limited(function):
+            def change(*args, **keys):
+                if next(count, None) is None:
+                    raise InterruptedError
+                return function(*args, **keys)
+
+            return change
+
+        for name in CHANGES:
+            patch.setattr(os, name, limited(getattr(os, name)))
+        patch.setattr("pathlib.Path.write_text", limited(Path.write_text))
+        patch.setattr("shutil.rmtree", limited(shutil.rmtree))
+        try:
+            call()
+        except (InterruptedError, UserError):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("then_force", [False, True])
+def test_a_kill_at_any_moment_of_force_loses_no_run(tmp_path, then_force):
+    """After any change of the file system, and after any of the repair, one whole run is there.
+
+    It is the old one until the new one has saved. A start under --force keeps the old one as well.
+    """
+    outcomes, before = set(), old_run(tmp_path / "old")
+    for first in range(25):
+        for second in range(first % 5, 15, 5):
+            folder = tmp_path / f"{first}_{second}"
+            shutil.copytree(tmp_path / "old", folder)
+            died = dies_after(first, lambda folder=folder: forced_run(folder))
+            dies_after(second, lambda folder=folder: settle_replaced(folder, then_force, print))
+            assert load_checkpoint(str(folder))["step"] in (2, 9)
+            settle_replaced(folder, False, print)
+            files = {path.name: path.read_bytes() for path in folder.iterdir()}
+            saved = "ckpt_0000009.pt" in files
+            if saved:
+                assert not {"ckpt_0000001.pt", "ckpt_0000002.pt", ".replaced"} & set(files)
+            else:  # but for what a killed save left, which begin() removes
+                assert {name: files[name] for name in files if "tmp" not in name} == before
+            outcomes.add((died, saved))
+    assert outcomes == {(True, False), (True, True), (False, True)}

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,6 +31,7 @@ from model import GPT, ModelConfig
 from runtime import budget
 from runtime.checkpoint import (
     checkpoint_files,
+    find_checkpoint,
     newest_checkpoint,
     read_checkpoint,
     weights_hash,
@@ -663,7 +665,7 @@ def test_metrics_are_consistent(smoke, data_dir):
         assert row["tokens"] == (row["step"] + 1) * 2048
         assert row["flops"] == pytest.approx(per_token * row["tokens"])
         assert row["tokens_per_s"] == pytest.approx(2048 / (row["step_ms"] / 1000))
-        assert row["eta_s"] == pytest.approx((29 - row["step"]) * row["step_ms"] / 1000)
+        assert row["eta_s"] >= (29 - row["step"]) * row["step_ms"] / 1000
         assert row["lr_share"] == train.lr_at(row["step"], loop)
         assert 0 < row["grad_norm"] < 100 and "skipped" not in row
     assert 0.2 * state["seconds"] < 30 * steps[-1]["step_ms"] / 1000 <= state["seconds"]
@@ -804,7 +806,8 @@ def test_preemption_in_any_step_does_not_change_the_outcome(step, tmp_path, six)
     """Also in a step before a validation, before a save, and in the last one: same rows, same
     weights, same best.pt."""
     cfg = config(tmp_path / "run", **six.settings)
-    first = go(cfg, Rows(at_step(step, send((signal.SIGTERM, signal.SIGUSR1)[step % 2]))))
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    first = go(cfg, Rows(at_step(step, send(numbers[step % 3]))))
     assert (
         first["state"] in ("preempted", "done")
         and newest_checkpoint(cfg.out_dir)[1]["step"] == first["step"] == step + 1
@@ -872,6 +875,35 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
     assert not (tmp_path / "still_alive").exists()
     assert read_state(cfg.out_dir) == "running" and newest_checkpoint(cfg.out_dir)[1]["step"] == 4
     go(cfg)  # and the lock went with it
+
+
+@pytest.mark.parametrize("ranks, dies", [(1, True), (2, False)])
+def test_a_second_ctrl_c_ends_a_program_of_one_process_soon(tmp_path, monkeypatch, ranks, dies):
+    """A person presses it again after half a second; under torchrun the second may be sent on."""
+    cfg, clock = config(tmp_path / "run"), time.monotonic
+    if ranks > 1:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+
+    def twice():
+        send(signal.SIGINT)()
+        time.monotonic = lambda: clock() + 0.5
+        send(signal.SIGINT)()
+
+    code = fork(lambda: go(cfg, Rows(at_step(4, twice))))
+    assert code == (128 + signal.SIGINT if dies else 0)
+    assert newest_checkpoint(cfg.out_dir)[1]["step"] == (4 if dies else 5)
+
+
+def test_ctrl_c_says_what_happens_and_which_command_goes_on(tmp_path, monkeypatch, capfd):
+    """The state on the disk is preempted; the command has no --force, which would start over."""
+    argv = ["train.py", "a recipe.py", "--force", "--lr=3", "--force=True", "--forced=1"]
+    monkeypatch.setattr(sys, "argv", argv)
+    cfg = config(tmp_path / "run")
+    assert go(cfg, Rows(at_step(3, send(signal.SIGINT))))["state"] == "preempted"
+    said = capfd.readouterr()
+    assert "Ctrl-C again ends at once" in said.err
+    assert "go on with: python train.py 'a recipe.py' --lr=3 --forced=1\n" in said.out
+    assert read_state(cfg.out_dir) == "preempted" and go(cfg)["state"] == "done"
 
 
 def test_the_same_warning_twice_within_milliseconds_is_one_warning(tmp_path):
@@ -995,6 +1027,137 @@ def test_force_starts_over(tmp_path):
         not os.path.exists(tmp_path / "run/best.pt")
         or read_checkpoint(str(tmp_path / "run/best.pt"))["step"] <= 2
     )
+
+
+def test_force_keeps_the_old_run_until_the_new_one_has_saved(tmp_path, six):
+    """A forced run that dies before its first checkpoint has cost nothing: the old one comes back,
+    to whoever reads the folder and to the next start."""
+    old = config(tmp_path / "run", **six.settings)
+    go(old)
+    forced = config(old.out_dir, seed=7, force=True)
+    finals = []
+
+    def crash():
+        finals.append(find_checkpoint(old.out_dir)[1]["weights_hash"])
+        raise MemoryError
+
+    for _ in range(2):
+        with pytest.raises(MemoryError):
+            go(forced, Rows(at_step(1, crash)))
+    assert finals == [six.outcome["weights"]] * 2
+    assert find_checkpoint(old.out_dir)[1]["weights_hash"] == six.outcome["weights"]
+    assert go(old)["state"] == "done" and outcome(old.out_dir) == six.outcome
+    assert go(forced)["state"] == "done" and os.listdir(old.out_dir).count(".replaced") == 0
+    assert newest_checkpoint(old.out_dir)[1]["train_config"]["seed"] == 7
+
+
+def test_a_forced_run_that_fails_its_checks_touches_nothing(tmp_path, six, monkeypatch):
+    """The old run moves when all is known to be well, not before."""
+    old = config(tmp_path / "run", **six.settings)
+    go(old)
+    before = kept(old.out_dir)
+    monkeypatch.setattr(budget.shutil, "disk_usage", lambda path: SimpleNamespace(free=-(10**9)))
+    fails(lambda: go(config(old.out_dir, force=True)), "free")
+    assert kept(old.out_dir) == before
+
+
+def test_a_requeued_job_goes_on_with_what_its_force_began(tmp_path, six, monkeypatch):
+    """slurm/common.sh takes --force from a job that comes back: the old run is then not meant."""
+    old = config(tmp_path / "run", **six.settings)
+    go(old)
+
+    def crash():
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        go(config(old.out_dir, seed=7, force=True), Rows(at_step(1, crash)))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert go(config(old.out_dir, seed=7))["state"] == "done"
+    assert newest_checkpoint(old.out_dir)[1]["train_config"]["seed"] == 7
+
+
+def test_more_steps_on_a_run_are_refused_with_the_command_that_does_it(tmp_path, monkeypatch):
+    """A schedule cannot be stretched; the weights can be trained further in a run of their own."""
+    cfg = config(tmp_path / "run")
+    go(cfg)
+    monkeypatch.setattr(sys, "argv", ["train.py", "r.py", "--max-steps=9", "--out_dir=x"])
+    flags = f"--init_from={cfg.out_dir} --out_dir={cfg.out_dir}-more --max_steps=3"
+    fails(lambda: go(config(cfg.out_dir, max_steps=9)), f"python train.py r.py {flags}")
+    text = fails(lambda: go(config(cfg.out_dir, max_steps=4)), "max_steps: 6 -> 4")
+    assert "-more" not in text
+
+
+def test_a_finished_run_whose_last_checkpoint_is_gone_is_not_done(smoke, tmp_path, data_dir):
+    """Later stages would start from an older one; who keeps best.pt alone has chosen it."""
+    folder = tmp_path / "run"
+    shutil.copytree(smoke, folder)
+    last = newest_checkpoint(str(smoke))[1]["weights_hash"]
+    os.remove(checkpoint_files(str(folder))[0])
+    assert train.main(smoke_argv(folder, data_dir)) == 0
+    assert newest_checkpoint(str(folder))[1]["weights_hash"] == last
+    for path in checkpoint_files(str(folder)):
+        os.remove(path)
+    before = snapshot(folder)
+    assert train.main(smoke_argv(folder, data_dir)) == 0 and snapshot(folder) == before
+
+
+# ------------------------------------------------------------------------------------------------
+# Continued pretraining
+
+
+def more_argv(folder, data_dir, start, *more: str) -> list[str]:
+    flags = ("--max_steps=3", "--save_interval=2", f"--init_from={start}", *more)
+    return smoke_argv(folder, data_dir, *flags)
+
+
+def test_pretraining_goes_on_from_any_checkpoint(smoke, tmp_path, data_dir, capsys):
+    """Its first validation is the last of the run before, and its schedule begins anew."""
+    folder = tmp_path / "more"
+    assert train.main(more_argv(folder, data_dir, smoke)) == 0
+    assert "begin anew" in capsys.readouterr().out
+    assert metrics(folder)[0]["val_loss"] == metrics(smoke)[-1]["val_loss"]
+    saved, start = newest_checkpoint(str(folder))[1], newest_checkpoint(str(smoke))[1]
+    assert saved["step"] == 3 and saved["init_from"]["weights_hash"] == start["weights_hash"]
+    before = snapshot(folder)
+    for ref in (f"{smoke}/", f"{smoke}/../run", checkpoint_files(str(smoke))[0]):
+        assert train.main(more_argv(folder, data_dir, ref)) == 0
+    assert snapshot(folder) == before
+
+
+def test_a_start_that_does_not_fit_is_refused_in_words(smoke, tmp_path, data_dir):
+    """Another shape names the flags that fit; another tokenizer, a verifier and the run itself are
+    named too. A longer context is no other shape."""
+    run = str(tmp_path / "run")
+    main = train.main
+    shape = ("--n_layer=2", "--d_model=64", "another shape")
+    larger = ("--n_layer=3", "--d_model=128")
+    fails(lambda: main(more_argv(run, data_dir, smoke, *larger)), *shape)
+    fails(lambda: main(more_argv(run, data_dir, smoke, "--tokenizer=byte")), "tokenizer")
+    fails(lambda: main(more_argv(run, data_dir, "no/such/run")), "no checkpoint at")
+    for force in ((), ("--force",)):
+        text = fails(lambda force=force: main(more_argv(smoke, data_dir, smoke, *force)), "inside")
+        assert "--force" not in text
+    assert not os.path.exists(run)
+    assert main(more_argv(run, data_dir, smoke, "--seq_len=256", "--max_steps=1")) == 0
+
+
+def test_a_run_whose_start_was_trained_anew_is_stale(smoke, tmp_path, data_dir):
+    """Finished or not, it says so instead of passing for a run of the new weights."""
+    start, folder = tmp_path / "start", tmp_path / "more"
+    shutil.copytree(smoke, start)
+    for argv in (
+        more_argv(folder, data_dir, start),
+        more_argv(folder, data_dir, start, "--seed=3"),
+    ):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(smoke, start, dirs_exist_ok=True)
+        assert train.main(argv) == 0
+        if "--seed=3" in argv:  # as if it had not ended
+            os.remove(folder / "state.json")
+        for path in checkpoint_files(str(start))[:1]:
+            os.remove(path)
+        fails(lambda argv=argv: train.main(argv), "stale", str(start), "--force")
+    assert train.main([*argv, "--force"]) == 0 and train.main(argv) == 0
 
 
 def test_changed_data_is_refused_at_resume(tmp_path):
