@@ -7,20 +7,22 @@
 Finished stages are skipped: after a kill the same command goes on, after the end it does nothing.
 """
 
-import ctypes
+import glob
 import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
+
+import torch
 
 from configurator import UserError, load, require
 from runtime.files import write_json
+from runtime.lock import lock
 from runtime.program import run
-from runtime.run_folder import PREEMPTED, lock, read_state
-from runtime.world import KEEP_MEMORY
+from runtime.run_folder import PREEMPTED, command, is_stale, read_state
+from runtime.world import KEEP_MEMORY, die_with_parent
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 STAGES = ("pretrain", "sft", "dpo", "verifier", "eval")
@@ -52,6 +54,22 @@ class SpeedrunConfig:
             raise UserError(f"checkpoint is for stage sft, dpo or verifier, not for {self.stage!r}")
         if self.force and self.no_overwrite:
             raise UserError("force and no_overwrite exclude each other")
+        most = max(os.cpu_count() or 1, torch.cuda.device_count())
+        if self.nproc > most:
+            raise UserError(
+                f"nproc={self.nproc}: at most {most}, the cores or GPUs of this machine"
+            )
+        for stage in STAGES:
+            if getattr(self, stage):
+                setattr(self, stage, find_recipe(stage, getattr(self, stage)))
+
+
+def find_recipe(stage: str, path: str) -> str:
+    """Return the path of a recipe, given from here or from the folder of this program."""
+    for candidate in (path, os.path.join(HERE, path)):
+        if os.path.isfile(candidate):
+            return candidate
+    raise UserError(f"{stage}={path!r} is no file, neither here nor in {HERE}")
 
 
 class Programs:
@@ -59,24 +77,33 @@ class Programs:
 
     def __init__(self) -> None:
         self.process, self.stopping = None, False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self.stop)
 
     def stop(self, number: int, frame: object) -> None:
-        """Pass on the first request, as SIGTERM: torchrun dies of SIGUSR1, or of a second one."""
-        if self.process and not self.stopping:
-            self.process.send_signal(signal.SIGTERM)
+        """Pass on the first request, as SIGTERM: torchrun dies of SIGUSR1, or of a second one.
+
+        Ctrl-C once more is meant: it ends the program, which torchrun's processes do not outlive.
+        """
+        if self.process:
+            if not self.stopping:
+                self.process.send_signal(signal.SIGTERM)
+            elif number == signal.SIGINT:
+                self.process.kill()
         self.stopping = True
 
-    def run(self, command: list[str], at_our_death: int = signal.SIGKILL) -> int:
-        """Run a Python program and return its exit code, or PREEMPTED when it was to stop."""
+    def run(self, arguments: list[str]) -> int:
+        """Run a Python program and return its exit code, or PREEMPTED when it was to stop.
+
+        In a process group of its own, so that Ctrl-C in a terminal reaches this process alone.
+        """
         if self.stopping:
             return PREEMPTED
         path = f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
-        env, bind = {**KEEP_MEMORY, **os.environ, "PYTHONPATH": path}, None
-        if sys.platform == "linux":
-            bind = partial(ctypes.CDLL(None).prctl, 1, at_our_death)  # PR_SET_PDEATHSIG
-        self.process = subprocess.Popen([sys.executable, *command], env=env, preexec_fn=bind)
+        env = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "240", **KEEP_MEMORY, **os.environ}
+        env |= {"PYTHONPATH": path, "SPEEDRUN_PID": str(os.getpid())}
+        how = {"env": env, "preexec_fn": die_with_parent, "process_group": 0}
+        self.process = subprocess.Popen([sys.executable, *arguments], **how)
         if self.stopping:  # asked a moment ago
             self.process.send_signal(signal.SIGTERM)
         code = self.process.wait()
@@ -86,21 +113,26 @@ class Programs:
 
     def train(self, cfg: SpeedrunConfig, stage: str, start: str | None) -> int:
         folder = os.path.join(cfg.out_dir, stage)
-        command = [os.path.join(HERE, "align.py" if start else "train.py"), getattr(cfg, stage)]
+        program = [os.path.join(HERE, "align.py" if start else "train.py"), getattr(cfg, stage)]
         flags = {"out_dir": folder, "data_dir": cfg.data_dir, "seed": cfg.seed}
         flags |= {"init_from": start, "max_steps": cfg.max_steps}
-        command += [f"--{key}={value}" for key, value in flags.items() if value is not None]
-        command += ["--force"] if cfg.force else []
+        program += [f"--{key}={value}" for key, value in flags.items() if value is not None]
+        stale = start is not None and is_stale(folder, start)
+        if stale and not cfg.force:
+            print(f"{folder} is stale: {start} has other weights now; made again", flush=True)
+        program += ["--force"] if cfg.force or stale else []
         if cfg.nproc == 1:
-            return self.run(command)
+            return self.run(program)
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cfg.nproc}"]
-        code = self.run(torchrun + command, signal.SIGTERM)
+        code = self.run(torchrun + program)
         return PREEMPTED if read_state(folder) == "preempted" else code  # torchrun's code is 1
 
     def evaluate(self, cfg: SpeedrunConfig) -> int:
         out_dir, keep = f"--out_dir={cfg.out_dir}", "--force" if cfg.force else "--no_overwrite"
-        command = [os.path.join(HERE, "eval.py"), out_dir, f"--data_dir={cfg.data_dir}", keep]
-        code = self.run(command + [cfg.eval] * bool(cfg.eval))
+        program = [os.path.join(HERE, "eval.py"), out_dir, f"--data_dir={cfg.data_dir}", keep]
+        code = self.run(program + [cfg.eval] * bool(cfg.eval))
+        if is_outdated(cfg.out_dir):
+            keep = "--force"
         return code or self.run(["-P", "-m", "evals.report", out_dir, keep])
 
     def run_stages(self, cfg: SpeedrunConfig) -> int:
@@ -115,6 +147,15 @@ class Programs:
         return 0
 
 
+def is_outdated(out_dir: str) -> bool:
+    """Say whether a stage or a result is newer than the report."""
+    report = os.path.join(out_dir, "report.md")
+    sources = glob.glob("*/metrics.jsonl", root_dir=out_dir)
+    sources += glob.glob("results*.jsonl", root_dir=out_dir)
+    times = [os.path.getmtime(os.path.join(out_dir, name)) for name in sources]
+    return os.path.exists(report) and max(times, default=0) > os.path.getmtime(report)
+
+
 def main(argv: list[str]) -> int:
     cfg = load(argv, SpeedrunConfig, quiet=False)
     began, code = time.perf_counter(), 1
@@ -126,7 +167,8 @@ def main(argv: list[str]) -> int:
         finally:
             state = {0: "done", PREEMPTED: "preempted"}.get(code, "failed")
             write_json(state_path, {"state": state})
-    advice = "run the same command again to go on"
+    again = "run the same command again" + ", without --force" * cfg.force
+    advice = f"to go on, {again}: {command()}"
     if state == "done":
         advice = f"stage {cfg.stage} is in {cfg.out_dir}"
         if cfg.stage in ("all", "eval"):

@@ -14,12 +14,13 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
-from helpers import ROOT, fails, fork
+from helpers import ROOT, fails, fork, save_start, tiny
 
 import speedrun
 from corpus import toy
 from corpus.shards import write_shard
 from corpus.tokenizer import load_tokenizer
+from runtime.checkpoint import load_checkpoint, set_aside
 from runtime.files import read_jsonl, read_log, write_json, write_jsonl
 
 TOY = load_tokenizer("toy")
@@ -42,7 +43,8 @@ BODIES["verifier"] += "; max_new_tokens = 8"
 def handlers(monkeypatch):
     """Leave the test runner its own signal handlers, and the stages one thread."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -149,7 +151,7 @@ def test_a_failed_stage_ends_the_loop_with_its_exit_code(tmp_path, programs, cap
     assert "run the same command again" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_request_to_stop_reaches_the_stage_once_and_as_sigterm(tmp_path, programs, number):
     """torchrun dies of SIGUSR1, and a second SIGTERM would end its wait for the save."""
     programs(WAITS)
@@ -159,7 +161,7 @@ def test_a_request_to_stop_reaches_the_stage_once_and_as_sigterm(tmp_path, progr
         wait_for(lambda: written(Path(f"{log}.pid")))
         os.kill(os.getpid(), number)
         wait_for(lambda: written(log))
-        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.3)
         Path(f"{log}.end").touch()
 
@@ -172,24 +174,107 @@ def test_a_request_to_stop_reaches_the_stage_once_and_as_sigterm(tmp_path, progr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_stage_does_not_outlive_a_killed_loop(tmp_path, programs, number):
-    """kill -9 of speedrun.py must not leave a run that holds its folder.
-
-    torchrun is asked with SIGTERM, so that its processes save and end too.
-    """
+def test_a_stage_does_not_outlive_a_killed_loop(tmp_path, programs):
+    """kill -9 of speedrun.py must not leave a run that holds its folder."""
     programs(WAITS)
     log, program = tmp_path / "log", tmp_path / "code" / "train.py"
-    loop = fork(lambda: speedrun.Programs().run([str(program)], number))
+    loop = fork(lambda: speedrun.Programs().run([str(program)]))
     wait_for(lambda: written(Path(f"{log}.pid")))
     pid = int(Path(f"{log}.pid").read_text())
     os.kill(loop, signal.SIGKILL)
     os.waitpid(loop, 0)
-    if number == signal.SIGTERM:
-        wait_for(lambda: written(log))
-        assert alive(pid) and log.read_text() == f"{signal.SIGTERM:d}\n"
-        Path(f"{log}.end").touch()
     wait_for(lambda: not alive(pid))
+
+
+@pytest.mark.parametrize("where", ["elsewhere", "here"])
+def test_recipes_are_found_from_any_directory(tmp_path, monkeypatch, where):
+    """Beside the program; one of the same name in the directory of the user comes first."""
+    monkeypatch.chdir(tmp_path)
+    if where == "here":
+        (tmp_path / "config").mkdir()
+        for stage in speedrun.STAGES[:-1]:
+            (tmp_path / "config" / f"{stage}.py").touch()
+    cfg = speedrun.SpeedrunConfig()
+    found = {stage: getattr(cfg, stage) for stage in speedrun.STAGES[:-1]}
+    folder = "config" if where == "here" else f"{ROOT}/config"
+    assert found == {stage: f"{folder}/{stage}.py" for stage in found} and cfg.eval is None
+    fails(lambda: speedrun.SpeedrunConfig(dpo="no.py"), "dpo='no.py' is no file", str(ROOT))
+
+
+def test_more_processes_than_the_machine_has_are_refused_before_anything(tmp_path):
+    """A thousand of them fill the memory while the first is still starting."""
+    out_dir = tmp_path / "run"
+    for nproc in (1000, 0, -1):
+        argv = [f"--nproc={nproc}", f"--out_dir={out_dir}"]
+        fails(lambda argv=argv: speedrun.main(argv), "nproc", str(nproc))
+    assert not out_dir.exists()
+
+
+def save_stage(folder: Path, seed: int, origin: dict | None = None) -> dict:
+    """Save a checkpoint as a stage leaves it. -> where another would say it comes from"""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_start(folder, tiny(seed), **({"init_from": origin} if origin else {}))
+    write_json(str(folder / "state.json"), {"state": "done"})
+    return {"ref": str(folder), "weights_hash": load_checkpoint(str(folder))["weights_hash"]}
+
+
+def test_a_stage_whose_start_was_trained_anew_is_made_again(tmp_path, programs, capfd):
+    """It gets --force, and only it: the others are left to find that they are done."""
+    programs(WRITES)
+    out = tmp_path / "run"
+    first = save_stage(out / "pretrain", 0)
+    second = save_stage(out / "sft", 1, first)
+    save_stage(out / "dpo", 2, second)
+    argv = [f"--out_dir={out}"]
+
+    def forced() -> list[bool]:
+        (tmp_path / "log").unlink(missing_ok=True)
+        assert speedrun.main(argv) == 0
+        return ["--force" in row[0] for row in read_jsonl(str(tmp_path / "log"))][:4]
+
+    assert forced() == [False] * 4
+    save_stage(out / "sft", 3, first)
+    assert forced() == [False, False, True, False]
+    assert f"{out / 'dpo'} is stale" in capfd.readouterr().out
+    set_aside(str(out / "dpo"))  # and killed before its first checkpoint
+    assert forced() == [False, False, True, False]
+
+
+def test_a_report_is_made_again_when_a_stage_or_a_result_is_newer(tmp_path, programs):
+    """It would show numbers of weights that are gone."""
+    programs(WRITES)
+    out = tmp_path / "run"
+    (out / "sft").mkdir(parents=True)
+    paths = [out / "report.md", out / "results.jsonl", out / "sft" / "metrics.jsonl"]
+
+    def flag(*ages: float) -> str:
+        for path, age in zip(paths, ages, strict=True):
+            path.touch()
+            os.utime(path, (1e9 + age, 1e9 + age))
+        assert speedrun.main([f"--out_dir={out}", "--stage=eval"]) == 0
+        return read_jsonl(str(tmp_path / "log"))[-1][0][-1]
+
+    assert flag(3, 1, 2) == "--no_overwrite"
+    assert flag(3, 4, 2) == flag(3, 1, 4) == "--force"
+
+
+def test_a_second_ctrl_c_ends_a_stage_that_does_not_stop(tmp_path, programs):
+    """The first one asks; a stage that hangs would else hold the terminal for ever."""
+    programs(WAITS)
+    log = tmp_path / "log"
+
+    def ask():
+        wait_for(lambda: written(Path(f"{log}.pid")))
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_for(lambda: written(log))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert speedrun.main([f"--out_dir={tmp_path / 'run'}"]) == 75
+    thread.join()
+    assert speedrun.read_state(str(tmp_path / "run")) == "preempted"
+    wait_for(lambda: not alive(int(Path(f"{log}.pid").read_text())))
 
 
 # --------------------------------------------------------------------------------------------------
