@@ -20,4 +20,8 @@ here="$(dirname "$0")/.."  # but Slurm runs a copy of this file
 if [ -f "$here/slurm/common.sh" ]; then cd "$here"; else cd "$SLURM_SUBMIT_DIR"; fi
 . slurm/common.sh
 out_dir="$(out_dir_of out/pretrain "$@")"
+if [ "$out_dir" = out/pretrain ]; then  # not given: align.py goes beside its start
+  beside='import sys; from runtime.checkpoint import beside; print(beside(*sys.argv[1:]))'
+  out_dir="$(python -c "$beside" "$(key_of init_from "" "$@")" "$(key_of mode sft "$@")")"
+fi
 run "${launch[@]}" align.py "$@"

@@ -1,4 +1,4 @@
-# Sourced by the scripts here. Gives nproc, launch (what starts so many processes), out_dir_of and run.
+# Sourced by the scripts here. Gives nproc, launch (what starts so many processes), key_of, out_dir_of and run.
 # Exit codes: 0 done, 75 stopped before the end (the same command goes on), else the program's own.
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" HF_DATASETS_OFFLINE="${HF_DATASETS_OFFLINE:-1}"
 export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:--1}"  # see runtime/world.py
@@ -13,12 +13,13 @@ else gpus="${SLURM_GPUS_ON_NODE:-$({ nvidia-smi -L 2>/dev/null || true; } | grep
 nproc="${NPROC:-$gpus}" launch=(python)
 if [ "$nproc" -le 1 ]; then nproc=1
 else launch=(torchrun --standalone --local_addr=127.0.0.1 --nproc_per_node="$nproc" --max_restarts=0); fi
-out_dir_of() {  # DEFAULT "$@": config files first, then flags, as configurator.load does
+key_of() {  # KEY DEFAULT "$@": config files first, then flags, as configurator.load does
   python -c 'import sys, configurator as c
-args = sorted(sys.argv[2:], key=lambda a: a.startswith("--"))
+args = sorted(sys.argv[3:], key=lambda a: a.startswith("--"))
 settings = [s for a in args for s in ([c.read_flag(a)] if a.startswith("--") else c.read_file(a))]
-print({key: value for key, value, _ in settings}.get("out_dir", sys.argv[1]))' "$@" 2>/dev/null | tail -n 1 || echo "$1"
+print({key: value for key, value, _ in settings}.get(sys.argv[1], sys.argv[2]))' "$@" 2>/dev/null | tail -n 1 || echo "$2"
 }
+out_dir_of() { key_of out_dir "$@"; }
 state() { grep -o '"state": "[a-z]*"' "$out_dir/state.json" 2>/dev/null | cut -d '"' -f 4 || true; }
 check_progress() {  # restarts that bring no new checkpoint or result must not burn the allocation
   local now before="" times=0; mkdir -p "$out_dir"

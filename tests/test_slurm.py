@@ -147,6 +147,16 @@ def test_out_dir_is_found_as_the_configurator_does(args, out_dir):
     assert common('out_dir_of out/default "$@"', *args).stdout.strip() == out_dir
 
 
+def test_alignment_without_an_out_dir_is_looked_for_where_it_goes(tmp_path):
+    """Beside its start, as align.py does; else the script would read another run's state."""
+    text = (ROOT / "slurm" / "align.sh").read_text()
+    lines = text[text.index('out_dir="$(') : text.index("run ")] + 'echo "$out_dir"'
+    start = tmp_path / "pretrain"
+    start.mkdir()
+    for given, wanted in (["--mode=dpo"], tmp_path / "dpo"), (["--out_dir=x"], "x"):
+        assert common(lines, f"--init_from={start}/", *given).stdout.strip() == str(wanted)
+
+
 GPUS = [
     ({"NPROC": "3"}, "3"),
     ({"CUDA_VISIBLE_DEVICES": "0,1"}, "2"),

@@ -1,5 +1,6 @@
 """The whole loop in one command, killed and repeated."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -416,6 +417,32 @@ def test_a_killed_loop_ends_done_when_it_is_started_again(tmp_path, handlers):
     assert {
         name: x for name, x in digests(folder / "pretrain").items() if name != "state.json"
     } == {n: x for n, x in pretrained.items() if n != "state.json"}
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Return the ids of the processes that have a folder in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(folder).encode() in path.read_bytes() and alive(int(path.parent.name)):
+                found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+@pytest.mark.parametrize("victim", ["speedrun.py", "torch.distributed.run"])
+def test_no_rank_outlives_a_killed_parent(tmp_path, handlers, victim):
+    """kill -9 of the loop or of torchrun ends all: two runs would else train in one folder."""
+    argv, folder = prepared(tmp_path), tmp_path / "run"
+    process = start_until([*argv, "--nproc=2"], folder, 1)
+    everyone = processes_of(folder)
+    assert len(everyone) == 4
+    names = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in everyone}
+    os.kill(next(pid for pid, name in names.items() if victim in name), signal.SIGKILL)
+    wait_for(lambda: not processes_of(folder), 10)
+    assert process.wait() != 0
+    assert speedrun.main(argv) == 0
 
 
 @pytest.mark.slow
