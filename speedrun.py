@@ -56,9 +56,7 @@ class SpeedrunConfig:
             raise UserError("force and no_overwrite exclude each other")
         most = max(os.cpu_count() or 1, torch.cuda.device_count())
         if self.nproc > most:
-            raise UserError(
-                f"nproc={self.nproc}: at most {most}, the cores or GPUs of this machine"
-            )
+            raise UserError(f"nproc={self.nproc} is more than the {most} cores or GPUs there are")
         for stage in STAGES:
             if getattr(self, stage):
                 setattr(self, stage, find_recipe(stage, getattr(self, stage)))

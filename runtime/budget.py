@@ -89,30 +89,24 @@ def free_disk(folder: str, need: int, checkpoint: int) -> int:
     return free
 
 
-def memory_there(world: World) -> tuple[str, int]:
-    """Return the memory that a rank runs in, in words and bytes: its GPU's, or a share of RAM."""
-    if world.device.type == "cuda":
-        return f"the GPU {torch.cuda.get_device_name()}", torch.cuda.mem_get_info()[1]
-    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return f"this machine, shared by {here} process(es),", ram // here
-
-
 def check_memory(
     model: nn.Module, optimizers: list, at_once: int, world: World, shards: int
 ) -> None:
-    """Raise UserError where a model cannot be trained in the memory there is; it may be on meta.
+    """Raise UserError where a model cannot be trained in this memory; it may be on meta.
 
     The estimate of activations is rough, so that half of it is enough to refuse.
     """
     states = (state_bytes(model, optimizers) + 4 * model.num_params()) / shards
     activations = activation_bytes(model.cfg, at_once, world.dtype.itemsize, model.recompute)
-    where, there = memory_there(world)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # the ranks of this machine share it
+    if world.device.type == "cuda":
+        there = torch.cuda.mem_get_info()[1]
     if states + activations / 2 > there:
         what = f"{model.num_params() / 1e6:,.0f}M parameters: weights, gradients and optimizer"
         parts = f"{states / 1e9:.1f} GB, {activations / 1e9:.1f} GB for {at_once:,} tokens at once"
         advice = "choose a smaller model or micro_batch, --recompute, or --fsdp on more GPUs"
-        raise UserError(f"{what} need {parts}; {where} has {there / 1e9:.1f} GB: {advice}")
+        raise UserError(f"{what} need {parts}; a rank has {there / 1e9:.1f} GB here: {advice}")
 
 
 def preflight(

@@ -19,7 +19,7 @@ import torch
 import torch.distributed.checkpoint.state_dict as full
 import torch.nn as nn
 
-from configurator import UserError, as_dict
+from configurator import UserError, as_dict, read_flag
 from runtime.checkpoint import (
     FORMAT,
     checkpoint_files,
@@ -65,10 +65,8 @@ def git(*args: str) -> str | None:
 def command(n_ranks: int = 1, **changes: object) -> str:
     """Return the command line of this program without --force, and with these keys changed."""
     keys = {"force", *changes}
-    names = {
-        arg: arg[2:].partition("=")[0].replace("-", "_") for arg in sys.argv if arg[:2] == "--"
-    }
-    kept = [arg for arg in sys.argv if names.get(arg) not in keys]
+    old = [arg for arg in sys.argv if arg.startswith("--") and read_flag(arg)[0] in keys]
+    kept = [arg for arg in sys.argv if arg not in old]
     new = [f"--{key}={value}" for key, value in changes.items()]
     launcher = ["torchrun", f"--nproc_per_node={n_ranks}"] if n_ranks > 1 else ["python"]
     return shlex.join([*launcher, *kept, *new])

@@ -23,6 +23,7 @@ from configurator import UserError
 # Environment in which glibc keeps freed memory; by default every large tensor goes back to the
 # kernel, and the next one pays a page fault for each of its 4 KB (mallopt(3))
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
+STOPPING = b"\nstopping: this step is finished and saved; Ctrl-C again ends at once\n"
 
 
 def choose_device(name: str) -> torch.device:
@@ -184,8 +185,6 @@ class StopFlag:
         if self.signal is None:
             self.signal, self.since = number, time.monotonic()
             if number == signal.SIGINT and self.main:  # print is not safe in a handler
-                os.write(
-                    2, b"\nstopping: this step is finished and saved; Ctrl-C again ends at once\n"
-                )
+                os.write(2, STOPPING)
         elif time.monotonic() - self.since > (0.2 if pressed_again else 2):
             os._exit(128 + number)

@@ -115,7 +115,7 @@ def test_every_stage_gets_its_recipe_and_the_checkpoint_of_the_stage_before(tmp_
     programs(WRITES)
     out, code = tmp_path / "run", tmp_path / "code"
     assert speedrun.main([f"--out_dir={out}", "--data_dir=d", "--max_steps=6", "--force"]) == 0
-    rows = [row[0] for row in read_jsonl(str(tmp_path / "log"))]
+    rows = [row[0] for row in read_log(str(tmp_path / "log"))]
     common = ["--data_dir=d", "--seed=1337"]
     expected = []
     for stage, before in (("pretrain", None), ("sft", "pretrain"), ("dpo", "sft")):
@@ -140,14 +140,14 @@ def test_stages_keep_freed_memory_unless_told_otherwise(tmp_path, programs, monk
     speedrun.main(argv)
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "7")
     speedrun.main(argv)
-    assert [row[1] for row in read_jsonl(str(tmp_path / "log"))] == [["0", "-1"], ["7", "-1"]]
+    assert [row[1] for row in read_log(str(tmp_path / "log"))] == [["0", "-1"], ["7", "-1"]]
 
 
 def test_a_failed_stage_ends_the_loop_with_its_exit_code(tmp_path, programs, capfd):
     """What comes after it would start from a checkpoint that is not there."""
     programs(WRITES + "sys.exit(3)")
     assert speedrun.main([f"--out_dir={tmp_path / 'run'}"]) == 3
-    assert len(read_jsonl(str(tmp_path / "log"))) == 1
+    assert len(read_log(str(tmp_path / "log"))) == 1
     assert speedrun.read_state(str(tmp_path / "run")) == "failed"
     assert "run the same command again" in capfd.readouterr().out
 
@@ -231,7 +231,7 @@ def test_a_stage_whose_start_was_trained_anew_is_made_again(tmp_path, programs, 
     def forced() -> list[bool]:
         (tmp_path / "log").unlink(missing_ok=True)
         assert speedrun.main(argv) == 0
-        return ["--force" in row[0] for row in read_jsonl(str(tmp_path / "log"))][:4]
+        return ["--force" in row[0] for row in read_log(str(tmp_path / "log"))][:4]
 
     assert forced() == [False] * 4
     save_stage(out / "sft", 3, first)
@@ -253,7 +253,7 @@ def test_a_report_is_made_again_when_a_stage_or_a_result_is_newer(tmp_path, prog
             path.touch()
             os.utime(path, (1e9 + age, 1e9 + age))
         assert speedrun.main([f"--out_dir={out}", "--stage=eval"]) == 0
-        return read_jsonl(str(tmp_path / "log"))[-1][0][-1]
+        return read_log(str(tmp_path / "log"))[-1][0][-1]
 
     assert flag(3, 1, 2) == "--no_overwrite"
     assert flag(3, 4, 2) == flag(3, 1, 4) == "--force"
