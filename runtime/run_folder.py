@@ -114,9 +114,11 @@ def check_same_start(folder: str, saved: dict, origin: dict | None) -> None:
     before, now = saved.get("init_from") or {}, origin or {}
     if before.get("weights_hash") == now.get("weights_hash"):
         return
-    old, new = (f"{x['ref']} ({x['weights_hash']})" if x else "nothing" for x in (before, now))
+    old, new = (
+        f"{x['ref']} ({x['weights_hash']})" if x else "initial weights" for x in (before, now)
+    )
     what = f"{folder} is stale: it was trained from {old}, and would start from {new} now"
-    raise UserError(f"{what}. {START_OVER}: it is kept until the new one has saved")
+    raise UserError(f"{what}. {START_OVER} (it is kept until the new one has saved)")
 
 
 def is_stale(folder: str, start: str) -> bool:

@@ -50,10 +50,10 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
-def die_with_parent() -> None:
-    """Let the kernel end this process when its parent ends, however it ends (Linux alone)."""
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Let the kernel send this process a signal when its parent ends, in any way (Linux alone)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
 
 
 def end_if_orphan() -> None:
@@ -184,6 +184,8 @@ class StopFlag:
         pressed_again = number == self.signal == signal.SIGINT and not self.relayed
         if self.signal is None:
             self.signal, self.since = number, time.monotonic()
+            if self.relayed:  # Slurm's second SIGTERM ends torchrun: that must not end the save
+                die_with_parent(signal.SIGTERM)
             if number == signal.SIGINT and self.main:  # print is not safe in a handler
                 os.write(2, STOPPING)
         elif time.monotonic() - self.since > (0.2 if pressed_again else 2):

@@ -38,7 +38,7 @@ from runtime.checkpoint import (
 )
 from runtime.files import read_log
 from runtime.run_folder import check_same_run, lock, read_state
-from runtime.world import World
+from runtime.world import World, die_with_parent
 from train import LoopConfig
 
 TESTS = Path(__file__).resolve().parent
@@ -892,6 +892,37 @@ def test_a_second_ctrl_c_ends_a_program_of_one_process_soon(tmp_path, monkeypatc
     code = fork(lambda: go(cfg, Rows(at_step(4, twice))))
     assert code == (128 + signal.SIGINT if dies else 0)
     assert newest_checkpoint(cfg.out_dir)[1]["step"] == (4 if dies else 5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_rank_dies_with_torchrun_unless_it_is_saving(tmp_path, monkeypatch, asked):
+    """No orphan trains on; but Slurm's SIGTERM to all processes ends torchrun before its ranks,
+    which must not lose what they were asked to save."""
+    cfg, ready = config(tmp_path / "run"), tmp_path / "ready"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+
+    def end_parent():
+        if asked:
+            send()()
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(0.5)
+
+    def rank():
+        die_with_parent()
+        ready.write_text(str(os.getpid()))
+        go(cfg, Rows(at_step(4, end_parent)))
+
+    parent = start_child(lambda: wait(start_child(rank)))
+    assert wait(parent) == -signal.SIGKILL
+    end = time.monotonic() + 30
+    while Path(f"/proc/{ready.read_text()}/cmdline").exists() and time.monotonic() < end:
+        state = Path(f"/proc/{ready.read_text()}/stat").read_text().rpartition(")")[2].split()[0]
+        if state == "Z":
+            break
+        time.sleep(0.05)
+    assert read_state(cfg.out_dir) == ("preempted" if asked else "running")
+    assert newest_checkpoint(cfg.out_dir)[1]["step"] == (5 if asked else 4)
 
 
 def test_ctrl_c_says_what_happens_and_which_command_goes_on(tmp_path, monkeypatch, capfd):
