@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from helpers import fails
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -116,3 +117,32 @@ def test_perplexities_differ_by_perplexities():
 def test_items_of_other_data_are_not_compared():
     with pytest.raises(ValueError, match="not the same"):
         stats.difference(stats.mean([1.0, 2.0]).items, stats.mean([1.0, 2.0, 3.0]).items)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.sampled_from([0, n]), st.just(n))))
+def test_nothing_and_everything_have_ends_that_are_proportions(case):
+    """The low end of no hit is 0 and not -0.0 in print, the high end of all hits is 1."""
+    low, high = stats.wilson(*case)
+    assert 0 <= low <= high <= 1 and f"{100 * low:.1f}" != "-0.0"
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 12), st.booleans())
+def test_few_items_that_all_agree_are_no_proof(n, binary):
+    """n differences of one sign come by chance once in 2^(n - 1): no test may say less."""
+    gained = [1.0] * n if binary else [1.5 + i for i in range(n)]
+    before, after = stats.mean([0.0] * n), stats.mean(gained)
+    assert stats.difference(before.items, after.items).p >= min(1, 2.0 ** (1 - n)) * 0.999
+
+
+def test_nothing_left_to_measure_is_an_error_in_words():
+    """A division by zero, or the mean of nothing, names neither the task nor what to do."""
+    for call in (lambda: stats.proportion([]), lambda: stats.mean([]), lambda: stats.ratio([], [])):
+        fails(call, "nothing is left to measure")
+
+
+def test_an_interval_says_over_how_many_parts_it_was_drawn():
+    """Thousands of tokens in five windows are five items."""
+    assert stats.ratio([10.0] * 5, [1000] * 5).as_json()["parts"] == 5
+    assert "parts" not in stats.mean([1.0] * 50).as_json()
