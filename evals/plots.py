@@ -16,6 +16,7 @@ from matplotlib.colors import PowerNorm
 from evals.results import RERANKERS, newest
 from runtime.files import read_jsonl, write_atomic
 
+plt.rcParams["text.parse_math"] = False  # a $ in a name or a token is a $
 RERANKER_COLORS = ("tab:blue", "tab:red", "tab:green", "tab:orange", "tab:gray")
 STREAM_STYLES = {"rolling": "-", "dense": ":", "recompute": "x"}  # by the way to read a stream
 
@@ -65,7 +66,7 @@ def plot_dpo(rows: list[dict], folder: str, run: str) -> str | None:
     rows = [row for row in rows if "val_logps/chosen" in row]
     if not rows:
         return None
-    titles = ("log-prob of the answers", "reward: beta x log-ratio to the reference")
+    titles = ("log-prob of the answers", "implicit reward")
     figure, both = plt.subplots(1, 2, figsize=(9, 3.5))
     for axes, metric, title in zip(both, ("logps", "rewards"), titles, strict=True):
         for side, color in (("chosen", "tab:green"), ("rejected", "tab:red")):
@@ -75,7 +76,7 @@ def plot_dpo(rows: list[dict], folder: str, run: str) -> str | None:
     return save(figure, folder, f"{run}_curves.png")
 
 
-def plot_rerank(rows: list[dict], folder: str, greedy: dict | None) -> str:
+def plot_rerank(rows: list[dict], folder: str, greedy: dict | None, label: str = "") -> str:
     latest = {row["protocol"]: row for row in rows if "@" in row["protocol"]}
     ks = sorted({int(protocol.partition("@")[2]) for protocol in latest})
     figure, axes = plt.subplots(figsize=(6, 3.5))
@@ -91,10 +92,10 @@ def plot_rerank(rows: list[dict], folder: str, greedy: dict | None) -> str:
     axes.set_xticks(ks, map(str, ks))
     axes.set_title("Choosing among samples (95 % intervals)")
     axes.set(xlabel="samples per problem", ylabel="exact match, %")
-    return save(figure, folder, "best_of_n.png")
+    return save(figure, folder, f"best_of_n{label}.png")
 
 
-def plot_calibration(rows: list[dict], folder: str) -> str | None:
+def plot_calibration(rows: list[dict], folder: str, label: str = "") -> str | None:
     """Plot the share of right solutions against the verifier's probability, by tenths of it."""
     tenths = {row["protocol"]: row for row in rows if row["metric"] == "calibration"}
     rows = sorted(tenths.values(), key=lambda row: row["predicted"])
@@ -106,7 +107,7 @@ def plot_calibration(rows: list[dict], folder: str) -> str | None:
     axes.plot([0, 1], [0, 1], "k--", lw=1, label="calibrated")
     axes.set_title("Calibration (95 % intervals)")
     axes.set(xlabel="probability given by the verifier", ylabel="share of right solutions")
-    return save(figure, folder, "calibration.png")
+    return save(figure, folder, f"calibration{label}.png")
 
 
 def plot_tradeoff(points: dict[str, tuple[dict, dict]], folder: str) -> str | None:

@@ -3,18 +3,19 @@
     python -m evals.report --out_dir=out/toy            # a second one goes into its own folder
     python -m evals.report --out_dir=out/toy --force    # replaces it; --no_overwrite keeps it
 
-It reads results*.jsonl, items, metrics.jsonl and generations, and never a checkpoint.
+It reads results*.jsonl, stages.json, items, metrics.jsonl and generations, and never a checkpoint.
+Without results it shows the curves and the cost of training alone.
 """
 
+import glob
 import os
-import re
 import time
 from dataclasses import dataclass
 
 import configurator
 from configurator import UserError
 from evals import plots, tables
-from evals.results import RERANKERS, newest, read_results, run_folders
+from evals.results import RERANKERS, current, newest, read_json, run_folders
 from evals.tables import format_value, table
 from runtime.files import read_jsonl, read_log, write_atomic
 from runtime.program import run
@@ -35,12 +36,16 @@ SEPARATION = {  # of right solutions from wrong ones: metric and protocol -> wor
     "calibration_error verifier": "expected calibration error",
 }
 GAINS_NOTE = """\
-Paired, item by item; bold where the interval excludes 0; p by McNemar's exact test where items \
-are right or wrong, else by bootstrap. With many rows some will be bold by chance."""
+Paired, item by item; bold where the interval excludes 0 and p < 0.05; p by McNemar's exact test \
+where items are right or wrong, else by bootstrap, which has a floor. With many rows some will be \
+bold by chance."""
 RERANK_NOTE = """\
 majority: the most common answer; likelihood: the solution that the model itself finds likeliest; \
 weighted: votes weighted by the verifier; best_of: the verifier's first choice; oracle: solved \
 when any sample is right, which no choice among them can beat."""
+COST_NOTE = """\
+Seconds in all: with validation and saving, or of an evaluation; starting the programs, preparing \
+data and sampling before a training are not in them."""
 STREAMING_NOTE = """\
 rolling: a cache of one training context, token by token; dense: every token sees all before it; \
 recompute: the last training context from scratch for every token. As good as recompute means \
@@ -64,27 +69,58 @@ class ReportConfig:
 class Run:
     folder: str  # of the results
     target: str  # where report.md and its plots go
-    results: list[dict]
+    results: list[dict]  # of the weights that the stages have now
+    stages: dict[str, dict]  # their weights, and where these come from
     logs: dict[str, list[dict]]  # metrics.jsonl of every stage
+    states: dict[str, dict]  # state.json of every stage
     n_samples: int
 
 
+def heading(run: Run) -> list[str]:
+    """Say what was measured, by which code, and which stages are out of date."""
+    last = max(run.results or run.states.values(), key=lambda row: row.get("date", ""))
+    dirty = " (with uncommitted changes)" if last.get("dirty") else ""
+    origin = f"Commit {last.get('commit')}{dirty}, torch {last.get('torch')}, {last.get('device')}"
+    told = f"There are no results: run eval.py --out_dir={run.folder}."
+    if run.results:
+        source = "Every number comes from results*.jsonl, items/ and metrics.jsonl in this folder"
+        told = f"{last['date']}. {source}; brackets are 95 % intervals."
+    parts = [f"# Report of {shorten(run.folder)}", f"{origin}, {told}"]
+    again = "make it again with speedrun.py, or with align.py --force"
+    for name, stage in run.stages.items():
+        if stage["stale"]:
+            parts.append(f"**{name} is stale**: {stage['stale']}; {again}.")
+        if stage["outdated"]:
+            parts.append(f"**{name} was trained again**: run eval.py, its results are left out.")
+    return parts
+
+
 def stages(run: Run) -> list[str]:
+    if not run.results:
+        return []
     parts = ["## What each stage brought", tables.by_model(run.results, tables.MEASURES)]
-    gains = tables.gains_table(run.results, run.folder)
+    gains = tables.gains_table(run.results, run.folder, run.stages)
     return [*parts, "## Which differences are real", gains, GAINS_NOTE] if gains else parts
 
 
 def verifier(run: Run) -> list[str]:
     """Show what choosing among samples brings, and how far the verifier's scores can be trusted."""
-    rows = [row for row in run.results if row["task"] == "rerank"]
-    if not rows:
-        return []
-    greedy = newest(run.results, task="problems", model=rows[-1]["model"], metric="exact_match")
-    parts = ["## The verifier", rerank_table(run.folder, rows, greedy), RERANK_NOTE]
-    if any("@" in row["protocol"] for row in rows):
-        parts.append(plots.plot_rerank(rows, run.target, greedy))
-    return [*parts, plots.plot_calibration(rows, run.target)]
+    found = {}  # (judged model, data set) -> rows
+    for row in run.results:
+        if row["task"] == "rerank":
+            found.setdefault((row["model"], row["data"]), []).append(row)
+    parts = ["## The verifier"] if found else []
+    for (model, data), rows in found.items():
+        greedy = newest(
+            run.results, task="problems", model=rows[0]["stage"], metric="exact_match", data=data
+        )
+        label = "" if len(found) == 1 else f" {model} {data}".rstrip()
+        parts += [f"###{shorten(label)}"] if label else []
+        parts += [rerank_table(run.folder, rows, greedy), RERANK_NOTE]
+        if any("@" in row["protocol"] for row in rows):
+            parts.append(plots.plot_rerank(rows, run.target, greedy, label))
+        parts.append(plots.plot_calibration(rows, run.target, label))
+    return parts
 
 
 def rerank_table(folder: str, rows: list[dict], greedy: dict | None) -> str:
@@ -127,14 +163,19 @@ def details(run: Run) -> list[str]:
 def mistakes(results: list[dict]) -> str:
     """Return examples of each kind of error of the last stage, with the right answers."""
     found = [row for row in results if row["task"] == "problems" and row.get("examples")]
+    last = [
+        row
+        for row in found
+        if (row["stage"], row["data"]) == (found[-1]["stage"], found[-1]["data"])
+    ]
     lines = []
-    for row in [row for row in found if row["stage"] == found[-1]["stage"]]:
+    for row in {row["metric"]: row for row in last}.values():
         kind = row["metric"].replace("_", " ")
         for example in row["examples"][:2]:
             asked, said = shorten(example["question"]), shorten(example["text"])
-            line = f"- {kind}: `{asked}` said `{said}`, right is {example['answer']}"
+            line = f"- {kind}: `{asked}` said `{said}`, right is {shorten(str(example['answer']))}"
             if example["false_equation"]:
-                line += f"; false: `{example['false_equation']}`"
+                line += f"; false: `{shorten(example['false_equation'])}`"
             lines.append(line)
     return "\n".join(lines)
 
@@ -167,77 +208,88 @@ def curves(run: Run) -> list[str]:
 
 def samples(run: Run) -> list[str]:
     """Show the same test problems answered greedily by every stage, from stored generations."""
-    folder = os.path.join(run.folder, "generations")
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    answers = {}  # stage -> one row per problem
-    for name in names:
-        rows = read_jsonl(os.path.join(folder, name))
-        if len(rows[0]["solutions"]) == 1:
-            answers[name.rsplit("_", 2)[0]] = rows
-    shown = [name for name in dict.fromkeys(row["model"] for row in run.results) if name in answers]
-    problems = list(zip(*(answers[stage] for stage in shown), strict=False))
+    last = newest(run.results, task="problems", metric="exact_match") or {}
+    answers = {}  # stage -> question -> row of its file
+    for name in run.stages:
+        wanted = {"task": "problems", "metric": "exact_match", "model": name}
+        row = newest(run.results, **wanted, data=last.get("data"))
+        rows = generations(run.folder, row) if row else []
+        if rows:
+            answers[name] = {own["question"]: own for own in rows}
+    first = next(iter(answers.values()), {})
+    shared = [asked for asked in first if all(asked in own for own in answers.values())]
     blocks = []
-    for rows in problems[: run.n_samples]:
-        lines = [f"**{rows[0]['question']}** (right: `{shorten(rows[0]['answer'])}`)"]
-        for stage, row in zip(shown, rows, strict=True):
-            lines.append(f"- **{stage}**: `{shorten(row['solutions'][0]['text'])}`")
+    for asked in shared[: run.n_samples]:
+        lines = [f"**`{shorten(asked, 400)}`** (right: `{shorten(first[asked]['answer'])}`)"]
+        for stage, own in answers.items():
+            lines.append(f"- **{stage}**: `{shorten(own[asked]['solutions'][0]['text'])}`")
         blocks.append("\n".join(lines))
     return ["## The same problems at every stage", *blocks] if blocks else []
 
 
+def generations(folder: str, row: dict) -> list[dict]:
+    """Return the greedy answers of the weights that a result is of; [] where they are not kept."""
+    name = f"{glob.escape(row['stage'])}_{row['weights_hash']}_*.jsonl"
+    paths = sorted(glob.glob(os.path.join(glob.escape(folder), "generations", name)))
+    found = [rows for rows in map(read_jsonl, paths) if len(rows[0]["solutions"]) == 1]
+    return min(found, key=lambda rows: abs(len(rows) - row["n"]), default=[])
+
+
 def shorten(text: str, width: int = 100) -> str:
-    """Return text as one short line of printable ASCII without backquotes."""
-    text = re.sub(r"[^ -~]+", " ", text.replace("\n", "; ").replace("`", "'"))
+    """Return text as one short line of printable characters without backquotes."""
+    text = text.replace("\n", "; ").replace("`", "'")
+    text = "".join(c if c.isprintable() else " " for c in text)
     return text[:width] + " ..." * (len(text) > width)
 
 
 def cost(run: Run) -> list[str]:
-    lines, seconds = [], 0.0
+    """Show what training took, step by step and in all, and what the evaluation took."""
+    lines, total = [], 0.0
     for name, log in run.logs.items():
         steps = [row for row in log if "tokens" in row]
         if steps:
             last = steps[-1]
             n_steps = last["step"] + 1
             took = last["step_ms"] * n_steps / 1e3
-            seconds += took
+            # A run that went on after a stop knows the seconds of its last part alone.
+            whole = max(took, run.states[name].get("seconds", 0))
+            total += whole
             amounts = [f"{n_steps}", f"{last['tokens'] / 1e6:.2f}M", f"{last['flops']:.2e}"]
-            lines.append([name, *amounts, f"{last['tokens_per_s']:,.0f}", f"{took:.0f}"])
-    lines.append(["all", "", "", "", "", f"{seconds:.0f}"])
-    costs = table(["run", "steps", "tokens", "FLOPs", "tokens/s", "training s"], lines)
-    hashes = {row["stage"]: row["weights_hash"] for row in run.results}
-    for row in run.results:
-        if "verifier_hash" in row:
-            hashes["verifier"] = row["verifier_hash"]
-    weights = table(["stage", "sha256 of the weights"], [list(pair) for pair in hashes.items()])
-    return ["## Cost", costs, "## Weights", weights]
+            amounts += [f"{last['tokens_per_s']:,.0f}", f"{took:.0f}", f"{whole:.0f}"]
+            lines.append([name, *amounts])
+    calls = {(row.get("items"), row["date"]): row["seconds"] for row in run.results}
+    evaluation = sum(calls.values())
+    lines.append(["evaluation", *[""] * 5, f"{evaluation:.0f}"])
+    lines.append(["all", *[""] * 5, f"{total + evaluation:.0f}"])
+    heads = ["run", "steps", "tokens", "FLOPs", "tokens/s", "seconds of steps", "seconds in all"]
+    parts = ["## Cost", table(heads, lines), COST_NOTE]
+    hashes = [[name, stage["weights_hash"]] for name, stage in run.stages.items()]
+    weights = table(["stage", "sha256 of the weights"], hashes)
+    return [*parts, "## Weights", weights] if hashes else parts
 
 
 # Each returns Markdown blocks and names of images, or nothing
-SECTIONS = (stages, verifier, published, details, sinks, curves, samples, cost)
+SECTIONS = (heading, stages, verifier, published, details, sinks, curves, samples, cost)
 
 
 def write_report(folder: str, target: str, n_samples: int) -> str:
     """Write the report of a folder to another, or the same, and return the path of report.md."""
-    results = read_results(folder)
-    if not results:
+    results, stages = current(folder)
+    places = {name: os.path.join(folder, name) for name in run_folders(folder, "metrics.jsonl")}
+    if os.path.isfile(os.path.join(folder, "metrics.jsonl")):
+        places[os.path.basename(os.path.abspath(folder))] = folder
+    if not results and not places:
         raise UserError(f"{folder} holds no results: run eval.py --out_dir={folder} first")
-    names = run_folders(folder, "metrics.jsonl")
-    logs = {name: read_log(os.path.join(folder, name, "metrics.jsonl")) for name in names}
-    run = Run(folder, target, results, logs, n_samples)
-    last = results[-1]
-    dirty = " (with uncommitted changes)" if last["dirty"] else ""
-    parts = [
-        f"# Report of {folder}",
-        f"Commit {last['commit']}{dirty}, torch {last['torch']}, {last['device']}, {last['date']}. "
-        "Every number comes from results*.jsonl, items/ and metrics.jsonl in this folder; "
-        "brackets are 95 % intervals.",
-    ]
+    logs = {name: read_log(os.path.join(place, "metrics.jsonl")) for name, place in places.items()}
+    states = {name: read_json(os.path.join(place, "state.json")) for name, place in places.items()}
+    run = Run(folder, target, results, stages, logs, states, n_samples)
+    parts = []
     for section in SECTIONS:
         parts += [part for part in section(run) if part]
     parts = [f"![]({part})" if part.endswith(".png") else part for part in parts]
     text = "\n\n".join(parts) + "\n"
     path = os.path.join(target, "report.md")
-    write_atomic(path, lambda f: f.write(text.encode()))
+    write_atomic(path, lambda f: f.write(text.encode(errors="replace")))
     return path
 
 

@@ -3,6 +3,7 @@
 Reading them needs neither torch nor a checkpoint.
 """
 
+import contextlib
 import fcntl
 import glob
 import json
@@ -16,9 +17,9 @@ STAGES = ("pretrain", "sft", "dpo", "verifier")  # of a pipeline, in their order
 RERANKERS = ("majority", "likelihood", "weighted", "best_of", "oracle")  # see problems.choose
 
 
-def run_folders(folder: str, pattern: str) -> list[str]:
+def run_folders(folder: str, *patterns: str) -> list[str]:
     """Return the names of the subfolders that hold such a file: stages in order, then by name."""
-    paths = glob.glob(os.path.join("*", pattern), root_dir=folder)
+    paths = [p for name in patterns for p in glob.glob(os.path.join("*", name), root_dir=folder)]
     names = sorted({os.path.dirname(path) for path in paths})
     return sorted(names, key=lambda name: (*STAGES, name).index(name))
 
@@ -26,7 +27,74 @@ def run_folders(folder: str, pattern: str) -> list[str]:
 def read_results(folder: str) -> list[dict]:
     names = sorted(glob.glob("results*.jsonl", root_dir=folder))
     rows = [row for name in names for row in read_log(os.path.join(folder, name))]
-    return sorted(rows, key=lambda row: row.get("date", ""))
+    return sorted(filter(is_finite, rows), key=lambda row: row.get("date", ""))
+
+
+def is_finite(row: dict) -> bool:
+    """Return whether no number of a row is nan or infinite: such a row measures nothing."""
+    try:
+        json.dumps(row, allow_nan=False)
+    except ValueError:
+        return False
+    return True
+
+
+def read_json(path: str) -> dict:
+    """Return the object in a JSON file; {} where it is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        with open(path) as f:
+            value = json.load(f)
+        return value if isinstance(value, dict) else {}
+    return {}
+
+
+def read_stages(folder: str, results: list[dict]) -> dict[str, dict]:
+    """Return the stages in the order of the loop: their weights, and what they were made from.
+
+    They are those that the last evaluation saw, else those of the newest results. A stage is
+    outdated where it was trained since: its weights are those of now. "stale" says
+    why it must be made again: its start has other weights than those that it was made from.
+    """
+    kept, seen = read_json(os.path.join(folder, "stages.json")), {}
+    for row in results:
+        seen[row["stage"]] = {"weights_hash": row["weights_hash"]}
+        if "verifier_hash" in row and not kept:
+            seen["verifier"] = {"weights_hash": row["verifier_hash"]}
+    order = dict.fromkeys((*(kept or ("untrained", *STAGES)), *seen))
+    seen |= kept
+    stages = {name: seen[name] for name in order if name in seen}
+    for name, stage in stages.items():
+        trained = read_json(os.path.join(folder, name, "state.json")).get("weights_hash")
+        stage["outdated"] = trained not in (None, stage["weights_hash"])
+        stage["weights_hash"] = trained or stage["weights_hash"]
+        start = stages.get(stage.setdefault("start"), {})
+        replaced = start and stage["start_hash"] != start["weights_hash"]
+        stage["stale"] = f"{stage['start']} is stale" if start.get("stale") else ""
+        if replaced:
+            stage["stale"] = f"{stage['start']} has other weights by now"
+    return stages
+
+
+def current(folder: str) -> tuple[list[dict], dict[str, dict]]:
+    """Return the results of the weights that the stages have now, and the stages.
+
+    The results stand in the order of the loop, their data set under "data".
+    """
+    results = read_results(folder)
+    stages = read_stages(folder, results)
+    now = {stage["weights_hash"] for stage in stages.values()}
+    kept = []
+    for row in results:
+        own = row["weights_hash"] == stages[row["stage"]]["weights_hash"]
+        if own and row.get("verifier_hash") in (None, *now):
+            kept.append({**row, "data": data_of(row)})
+    return sorted(kept, key=lambda row: list(stages).index(row["stage"])), stages
+
+
+def data_of(row: dict) -> str:
+    """Return the name of a row's data set: the first of its settings; of a text, its split."""
+    settings = row.get("settings") or {"data": ""}
+    return row["split"] if row["task"] == "text_perplexity" else str(next(iter(settings.values())))
 
 
 def matches(row: dict, **wanted: object) -> bool:
@@ -44,9 +112,11 @@ def append_results(path: str, rows: list[dict], replace: Callable | None = None)
         # After a kill the next row must not be glued to half a one.
         if os.path.exists(path) and (replace or is_torn(path)):
             old = read_log(path)
-            write_jsonl(path, [row for row in old if not (replace and replace(row))])
+            kept = [row for row in old if is_finite(row) and not (replace and replace(row))]
+            write_jsonl(path, kept)
+        lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
         with open(path, "a") as f:
-            f.write("".join(json.dumps(row) + "\n" for row in rows))
+            f.write("".join(lines))
             f.flush()
             os.fsync(f.fileno())
 

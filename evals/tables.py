@@ -1,10 +1,12 @@
 """The tables of a report, in Markdown, from rows of result files; which differences are real."""
 
+import math
+import os
 from itertools import pairwise
 
 from configurator import UserError
-from evals.results import items_of, newest, read_results
-from evals.stats import difference
+from evals.results import current, items_of, matches, newest
+from evals.stats import FEW, FLOOR, difference
 
 
 def fields(task: str, metric: str, protocol: str) -> dict[str, str]:
@@ -34,20 +36,33 @@ DIGITS = dict.fromkeys(LOSSES, 4) | dict.fromkeys(SCORES, 3) | {"perplexity": 2,
 
 
 def format_value(row: dict | None, sign: str = "") -> str:
-    """Return "value [low, high]", rates in percent; of a difference with sign="+"."""
+    """Return "value [low, high]", rates in percent; of a difference with sign="+".
+
+    An interval of few items says of how many.
+    """
     if row is None:
         return ""
     scale, digits, unit = 1, DIGITS.get(row["metric"]), ""
     if digits is None:
         scale, digits, unit = 100, 1, " points" if sign else " %"
     numbers = [row[key] for key in ("value", "low", "high") if key in row]
-    value, *ends = [f"{scale * number:{sign}.{digits}f}" for number in numbers]
-    return f"{value}{unit}" + (f" [{', '.join(ends)}]" if ends else "")
+    value, *ends = [f"{scale * number:{sign}z.{digits}f}" for number in numbers]
+    if not ends:
+        return f"{value}{unit}"
+    n = row.get("parts", row["n"])
+    few = f" of {n} item{'s' * (n > 1)} only" if n < FEW else ""
+    return f"{value}{unit} [{', '.join(ends)}]{few}"
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
+    lines = [list(map(escape, cells)) for cells in (heads, *rows)]
+    lines.insert(1, ["---"] * len(heads))
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def escape(cell: str) -> str:
+    """Return a text that stays in its cell: names of runs and of data hold what they like."""
+    return " ".join(cell.split()).replace("|", "\\|")
 
 
 def by_model(results: list[dict], measures: dict[str, dict]) -> str:
@@ -55,7 +70,7 @@ def by_model(results: list[dict], measures: dict[str, dict]) -> str:
 
     measures: heading -> fields. Trivial answers (one number always, the longer one) share a column.
     """
-    measures = {heading: x for heading, x in measures.items() if newest(results, **x)}
+    measures = split_by_data(results, measures)
     stages = {row["stage"] for row in results}
     columns, trivial = [], []
     for model in dict.fromkeys(row["model"] for row in results):
@@ -69,6 +84,17 @@ def by_model(results: list[dict], measures: dict[str, dict]) -> str:
         values = [format_value(found[model]) for model in columns]
         rows.append([heading, str(n), "; ".join(answers), *values])
     return table(["", "n", "trivial answer", *columns], rows)
+
+
+def split_by_data(results: list[dict], measures: dict[str, dict]) -> dict[str, dict]:
+    """Return the measures that have results, once for each data set, named where it is not one."""
+    parts = {}
+    for heading, wanted in measures.items():
+        names = dict.fromkeys(row["data"] for row in results if matches(row, **wanted))
+        for name in names:
+            label = f"{heading}, {name}" if len(names) > 1 else heading
+            parts[label] = {**wanted, "data": name}
+    return parts
 
 
 def streaming_table(results: list[dict]) -> str:
@@ -120,7 +146,7 @@ def overlap_notes(rows: list[dict]) -> list[str]:
 
 
 def paired_cell(before: dict | None, after: dict | None, folder: str, other: str = "") -> str:
-    """Return after - before, bold where its interval excludes 0; "" where items differ.
+    """Return after - before, bold where interval and p-value agree; "" where items differ.
 
     folder: of the items; other: of those of after, where they are elsewhere.
     """
@@ -133,33 +159,42 @@ def paired_cell(before: dict | None, after: dict | None, folder: str, other: str
         delta = difference(old, new)
     except ValueError:
         return ""
-    p = "< 0.001" if delta.p < 0.001 else f"= {delta.p:.3f}"
+    floor = f"< {math.ceil(1e3 * FLOOR) / 1e3}" if delta.p == FLOOR else f"= {delta.p:.3f}"
     value = format_value({"metric": after["metric"], **delta.as_json()}, "+")
-    text = f"{value}, p {p}"
-    return f"**{text}**" if delta.low > 0 or delta.high < 0 else text
+    text = f"{value}, p {'< 0.001' if delta.p < 0.001 else floor}"
+    is_real = delta.p < 0.05 and (delta.low > 0 or delta.high < 0)
+    return f"**{text}**" if is_real else text
 
 
-def gains_table(results: list[dict], folder: str) -> str:
-    stages = list(dict.fromkeys(row["stage"] for row in results))
+def gains_table(results: list[dict], folder: str, stages: dict[str, dict]) -> str:
+    """Return what each stage changed against the one it was made from, if that is still there."""
+    names = list(dict.fromkeys(row["stage"] for row in results))
+    pairs = []
+    for before, after in pairwise(names):
+        start = stages[after]["start"]
+        if not stages[after]["stale"]:
+            pairs.append((start if start in names else before, after))
     rows = []
-    for heading, wanted in MEASURES.items():
-        found = [newest(results, model=stage, **wanted) for stage in stages]
-        cells = [paired_cell(before, after, folder) for before, after in pairwise(found)]
+    for heading, wanted in split_by_data(results, MEASURES).items():
+        found = {name: newest(results, model=name, **wanted) for name in names}
+        cells = [paired_cell(found[before], found[after], folder) for before, after in pairs]
         if any(cells):
             rows.append([heading, *cells])
-    heads = [f"{after} - {before}" for before, after in pairwise(stages)]
+    heads = [f"{after} - {before}" for before, after in pairs]
     return table(["", *heads], rows) if rows else ""
 
 
 def compare(folders: list[str]) -> str:
     """Return every number that the first run shares with another, and the differences."""
-    found = {folder: read_results(folder) for folder in folders}
+    if len(set(map(os.path.realpath, folders))) < max(2, len(folders)):
+        raise UserError(f"compare={','.join(folders)}: give two folders or more, each once")
+    found = {folder: current(folder)[0] for folder in folders}
     for folder, results in found.items():
         if not results:
             raise UserError(f"{folder} holds no results: run eval.py --out_dir={folder} first")
     home, *others = folders
     lines = {row["task"]: [] for row in found[home]}  # of each task
-    names = ("task", "model", "metric", "protocol", "split")
+    names = ("task", "model", "metric", "protocol", "data", "split")
     for key in dict.fromkeys(tuple(row[name] for name in names) for row in found[home]):
         wanted = dict(zip(names, key, strict=True))
         first, *rest = (newest(results, **wanted) for results in found.values())
@@ -167,11 +202,12 @@ def compare(folders: list[str]) -> str:
             values = [format_value(row) for row in (first, *rest)]
             pairs = zip(rest, others, strict=True)
             gaps = [paired_cell(first, row, home, folder) for row, folder in pairs]
-            lines[key[0]].append([", ".join(dict.fromkeys(key[1:4])), *values, *gaps])
+            words = filter(None, dict.fromkeys(key[1:5]))
+            lines[key[0]].append([", ".join(words), *values, *gaps])
     heads = ["", *folders, *(f"{other} - {home}" for other in others)]
     parts = [f"## {task}\n\n{table(heads, rows)}" for task, rows in lines.items() if rows]
     text = (
         f"# {home} beside {', '.join(others)}\n\nDifferences are paired, item by item, with 95 % "
-        "intervals, in bold where these exclude 0; none is given where the data differ."
+        "intervals, bold where these exclude 0 and p < 0.05; none is given where the data differ."
     )
-    return "\n\n".join([text, *parts]) + "\n"
+    return "\n\n".join([text, *(parts or ["They share no number."])]) + "\n"

@@ -35,7 +35,8 @@ def row(task, model, metric, protocol, value, width=0.05, n=40, **more) -> dict:
     what = {"task": task, "model": model, "metric": metric, "protocol": protocol}
     what |= {"stage": model if model in STAGES else "untrained", "split": "test"}
     number = {"value": value, "low": value - width, "high": value + width / 2, "n": n}
-    return {**what, **number, "weights_hash": f"hash-{model}", **ORIGIN, **more}
+    result = {**what, **number, **ORIGIN, **more}
+    return {"weights_hash": f"hash-{result['stage']}", **result}
 
 
 def hand_made(scale: float = 1.0, n: int = 40) -> list[dict]:
@@ -64,7 +65,7 @@ def hand_made(scale: float = 1.0, n: int = 40) -> list[dict]:
         for how, right in RERANKED.items():
             value = right * scale + k / 100
             rows.append(row("rerank", "dpo", "exact_match", f"{how}@{k}", value, n=n + 6))
-    return rows
+    return [r | {"seconds": 50 * scale} for r in rows]
 
 
 def metrics_rows(scale: float = 1.0) -> list[dict]:
@@ -86,7 +87,7 @@ def write_run(folder: Path, results=None, metrics=None, said: str = "it is 7") -
         write_jsonl(str(folder / stage / "metrics.jsonl"), log)
         solutions = [{"text": f"{stage}: {said}", "correct": False}]
         rows = [{"question": "How many?", "answer": "#### 7", "solutions": solutions}]
-        write_jsonl(str(folder / "generations" / f"{stage}_hash_settings.jsonl"), rows)
+        write_jsonl(str(folder / "generations" / f"{stage}_hash-{stage}_settings.jsonl"), rows)
     return str(folder)
 
 

@@ -8,13 +8,13 @@ from helpers import fails
 from report_helpers import hand_made, metrics_rows, row, text_of, write_run
 
 from evals import plots, report
-from runtime.files import write_jsonl
+from runtime.files import write_json, write_jsonl
 
 
 @pytest.fixture
 def no_plots(monkeypatch):
     monkeypatch.setattr(plots, "plot_loss", lambda rows, folder, run: None)
-    monkeypatch.setattr(plots, "plot_rerank", lambda rows, folder, greedy: "best_of_n.png")
+    monkeypatch.setattr(plots, "plot_rerank", lambda rows, folder, greedy, label: "best_of_n.png")
 
 
 def test_the_report_shows_the_values_of_the_files(tmp_path, no_plots):
@@ -151,3 +151,126 @@ def test_errors_are_shown_with_examples(tmp_path, no_plots):
         )
     )
     assert "error arithmetic: `2 + 2?` said `2+2=5`, right is 4; false: `2+2=5`" in text
+
+
+HOSTILE = [
+    "```\nrm -rf\n```",
+    "a | b\n# Heading",
+    "`x` **y** <b>",
+    "\r\n---\r\n",
+    "\ud800 \x00 \u2028",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_no_question_or_answer_gets_out_of_its_line(tmp_path, no_plots, text):
+    """Fences, headings and rules that stand in a problem would swallow the report behind it."""
+    example = {"question": text, "text": text, "answer": "7", "false_equation": text}
+    rows = [row("problems", "dpo", "exact_match", "greedy", 0.1, examples=[example])]
+    folder = write_run(tmp_path, rows, said=text)
+    path = tmp_path / "generations" / "dpo_hash-dpo_settings.jsonl"
+    solutions = [{"text": text, "correct": False}]
+    write_jsonl(str(path), [{"question": text, "answer": text, "solutions": solutions}])
+    plain = write_run(tmp_path / "plain", [{**rows[0], "examples": [{**example, **PLAIN}]}])
+    found = text_of(folder)
+    assert "```" not in found and "<b>" not in re.sub(r"`[^`\n]*`", "", found)
+    marks = [line[:1] for line in found.splitlines() if line]
+    assert marks == [line[:1] for line in text_of(plain).splitlines() if line]
+
+
+PLAIN = dict.fromkeys(("question", "text", "false_equation"), "plain")
+
+
+def test_text_of_any_script_is_shown(tmp_path, no_plots):
+    """A report of blanks is of no use to who trains in another language."""
+    folder = write_run(tmp_path, said="東京は大きい, größer")
+    assert "東京は大きい, größer" in text_of(folder)
+
+
+def test_samples_and_examples_are_those_of_the_weights_in_the_table(tmp_path, no_plots):
+    """A file of older weights may come later by its name; stages stand in the order of the loop."""
+    example = {"question": "q", "text": "t", "answer": "1", "false_equation": None}
+    rows = []
+    for model in ("dpo", "pretrain"):  # evaluated in this order
+        for date, weights in (("2", "now"), ("1", "zzz-old")):
+            examples = [{**example, "text": f"{model} {weights} erred"}]
+            more = {"weights_hash": f"{model}-{weights}", "date": date, "examples": examples}
+            rows.append(row("problems", model, "exact_match", "greedy", 0.5, **more))
+    folder = write_run(tmp_path, rows)
+    for model in ("dpo", "pretrain"):
+        for weights in ("now", "zzz-old"):
+            said = [{"text": f"{model} {weights} says", "correct": False}]
+            problem = {"question": "How many?", "answer": "#### 7", "solutions": said}
+            name = f"{model}_{model}-{weights}_1234.jsonl"
+            write_jsonl(str(tmp_path / "generations" / name), [problem])
+    text = text_of(folder)
+    assert "zzz" not in text and "dpo now erred" in text and "pretrain now erred" not in text
+    assert re.search(r"\| trivial answer \| pretrain \| dpo \|", text)
+    assert text.index("pretrain now says") < text.index("dpo now says")
+
+
+def test_what_is_stale_or_was_trained_again_is_named(tmp_path, no_plots):
+    """Their numbers are no evidence of what this pipeline does."""
+    stages = {}
+    for name, start in (("pretrain", None), ("sft", "pretrain"), ("dpo", "sft")):
+        stages[name] = {"weights_hash": f"hash-{name}", "start": start}
+        stages[name]["start_hash"] = start and f"hash-{start}"
+    write_json(str(tmp_path / "stages.json"), stages)
+    metric = ("problems", "exact_match", "greedy")
+    rows = [row(metric[0], name, *metric[1:], 0.5) for name in stages]
+    folder = write_run(tmp_path, rows)
+    assert "is stale" not in text_of(folder)
+    write_json(str(tmp_path / "pretrain" / "state.json"), {"weights_hash": "newer"})
+    (tmp_path / "report.md").unlink()
+    text = text_of(folder)
+    assert "**pretrain was trained again**" in text and "| trivial answer | sft | dpo |" in text
+    assert "**sft is stale**: pretrain has other weights by now" in text
+    assert "**dpo is stale**: sft is stale" in text
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_runs_without_an_evaluation_get_their_curves(tmp_path, alone):
+    """The folder of a pipeline, or of one run: losses and cost are there before any result."""
+    write_run(tmp_path, [])
+    (tmp_path / "results.jsonl").unlink()
+    folder = tmp_path / "pretrain" if alone else tmp_path
+    write_json(str(tmp_path / "pretrain" / "state.json"), {"commit": "abc1234", "seconds": 777})
+    text = text_of(str(folder))
+    assert "no results: run eval.py" in text and "![](loss_pretrain.png)" in text
+    assert (folder / "loss_pretrain.png").stat().st_size > 5000
+    assert "| pretrain | 4 | 6.80M | 3.30e+11 | 8,111 | 8 | 777 |" in text
+    assert ("![](loss_dpo.png)" in text) is not alone and "What each stage brought" not in text
+
+
+def test_the_cost_is_that_of_training_and_evaluation(tmp_path, no_plots):
+    """The seconds of a task stand in each of its rows, and count once; so do those of saving."""
+    rows = []
+    for i, task in enumerate(("val_loss", "problems")):
+        for metric in ("a", "b"):
+            more = {"items": f"items/{task}.json", "seconds": 100.0 + i}
+            rows.append(row(task, "dpo", metric, "x", 0.5, **more))
+    folder = write_run(tmp_path, rows)
+    write_json(str(tmp_path / "dpo" / "state.json"), {"seconds": 1000.0})
+    text = text_of(folder)
+    assert "| evaluation |  |  |  |  |  | 201 |" in text
+    assert "| dpo | 4 | 6.80M | 3.30e+11 | 8,111 | 8 | 1000 |" in text
+    assert "| all |  |  |  |  |  | 1209 |" in text  # pretrain has no state: its steps
+
+
+def test_every_verifier_has_its_own_table_and_plots(tmp_path):
+    """Two that judge the same policy are not taken for one."""
+    rows = [r for r in hand_made() if r["task"] == "rerank"]
+    others = [{**r, "model": "dpo judged by v|2", "value": r["value"] / 2} for r in rows]
+    text = text_of(write_run(tmp_path, rows + others))
+    assert "### dpo" in text and "### dpo judged by v|2" in text
+    assert text.count("best_of, samples = 4") == 2 and "AUC of the verifier, n = 45" in text
+    for name in re.findall(r"!\[\]\((best_of_n.*?)\)", text):
+        assert (tmp_path / name).stat().st_size > 5000
+    assert len(re.findall(r"!\[\]\((best_of_n.*?)\)", text)) == 2
+
+
+@pytest.mark.parametrize("name", ["$x$", r"$\frac$", "a $b$ 100%"])
+def test_a_dollar_in_a_name_is_no_formula(tmp_path, name):
+    """matplotlib would typeset it, or end in an error."""
+    write_jsonl(str(tmp_path / name / "metrics.jsonl"), metrics_rows())
+    assert "![](loss_" in text_of(str(tmp_path))

@@ -2,11 +2,16 @@
 
 import functools
 import json
+import math
 import multiprocessing
+import tempfile
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from evals.results import append_results, matches, read_results
+from evals.results import append_results, current, matches, read_results
+from runtime.files import write_json
 
 
 def test_results_are_read_in_the_order_in_which_they_were_made(tmp_path):
@@ -76,3 +81,85 @@ def test_results_appended_after_a_torn_line_are_not_lost(tmp_path):
     path.write_bytes(path.read_bytes() + b'{"value": 2, "task": "val')
     append_results(str(path), [{"value": 3}, {"value": 4}])
     assert [row["value"] for row in read_results(str(tmp_path))] == [1, 3, 4]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [lambda x: x, lambda x: [x], lambda x: {"deep": [1, x]}])
+def test_a_number_that_is_not_finite_is_neither_written_nor_read(tmp_path, bad, place):
+    """Such a file is no JSON, and an older one may hold such rows."""
+    path = tmp_path / "results.jsonl"
+    good = {"task": "t", "date": "1", "value": 1.0}
+    append_results(str(path), [good])
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        append_results(str(path), [{**good, "value": place(bad)}])
+    assert path.read_bytes() == before
+    with open(path, "a") as f:
+        f.write(json.dumps({**good, "value": place(bad)}) + "\n")
+    assert read_results(str(tmp_path)) == [good]
+    append_results(str(path), [good], lambda row: False)
+    assert path.read_text().count("\n") == 2 and "N" not in path.read_text()
+
+
+def stage_row(stage: str, weights: str, date: int, **more) -> dict:
+    row = {"task": "val_loss", "model": stage, "stage": stage, "weights_hash": weights}
+    return {**row, "split": "val", "date": str(date), "value": 1.0, **more}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.permutations(["a1", "a2", "b1", "b2", "c1"]), st.sampled_from("12"), st.booleans())
+def test_only_results_of_the_present_weights_are_current(order, now, kept):
+    """Whatever was evaluated last: stages.json says which weights are there, and their order.
+
+    Without it they are the newest of each.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [stage_row(name[0], name, date) for date, name in enumerate(order)]
+        append_results(f"{folder}/results.jsonl", rows)
+        weights = {"c": "c1", "b": f"b{now}", "a": f"a{now}"}
+        stages = {name: {"weights_hash": x, "start": None} for name, x in weights.items()}
+        if kept:
+            write_json(f"{folder}/stages.json", stages)
+        results, found = current(folder)
+        newest = {name[0]: name for name in order}
+        expected = weights if kept else newest
+        assert {row["weights_hash"] for row in results} == set(expected.values())
+        assert [row["stage"] for row in results] == (list("cba") if kept else list(newest))
+        assert {name: stage["weights_hash"] for name, stage in found.items()} == expected
+
+
+def test_what_was_trained_again_is_outdated_and_what_follows_is_stale(tmp_path):
+    """sft was trained anew after the evaluation: dpo is stale, and the verifier made from it."""
+    chain = {"pretrain": None, "sft": "pretrain", "dpo": "sft", "verifier": "dpo"}
+    stages = {}
+    for name, start in chain.items():
+        stages[name] = {"weights_hash": name, "start": start, "start_hash": start}
+    write_json(str(tmp_path / "stages.json"), stages)
+    rows = [stage_row(name, name, 1) for name in ("pretrain", "sft", "dpo")]
+    append_results(str(tmp_path / "results.jsonl"), rows)
+    assert len(current(str(tmp_path))[0]) == 3
+    write_json(str(tmp_path / "sft" / "state.json"), {"state": "done", "weights_hash": "new"})
+    results, found = current(str(tmp_path))
+    assert [row["stage"] for row in results] == ["pretrain", "dpo"]
+    assert [name for name, stage in found.items() if stage["outdated"]] == ["sft"]
+    why = {name: stage["stale"] for name, stage in found.items() if stage["stale"]}
+    assert why == {"dpo": "sft has other weights by now", "verifier": "dpo is stale"}
+
+
+def test_results_of_another_verifier_are_not_current(tmp_path):
+    """The judged weights are the same, the judge is not."""
+    stages = {"dpo": {"weights_hash": "d", "start": None}}
+    stages["judge"] = {"weights_hash": "v2", "start": None}
+    write_json(str(tmp_path / "stages.json"), stages)
+    rows = [stage_row("dpo", "d", i, verifier_hash=f"v{i}") for i in (1, 2, 3)]
+    append_results(str(tmp_path / "results.jsonl"), [*rows, stage_row("dpo", "d", 4)])
+    found = [row.get("verifier_hash") for row in current(str(tmp_path))[0]]
+    assert found == ["v2", None]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "[]", "null", '"x"', "{}\n{}"])
+def test_a_damaged_stages_file_is_as_good_as_none(tmp_path, text):
+    """A report must not end in a traceback for a file that another evaluation writes anew."""
+    append_results(str(tmp_path / "results.jsonl"), [stage_row("sft", "s", 1)])
+    (tmp_path / "stages.json").write_text(text)
+    assert len(current(str(tmp_path))[0]) == 1

@@ -5,19 +5,22 @@ from dataclasses import asdict
 
 import pytest
 from helpers import fails
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from report_helpers import row, text_of, with_items, write_run
 
 import eval as evaluation
 from evals import plots
 from evals.results import item_key
-from evals.stats import proportion
+from evals.stats import mean, proportion
+from evals.tables import compare, table
 from runtime.files import write_json
 
 
 @pytest.fixture
 def no_plots(monkeypatch):
     monkeypatch.setattr(plots, "plot_loss", lambda rows, folder, run: None)
-    monkeypatch.setattr(plots, "plot_rerank", lambda rows, folder, greedy: "best_of_n.png")
+    monkeypatch.setattr(plots, "plot_rerank", lambda rows, folder, greedy, label: "best_of_n.png")
 
 
 def test_bits_per_byte_below_one_are_no_percentage(tmp_path, no_plots):
@@ -107,3 +110,67 @@ def test_spread_and_overlap_are_said_in_words(tmp_path, no_plots):
         "4-shot, lowest and highest of the draws of examples: sft 55.1-64.8 %" in text
         and "Of wiki, detokenised, 12.34 % of all runs of 13 tokens" in text
     )
+
+
+def test_bold_needs_the_interval_and_the_p_value(tmp_path, no_plots):
+    """Four of forty gained: the bootstrap's interval excludes 0, McNemar's p is 0.125."""
+    items = {"pretrain": [0] * 40, "sft": [1] * 4 + [0] * 36}
+    rows = [row("problems", model, "exact_match", "greedy", 0) for model in items]
+    text = text_of(write_run(tmp_path, with_items(tmp_path, rows, items)))
+    assert re.search(r"\| \+10\.0 points \[\+\d\.\d, \+\d+\.\d\], p = 0\.125 \|", text)
+
+
+def test_a_bootstrap_says_that_it_has_a_floor(tmp_path, no_plots):
+    """No draw of a thousand is on the other side: the p-value is below 0.002, not 0.002."""
+    rows = [row("chats", model, "response_loss", "teacher", 0) for model in ("pretrain", "sft")]
+    for r, loss in zip(rows, (2.0, 1.0), strict=True):
+        estimate = mean([loss + i % 7 / 10 for i in range(50)])
+        r |= {"items": f"items/{r['model']}.json", "data_hash": "same", **estimate.as_json()}
+        write_json(str(tmp_path / r["items"]), {item_key(r): asdict(estimate.items)})
+    text = text_of(write_run(tmp_path, rows))
+    assert "-1.0000], p < 0.002**" in text.replace("-1.0000, -1.0000", "-1.0000")
+
+
+@pytest.mark.parametrize("n, said", [(29, True), (30, False), (1, True)])
+def test_an_interval_of_few_items_says_so(tmp_path, no_plots, n, said):
+    """In the table of values and in that of differences."""
+    items = {"pretrain": [0] * n, "sft": [1] * n}
+    rows = [row("problems", model, "exact_match", "greedy", 0) for model in items]
+    text = text_of(write_run(tmp_path, with_items(tmp_path, rows, items)))
+    words = f"] of {n} item{'s' * (n > 1)} only"
+    assert text.count(words) == (5 if said else 0)  # twice in two tables, and the difference
+    assert "-0.0 %" not in text and "[-0.0" not in text
+
+
+def test_the_data_set_stands_in_the_row_where_there_are_several(tmp_path, no_plots):
+    """A run measured on its own shards and one measured on others are not put side by side."""
+    rows = []
+    for data, value in (("toy", 1.1111), ("novel", 2.2222)):
+        for model in ("pretrain", "sft"):
+            rows.append(row("val_loss", model, "val_loss", "windows", value, 0))
+            rows[-1] |= {"settings": {"data": data, "dtype": "x"}, "data_hash": data}
+            value += 0.5
+    text = text_of(write_run(tmp_path, rows[:3]))
+    assert re.search(r"\| val loss \(nats/token\), toy \| 40 \|  \| 1\.1111.*? \| 1\.6111", text)
+    assert re.search(r"\| val loss \(nats/token\), novel \| 40 \|  \| 2\.2222 [^|]* \|  \|", text)
+    (tmp_path / "report.md").unlink()
+    assert "| val loss (nats/token) | 40" in text_of(write_run(tmp_path, rows[:2]))
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    """One folder alone, or the same one twice under two names."""
+    folder = write_run(tmp_path / "a", [row("val_loss", "sft", "val_loss", "windows", 2.5)])
+    for argv in ([folder], [folder, folder], [folder, f"{tmp_path}/b/../a/"]):
+        fails(lambda argv=argv: evaluation.main([f"--compare={','.join(argv)}"]), "two folders")
+    other = write_run(tmp_path / "b", [row("chats", "sft", "response_loss", "teacher", 2.5)])
+    assert "They share no number" in compare([folder, other])
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.lists(st.text(max_size=12), min_size=2, max_size=2), min_size=1, max_size=3))
+def test_no_text_breaks_a_table(rows):
+    """Names of runs, data sets and sources hold bars, newlines and whatever else people type."""
+    text = table(["a", "b"], rows)
+    lines = text.split("\n")
+    assert len(lines) == len(rows) + 2 == len(text.splitlines())
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 3 for line in lines)
