@@ -15,8 +15,8 @@ import time
 
 from configurator import UserError, load
 from evals import language, preferences, problems, sinks, tables, transfer
-from evals.base import VERSION, EvalConfig, Row, Subject, chosen_tasks, inputs_of, judged
-from evals.results import append_results, item_key, matches, read_results
+from evals.base import NEEDS, VERSION, EvalConfig, Row, Subject, Task, chosen_tasks, inputs_of
+from evals.results import append_results, is_finite, item_key, matches, read_results, read_stages
 from runtime.files import digest, write_json
 from runtime.program import run
 from runtime.run_folder import provenance
@@ -37,11 +37,76 @@ def items_path(path: str, key: dict) -> str:
     return f"{folder}/{key['task']}_{key['stage']}_{digest(key, sort_keys=False)}.json"
 
 
-def report_line(key: dict, rows: list[Row], seconds: float) -> str:
+def report_line(key: dict, results: list[dict], seconds: float) -> str:
     """Return what is printed of a task: its numbers, but not every point of a curve."""
-    shown = [row for row in rows if not {"position", "head"} & row.extra.keys()]
-    shown = [f"{row.metric} {row.protocol} {row.estimate.value:.4g}" for row in shown]
+    shown = [row for row in results if not {"position", "head"} & row.keys()]
+    shown = [f"{row['metric']} {row['protocol']} {row['value']:.4g}" for row in shown]
     return f"eval {key['task']} {key['stage']} ({seconds:.0f} s): {', '.join(shown)}"
+
+
+def as_results(rows: list[Row], model: str, key: dict, about: dict) -> tuple[list[dict], dict]:
+    """Return the results of rows, and their items; a number that is not finite is left out."""
+    results, items = [], {}
+    for row in rows:
+        result = {"model": row.model or model, "split": row.split, **key}
+        result |= {"metric": row.metric, "protocol": row.protocol}
+        result |= row.estimate.as_json() | row.extra | about
+        if not is_finite(result):
+            print(f"eval: {item_key(result)} is left out: {row.estimate.value} measures nothing")
+            continue
+        results.append(result)
+        if row.estimate.items:
+            items[item_key(result)] = vars(row.estimate.items)
+    if not results:
+        raise UserError(f"no number of {key['task']} is finite")
+    return results, items
+
+
+def evaluate(
+    task: Task, subject: Subject, cfg: EvalConfig, path: str, existing: list[dict], origin: dict
+) -> int:
+    """Run a task on its stages and append its results. -> how many are new"""
+    read = inputs_of(task, subject, cfg)
+    names = task.stages(subject, cfg)
+    n_new, left_out = 0, {}
+    for name in names:
+        stage = model = subject.judges.get(name, name)  # a verifier judges a policy's solutions
+        checkpoint = subject.checkpoints[stage]
+        key = {"task": task.name, "stage": stage, "version": VERSION}
+        key |= {"weights_hash": checkpoint["weights_hash"], **read}
+        if name != stage:
+            key["verifier_hash"] = subject.checkpoints[name]["weights_hash"]
+            n_judges = list(subject.judges.values()).count(stage)
+            model += f" judged by {name}" * (n_judges > 1)
+        same = functools.partial(matches, **key)
+        if cfg.no_overwrite and any(map(same, existing)):
+            continue
+        subject.model(name)  # weights that do not fit end the evaluation, whatever is left out
+        began = time.perf_counter()
+        about = {"items": items_path(path, key)}
+        try:
+            rows = task.run(subject, name, cfg)
+            about["seconds"] = round(time.perf_counter() - began, 2)
+            about["date"] = time.strftime("%Y-%m-%d %H:%M:%S")
+            step = {"step": checkpoint.get("step", 0)}
+            results, items = as_results(rows, model, key | step, about | origin)
+        except UserError as error:
+            left_out[name] = error
+            continue
+        write_json(os.path.join(cfg.out_dir, about["items"]), items)
+        append_results(path, results, same if cfg.force else None)
+        n_new += len(results)
+        print(report_line(key, results, about["seconds"]), flush=True)
+    if names and len(left_out) == len(names):
+        raise next(iter(left_out.values()))
+    for name, error in left_out.items():
+        print(f"eval: {task.name} of {name} is left out: {error}")
+    if not names:
+        needs = f"{task.name} is left out: it needs {NEEDS[task.name]} in {cfg.out_dir}"
+        if cfg.tasks:
+            raise UserError(needs)
+        print(f"eval: {needs}")
+    return n_new
 
 
 def main(argv: list[str]) -> int:
@@ -56,36 +121,12 @@ def main(argv: list[str]) -> int:
     existing = read_results(cfg.out_dir)
     path = results_path(cfg, existing)
     subject = Subject(cfg)
-    origin = provenance()
-    n_new = 0
-    for task in tasks:
-        read = inputs_of(task, subject, cfg)
-        for stage in task.stages(subject, cfg):
-            checkpoint = subject.checkpoints[stage]
-            key = {"task": task.name, "stage": stage, "version": VERSION}
-            key |= {"weights_hash": checkpoint["weights_hash"], **read}
-            if task.stages is judged:
-                key["verifier_hash"] = subject.checkpoints["verifier"]["weights_hash"]
-            same = functools.partial(matches, **key)
-            if cfg.no_overwrite and any(map(same, existing)):
-                continue
-            began = time.perf_counter()
-            rows = task.run(subject, stage, cfg)
-            seconds = time.perf_counter() - began
-            step = {"step": checkpoint.get("step", 0)}
-            about = {"items": items_path(path, key), "seconds": round(seconds, 2)}
-            about |= {"date": time.strftime("%Y-%m-%d %H:%M:%S"), **origin}
-            results, items = [], {}
-            for row in rows:
-                named = {"model": row.model or stage, "split": row.split, **key, **step}
-                named |= {"metric": row.metric, "protocol": row.protocol}
-                results.append(named | row.estimate.as_json() | row.extra | about)
-                if row.estimate.items:
-                    items[item_key(results[-1])] = vars(row.estimate.items)
-            write_json(os.path.join(cfg.out_dir, about["items"]), items)
-            append_results(path, results, same if cfg.force else None)
-            n_new += len(results)
-            print(report_line(key, rows, seconds), flush=True)
+    write_json(os.path.join(cfg.out_dir, "stages.json"), subject.lineage(cfg.out_dir))
+    for name, stage in read_stages(cfg.out_dir, existing).items():
+        if stage["stale"]:
+            print(f"eval: NOTE {name} is stale: {stage['stale']}")
+    known = (subject, cfg, path, existing, provenance())
+    n_new = sum(evaluate(task, *known) for task in tasks)
     nothing = f"all results exist in {cfg.out_dir}, nothing to do"
     print("eval:", f"{n_new} new results in {path}" if n_new else nothing)
     return 0

@@ -1,5 +1,6 @@
 """What every task of an evaluation shares: settings, the models that are measured, result rows."""
 
+import contextlib
 import functools
 import glob
 import itertools
@@ -13,9 +14,10 @@ import torch
 
 from configurator import UserError, require
 from corpus.folders import ensure_toy
+from corpus.records import load_records, to_records
 from corpus.shards import SPLITS, parse_mixture, split_files
 from corpus.tokenizer import Tokenizer, load_tokenizer
-from evals.results import run_folders
+from evals.results import STAGES, run_folders, trained_weights
 from evals.stats import Estimate
 from model import GPT, ModelConfig
 from runtime.checkpoint import load_checkpoint, model_from, weights_hash
@@ -27,6 +29,8 @@ ORDER = (  # in which tasks are run
     *("val_loss", "text_perplexity", "chats", "problems", "preference", "tales", "sst2"),
     *("dialogsum", "rerank", "published", "streaming", "attention"),
 )
+NEEDS = {"rerank": "a tuned stage and a verifier", "published": "a tuned stage and a verifier"}
+NEEDS |= {"tales": "a tuned stage and the toy world's pairs", "streaming": "a trained stage"}
 PROTOCOLS = ("per_line", "tokens", "strided", "words", "bpb")  # see perplexity.py
 
 
@@ -104,17 +108,25 @@ class Subject:
         self.device = choose_device(cfg.device)
         self.dtype = choose_dtype(cfg.dtype, self.device)
         stages = load_stages(cfg.out_dir)
-        first = next(iter(stages.values()))
-        spec = first["tokenizer"]
-        self.tokenizer = load_tokenizer(cfg.tokenizer or spec["name"], cfg.data_dir, spec)
-        self.headerless = first["train_config"].get("headerless", False)
-        self.checkpoints = {"untrained": untrained(first["model_config"]), **stages}
+        self.checkpoints = {"untrained": untrained(next(iter(stages.values()))), **stages}
+        specs = {name: run["tokenizer"] for name, run in self.checkpoints.items()}
+        loaded = {spec["hash"]: spec for spec in specs.values()}  # each once
+        for key, spec in loaded.items():
+            loaded[key] = load_tokenizer(cfg.tokenizer or spec["name"], cfg.data_dir, spec)
+        self.tokenizers = {name: loaded[spec["hash"]] for name, spec in specs.items()}
         saved = self.checkpoints.items()
         self.policies = [name for name, run in saved if run.get("task") != "verifier"]
-        self.tuned = [name for name in self.policies if name in ("sft", "dpo")]
+        self.tuned = [name for name, run in saved if run.get("task") in ("sft", "dpo")]
+        self.starts = {name: find_start(run, self.checkpoints) for name, run in saved}
+        self.judges = {}  # verifier -> the policy whose solutions it judges: its start, or the last
+        for name in (name for name in stages if name not in self.policies):
+            fit = [x for x in self.tuned if self.tokenizers[x] is self.tokenizers[name]]
+            start = self.starts[name]
+            if fit:
+                self.judges[name] = start if start in fit else fit[-1]
         self.models = {}
-        self.tokenizers = dict.fromkeys(self.checkpoints, self.tokenizer)
         self.overlaps = {}  # of texts, see language.py
+        self.records = functools.cache(functools.partial(read_records, cfg.data_dir))
         self.log_once = functools.cache(print)  # print, each text once
         self.sha256 = functools.cache(sha256)  # of a file that several tasks read
 
@@ -130,26 +142,78 @@ class Subject:
         self.tokenizers[name] = tokenizer
         self.checkpoints[name] = {"weights_hash": weights_hash(self.models[name].state_dict())}
 
-    @property
-    def seq_len(self) -> int:
-        return self.model(self.policies[-1]).cfg.seq_len
+    def start_model(self, stage: str) -> GPT | None:
+        """Return the model of the weights that a stage was made from, if they are still there."""
+        origin = self.checkpoints[stage].get("init_from")
+        for name, run in self.checkpoints.items():
+            if origin and run["weights_hash"] == origin["weights_hash"]:
+                return self.model(name)
+        found = find_weights(origin) if origin else None
+        return model_from(found).to(self.device, self.dtype).eval() if found else None
+
+    def pretraining(self, stage: str) -> dict:
+        """Return the settings of this stage's pretraining, or of one with its tokenizer, or {}."""
+        spec = self.checkpoints[stage]["tokenizer"]
+        for run in (self.checkpoints[stage], *self.checkpoints.values()):
+            if run.get("task") == "pretrain" and run["tokenizer"] == spec:
+                return run["train_config"]
+        return {}
+
+    def lineage(self, folder: str) -> dict[str, dict]:
+        """Return the weights of every stage, and from which it was made, for results.current."""
+        stages = {}
+        for name, run in self.checkpoints.items():
+            origin = run.get("init_from") or {}
+            start = {"start": self.starts[name], "start_hash": origin.get("weights_hash")}
+            trained = {"trained": trained_weights(folder, name)}
+            stages[name] = {"weights_hash": run["weights_hash"], **start, **trained}
+        return stages
+
+
+def find_start(run: dict, checkpoints: dict[str, dict]) -> str | None:
+    """Return the stage that a run was made from, even if its weights are others by now; or None."""
+    origin = run.get("init_from")
+    if not origin:
+        return None
+    for name, other in checkpoints.items():
+        if other["weights_hash"] == origin["weights_hash"]:
+            return name
+    ref = origin["ref"].rstrip("/")
+    name = os.path.basename(os.path.dirname(ref) if ref.endswith(".pt") else ref)
+    return name if name in checkpoints and not find_weights(origin) else None
+
+
+def find_weights(origin: dict) -> dict | None:
+    """Return the checkpoint that a run was made from, if its weights are there under its name."""
+    with contextlib.suppress(UserError):
+        found = load_checkpoint(origin["ref"])
+        if found["weights_hash"] == origin["weights_hash"]:
+            return found
+    return None
 
 
 def load_stages(folder: str) -> dict[str, dict]:
-    """Return the newest checkpoint of every run in a folder, or of the folder itself."""
-    runs = run_folders(folder, "ckpt_*.pt")
-    if runs:
-        return {name: load_checkpoint(os.path.join(folder, name)) for name in runs}
-    only = load_checkpoint(folder)
-    return {only["task"]: only}
+    """Return the newest checkpoint of every run in a folder, or of the folder itself.
+
+    They stand in the order of the loop, by what they were trained for, not by their names.
+    """
+    names = run_folders(folder, "ckpt_*.pt", "best.pt")
+    if not names:
+        only = load_checkpoint(folder)
+        return {only["task"]: only}
+    for name in set(run_folders(folder, "metrics.jsonl")) - set(names):
+        print(f"eval: {name} is left out: it has no checkpoint yet")
+    runs = {name: load_checkpoint(os.path.join(folder, name)) for name in names}
+    return dict(sorted(runs.items(), key=lambda item: STAGES.index(item[1]["task"])))
 
 
-def untrained(model_config: dict) -> dict:
-    """Return the checkpoint of a model of this shape with its initial weights."""
-    model_config = {**model_config, "score_head": False}
+def untrained(checkpoint: dict) -> dict:
+    """Return the checkpoint of a model of the same shape with its initial weights."""
+    model_config = {**checkpoint["model_config"], "score_head": False}
     torch.manual_seed(0)
     state = GPT(ModelConfig(**model_config)).state_dict()
-    return {"model": state, "model_config": model_config, "weights_hash": weights_hash(state)}
+    about = {"model_config": model_config, "tokenizer": checkpoint["tokenizer"]}
+    return {"model": state, "weights_hash": weights_hash(state), **about}
 
 
 def all_policies(subject: Subject, cfg: EvalConfig) -> list[str]:
@@ -157,8 +221,8 @@ def all_policies(subject: Subject, cfg: EvalConfig) -> list[str]:
 
 
 def judged(subject: Subject, cfg: EvalConfig) -> list[str]:
-    """Return the stage whose solutions the verifier judges."""
-    return subject.tuned[-1:] if "verifier" in subject.checkpoints else []
+    """Return the verifiers; each judges the solutions of a policy."""
+    return list(subject.judges)
 
 
 class Task(NamedTuple):
@@ -208,8 +272,11 @@ def inputs_of(task: Task, subject: Subject, cfg: EvalConfig) -> dict:
     return {"data_hash": digest(hashes), "settings": json.loads(json.dumps(settings))}
 
 
-def read_test_set(cfg: EvalConfig, name: str) -> list[dict]:
-    return read_jsonl(os.path.join(cfg.data_dir, name, "test.jsonl"))
+def read_records(data_dir: str, kind: str, name: str) -> list[dict]:
+    """Return the records of a test set; those that cannot be measured are counted aloud."""
+    if kind == "problems":
+        return to_records(load_records(name, data_dir, kind, "test", kind), kind, name)
+    return to_records(read_jsonl(os.path.join(data_dir, name, "test.jsonl")), kind, name)
 
 
 def data_files(specs: list[str], patterns: list[str], data_dir: str) -> list[str]:

@@ -23,7 +23,8 @@ def val_loss(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     """Measure nats per token on the validation shards."""
     model = subject.model(stage)
     T = model.cfg.seq_len
-    rows = Mixture(cfg.data, cfg.data_dir, "val", T, 0, subject.tokenizer, subject.headerless)
+    headerless = subject.pretraining(stage).get("headerless", False)
+    rows = Mixture(cfg.data, cfg.data_dir, "val", T, 0, subject.tokenizers[stage], headerless)
     ids = rows.validation(0, min(rows.n_rows, 512)).tolist()
     nll = windows_nll(model, [Window(row, T) for row in ids])
     results = [Row("val_loss", "windows", ratio(nll, [T] * len(nll)), "val")]
@@ -59,34 +60,36 @@ def text_perplexity(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
         with open_text(os.path.join(cfg.data_dir, name, "test.txt")) as f:
             text = f.read()
         ours = stage in subject.policies  # a baseline's training data are not known
-        marked, plain = overlaps(subject, text, cfg) if ours else (None, None)
+        marked, plain = overlaps(subject, stage, text, cfg) if ours else (None, None)
         for row in perplexity(subject.model(stage), subject.tokenizers[stage], text, protocols):
             seen = plain if row.protocol in ("words", "bpb") else marked
             results.append(replace(row, split=name, extra={"overlap": seen}))
         if stage == "untrained" and "tokens" in protocols:
-            entropy = unigram_entropy(subject.tokenizer.encode(text))
+            entropy = unigram_entropy(subject.tokenizers[stage].encode(text))
             estimate = replace(entropy, value=math.exp(entropy.value))
             results.append(Row("perplexity", "tokens", estimate, name, "unigrams of the text"))
     return results
 
 
-def overlaps(subject: Subject, text: str, cfg: EvalConfig) -> tuple[float | None, float | None]:
+def overlaps(
+    subject: Subject, stage: str, text: str, cfg: EvalConfig
+) -> tuple[float | None, float | None]:
     """Return the overlap of a text with the pretraining shards (or None), marked and plain."""
-    if text not in subject.overlaps:
-        runs = subject.checkpoints.values()
-        configs = (run["train_config"] for run in runs if run.get("task") == "pretrain")
-        mixture = next(configs, {}).get("data") or cfg.data
+    tokenizer, settings = subject.tokenizers[stage], subject.pretraining(stage)
+    mixture, headerless = settings.get("data") or cfg.data, settings.get("headerless", False)
+    key = (tokenizer.hash, mixture, text)
+    if key not in subject.overlaps:
         paths = data_files([mixture], ["train"], cfg.data_dir)
-        shards = [read_shard(path, subject.tokenizer, subject.headerless) for path in paths]
-        ids = [subject.tokenizer.encode_array(form) for form in (text, detokenize(text))]
-        subject.overlaps[text] = [overlap(x, shards) if shards else None for x in ids]
-    return subject.overlaps[text]
+        shards = [read_shard(path, tokenizer, headerless) for path in paths]
+        ids = [tokenizer.encode_array(form) for form in (text, detokenize(text))]
+        subject.overlaps[key] = [overlap(x, shards) if shards else None for x in ids]
+    return subject.overlaps[key]
 
 
 @task("chats", data="chats", files="sft_val.jsonl", settings="n_chats max_new_tokens")
 def chats(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     """Measure the loss of the last answers of held-out conversations, and the model's own."""
-    model, tokenizer = subject.model(stage), subject.tokenizer
+    model, tokenizer = subject.model(stage), subject.tokenizers[stage]
     prompts, windows = [], []
     for record in load_records(cfg.chats, cfg.data_dir, "sft", "val", "chats"):
         *before, last = record["messages"]
@@ -95,7 +98,9 @@ def chats(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
         prompts.append(prompt)
         windows.append(Window(prompt + answer, len(answer)))
     what = f"eval: conversations of {cfg.chats}"
-    windows = drop_too_long(windows, lambda w: len(w.ids), subject.seq_len, what, subject.log_once)
+    windows = drop_too_long(
+        windows, lambda w: len(w.ids), model.cfg.seq_len, what, subject.log_once
+    )
     windows = windows[:512]
     loss = ratio(windows_nll(model, windows), [window.n_scored for window in windows])
     prompts = [prompt for prompt in prompts if len(prompt) < model.cfg.seq_len][: cfg.n_chats]

@@ -5,7 +5,7 @@ import os
 import numpy as np
 
 from corpus import toy
-from corpus.chat import drop_too_long, encode_pair, render_prompt, user_turn
+from corpus.chat import Pair, drop_too_long, encode_pair, render_prompt, user_turn
 from corpus.records import load_records
 from evals.base import EvalConfig, Row, Subject, task
 from evals.stats import proportion
@@ -20,14 +20,14 @@ def preference(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     has_test = os.path.exists(os.path.join(cfg.data_dir, cfg.pairs, "dpo_test.jsonl"))
     split = "test" if has_test else "val"
     records = load_records(cfg.pairs, cfg.data_dir, "dpo", split, "pairs")
-    pairs = [encode_pair(record, subject.tokenizer) for record in records]
+    tokenizer, space = subject.tokenizers[stage], subject.model(stage).cfg.seq_len
+    pairs = [encode_pair(record, tokenizer) for record in records]
     what = f"eval: pairs of {cfg.pairs}"
-    pairs = drop_too_long(pairs, lambda pair: pair.longest, subject.seq_len, what, subject.log_once)
+    pairs = drop_too_long(pairs, lambda pair: pair.longest, space, what, subject.log_once)
     logp = pair_logprobs(subject.model(stage), pairs)  # (n, 2)
     lengths = np.array([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
     values = {"logprob": logp, "logprob_per_token": logp / lengths}
-    if stage == "dpo" and "sft" in subject.checkpoints:
-        values["reward"] = logp - pair_logprobs(subject.model("sft"), pairs)
+    values |= reward(subject, stage, pairs, logp, lengths)
     shares = {protocol: proportion(x[:, 0] > x[:, 1]) for protocol, x in values.items()}
     results = [Row("accuracy", protocol, share, split) for protocol, share in shares.items()]
     if stage == "untrained":
@@ -35,6 +35,28 @@ def preference(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
         hits = proportion(np.where(tie, 0.5, lengths[:, 0] > lengths[:, 1]))
         results.append(Row("accuracy", "length", hits, split, "longer answer wins"))
     return results
+
+
+def reward(
+    subject: Subject, stage: str, pairs: list[Pair], logp: np.ndarray, lengths: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return the implicit reward of a DPO run, up to its beta, under "reward" if it is known.
+
+    It is relative to the weights that the run started from; SimPO has no reference. For IPO and
+    SimPO it is a mean per token, as in the loss. logp, lengths: (n, 2).
+    """
+    run = subject.checkpoints[stage]
+    loss_type = run.get("train_config", {}).get("loss_type", "sigmoid")
+    if run.get("task") != "dpo":
+        return {}
+    if loss_type == "simpo":
+        return {"reward": logp / lengths}
+    start = subject.start_model(stage)
+    if start is None:
+        print(f"eval: the reward of {stage} is left out: the weights it started from are gone")
+        return {}
+    total = logp - pair_logprobs(start, pairs)
+    return {"reward": total / lengths if loss_type == "ipo" else total}
 
 
 def tuned_on_toy(subject: Subject, cfg: EvalConfig) -> list[str]:
@@ -45,7 +67,7 @@ def tuned_on_toy(subject: Subject, cfg: EvalConfig) -> list[str]:
 @task("tales", "pairs", "dpo_test.jsonl", "seed", tuned_on_toy)
 def tales(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     """Check what the toy world's pairs teach, on four tales of each held-out cast."""
-    tokenizer = subject.tokenizer
+    tokenizer = subject.tokenizers[stage]
     records = load_records(cfg.pairs, cfg.data_dir, "dpo", "test", "pairs")
     requests = sorted({record["prompt"][0]["content"] for record in records})
     requests = [request for request in requests for _ in range(4)]

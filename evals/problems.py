@@ -10,10 +10,10 @@ from itertools import pairwise
 
 import numpy as np
 
+from configurator import UserError
 from corpus.chat import drop_too_long
-from corpus.records import load_records
 from corpus.tokenizer import Tokenizer
-from evals.base import VERSION, EvalConfig, Row, Subject, judged, read_test_set, task
+from evals.base import VERSION, EvalConfig, Row, Subject, judged, task
 from evals.results import RERANKERS
 from evals.stats import Estimate, auc, bootstrap, mean, proportion
 from inference.scoring import log_likelihoods, score_solutions, with_prompts
@@ -43,11 +43,12 @@ def solutions(subject: Subject, stage: str, cfg: EvalConfig, greedy: bool) -> li
     weights = subject.checkpoints[stage]["weights_hash"]
     path = f"{cfg.out_dir}/generations/{stage}_{weights}_{digest(settings)[:8]}.jsonl"
     if not os.path.exists(path):
-        problems = load_records(cfg.problems, cfg.data_dir, "problems", "test", "problems")
-        problems = problems[: cfg.n_problems]
+        problems = subject.records("problems", cfg.problems)[: cfg.n_problems]
         attempts = Attempts(n, temperature, cfg.max_new_tokens, cfg.calculator, seed)
         log = partial(print, f"eval {stage}:", flush=True)
-        rows = solve(subject.model(stage), subject.tokenizer, problems, attempts, log)
+        rows = solve(subject.model(stage), subject.tokenizers[stage], problems, attempts, log)
+        if not rows:
+            raise UserError(f"no problem of {cfg.problems} leaves room for an answer in seq_len")
         write_jsonl(path, rows)
     return read_jsonl(path)
 
@@ -72,7 +73,7 @@ def greedy(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
 @task("rerank", "problems", "problems_test.jsonl", SAMPLES, judged)
 def rerank(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     """Measure ways to choose among the first k solutions, for k = 1, 2, 4, ..., and the scores."""
-    rows = solutions(subject, stage, cfg, greedy=False)
+    rows = solutions(subject, subject.judges[stage], cfg, greedy=False)
     results = judge(subject, stage, rows)
     for k in (2**i for i in range(cfg.n_samples.bit_length())):
         first = [{**row, "solutions": row["solutions"][:k]} for row in rows]
@@ -83,20 +84,21 @@ def rerank(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
 @task("published", "published", "test.jsonl", "n_problems", judged)
 def published(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     """Judge four larger models' published solutions of GSM8K's test problems."""
-    tokenizer = subject.tokenizer
-    records = read_test_set(cfg, cfg.published)[: cfg.n_problems]
+    tokenizer, policy = subject.tokenizers[stage], subject.judges[stage]
+    records = subject.records("published", cfg.published)[: cfg.n_problems]
     rows = [published_solutions(record, tokenizer) for record in records]
 
     def longest(row: dict) -> int:
         return max(len(ids) for ids, _ in with_prompts([row], tokenizer))
 
     what = f"eval: problems of {cfg.published}, with their solutions,"
-    rows = drop_too_long(rows, longest, subject.seq_len, what, subject.log_once)
+    space = min(subject.model(name).cfg.seq_len for name in (stage, policy))
+    rows = drop_too_long(rows, longest, space, what, subject.log_once)
     results = judge(subject, stage, rows)
     results += [accuracy(rows, how, how) for how in (*CHOSEN_BY, "oracle")]
     # Sources differ in style and in accuracy.
-    for source in [s["source"] for s in rows[0]["solutions"]]:
-        part = only(rows, "source", source)
+    for source in dict.fromkeys(s["source"] for s in solutions_in(rows)):
+        part = [row for row in only(rows, "source", source) if row["solutions"]]
         results.append(accuracy(part, source, "oracle"))
         for how, key in CHOSEN_BY.items():
             results += auc_rows(f"{how} of {source}", part, key)
@@ -105,9 +107,9 @@ def published(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
 
 def judge(subject: Subject, stage: str, rows: list[dict]) -> list[Row]:
     """Write score and loglik into all solutions, and return how well they tell which are right."""
-    verifier, tokenizer = subject.model("verifier"), subject.tokenizer
+    verifier, tokenizer = subject.model(stage), subject.tokenizers[stage]
     score_solutions(verifier, tokenizer, rows)
-    log_likelihoods(subject.model(stage), tokenizer, rows)
+    log_likelihoods(subject.model(subject.judges[stage]), tokenizer, rows)
     return [*discrimination(verifier, tokenizer, rows), *calibration(rows)]
 
 
@@ -168,7 +170,8 @@ def auc_rows(protocol: str, rows: list[dict], key: str) -> list[Row]:
         return []
     draws = [value_of([rows[i] for i in draw]) for draw in bootstrap(len(rows), 200)]
     low, high = map(float, np.nanquantile(draws, [0.025, 0.975]))
-    return [Row("auc", protocol, Estimate(value, len(solutions_in(rows)), low, high))]
+    n = len(solutions_in(rows))
+    return [Row("auc", protocol, Estimate(value, n, low, high, parts=len(rows)))]
 
 
 def discrimination(verifier: GPT, tokenizer: Tokenizer, rows: list[dict]) -> list[Row]:

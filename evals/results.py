@@ -48,6 +48,11 @@ def read_json(path: str) -> dict:
     return {}
 
 
+def trained_weights(folder: str, stage: str) -> str | None:
+    """Return the hash of the weights that a stage had when its training ended."""
+    return read_json(os.path.join(folder, stage, "state.json")).get("weights_hash")
+
+
 def read_stages(folder: str, results: list[dict]) -> dict[str, dict]:
     """Return the stages in the order of the loop: their weights, and what they were made from.
 
@@ -64,9 +69,10 @@ def read_stages(folder: str, results: list[dict]) -> dict[str, dict]:
     seen |= kept
     stages = {name: seen[name] for name in order if name in seen}
     for name, stage in stages.items():
-        trained = read_json(os.path.join(folder, name, "state.json")).get("weights_hash")
-        stage["outdated"] = trained not in (None, stage["weights_hash"])
-        stage["weights_hash"] = trained or stage["weights_hash"]
+        trained = trained_weights(folder, name)
+        stage["outdated"] = trained not in (None, stage.get("trained"), stage["weights_hash"])
+        if stage["outdated"]:
+            stage["weights_hash"] = trained
         start = stages.get(stage.setdefault("start"), {})
         replaced = start and stage["start_hash"] != start["weights_hash"]
         stage["stale"] = f"{stage['start']} is stale" if start.get("stale") else ""

@@ -122,11 +122,12 @@ def by_head(numbers: dict[str, Tensor], sinks: bool, skip: int = 0, where: str =
     return rows
 
 
-def streams(subject: Subject, cfg: EvalConfig, length: int) -> tuple[Tensor, bool]:
+def streams(subject: Subject, stage: str, cfg: EvalConfig, length: int) -> tuple[Tensor, bool]:
     """Return rows (n_streams or fewer, length + 1), and whether each is in one document."""
-    spec, tokenizer = cfg.streaming, subject.tokenizer
+    spec, tokenizer = cfg.streaming, subject.tokenizers[stage]
+    headerless = subject.pretraining(stage).get("headerless", False)
     try:
-        rows = Mixture(spec, cfg.data_dir, "val", length, 0, tokenizer, subject.headerless)
+        rows = Mixture(spec, cfg.data_dir, "val", length, 0, tokenizer, headerless)
     except UserError as error:
         needed = f"{FACTOR} x seq_len = {length} tokens"
         raise UserError(f"streaming={spec}: a stream needs {needed}: {error}") from None
@@ -188,7 +189,7 @@ def streaming(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     model = subject.model(stage)
     T, P = model.cfg.seq_len, FACTOR * model.cfg.seq_len
     width = max(1, T // 2)
-    ids, one_document = streams(subject, cfg, P)
+    ids, one_document = streams(subject, stage, cfg, P)
     # recompute is slow: eight positions of every training context are enough
     every, few = np.arange(P), np.arange(width // 8, P, max(1, width // 4))
     nll = {"rolling": cached(model, ids, T)[0], "dense": dense(model, ids)}
@@ -217,7 +218,7 @@ def streaming(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
 @task("attention", data="sentences")
 def attention(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     """Measure every head on each of the given sentences; attention/ keeps the weights, to draw."""
-    model, tokenizer = subject.model(stage), subject.tokenizer
+    model, tokenizer = subject.model(stage), subject.tokenizers[stage]
     rows = []
     sentences = filter(None, map(str.strip, cfg.sentences.split(";")))
     for number, text in enumerate(sentences, 1):

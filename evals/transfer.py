@@ -7,7 +7,7 @@ import numpy as np
 from configurator import UserError
 from corpus.chat import render_prompt, user_turn
 from corpus.tokenizer import Tokenizer
-from evals.base import EvalConfig, Row, Subject, read_test_set, task
+from evals.base import EvalConfig, Row, Subject, task
 from evals.stats import mean, proportion
 from inference.answers import answer_text, stops
 from inference.sampling import GREEDY, generate
@@ -24,17 +24,17 @@ REFERENCES = ("summary", "summary1", "summary2", "summary3")  # fields of a reco
 @task("sst2", data="sst2 shots", files="test.jsonl", settings="n_problems")
 def sst2(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     """Measure SST-2 without examples and after four of them; calibrated as in arXiv 2102.09690."""
-    model = subject.model(stage)
-    records = read_test_set(cfg, cfg.sst2)[: cfg.n_problems]
+    model, tokenizer = subject.model(stage), subject.tokenizers[stage]
+    records = subject.records("sentences", cfg.sst2)[: cfg.n_problems]
     gold = np.array([int(record["label"]) for record in records])
     sentences = [record["sentence"] for record in records] + ["N/A"]
     contexts = {"zero-shot": [""]}  # what stands before the question
     if cfg.shots:
-        pool = read_test_set(cfg, cfg.shots)
+        pool = subject.records("sentences", cfg.shots)
         contexts["4-shot"] = [four_shots(pool, seed) for seed in range(ORDERS)]
     results = []
     for name, texts in contexts.items():
-        scores = [label_scores(model, subject.tokenizer, text, sentences) for text in texts]
+        scores = [label_scores(model, tokenizer, text, sentences) for text in texts]
         if any(own is None for own in scores):
             print(f"eval sst2: {name} is left out: a prompt exceeds seq_len={model.cfg.seq_len}")
             continue
@@ -59,7 +59,10 @@ def four_shots(pool: list[dict], seed: int) -> str:
     rng = random.Random(seed)
     chosen = []
     for label in (0, 1):
-        chosen += rng.sample([row for row in pool if int(row["label"]) == label], 2)
+        same = [row for row in pool if int(row["label"]) == label]
+        if len(same) < 2:
+            raise UserError(f"shots: {len(same)} sentences have the label {label}, expected two")
+        chosen += rng.sample(same, 2)
     rng.shuffle(chosen)
     shots = ""
     for row in chosen:
@@ -84,8 +87,8 @@ def label_scores(
 @task("dialogsum", data="dialogues", files="test.jsonl", settings="n_problems max_new_tokens")
 def dialogsum(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     """Measure greedy summaries by ROUGE-1, 2 and L; a dialogue too long loses its beginning."""
-    model, tokenizer = subject.model(stage), subject.tokenizer
-    records = read_test_set(cfg, cfg.dialogues)[: cfg.n_problems]
+    model, tokenizer = subject.model(stage), subject.tokenizers[stage]
+    records = subject.records("dialogues", cfg.dialogues)[: cfg.n_problems]
     T = model.cfg.seq_len
     frame = len(render_prompt(user_turn(SUMMARIZE), tokenizer))
     room = T - cfg.max_new_tokens - frame

@@ -9,6 +9,7 @@ from corpus import toy
 from corpus.chat import TEMPLATE
 from corpus.shards import write_shard
 from evals.results import STAGES, read_results
+from runtime.checkpoint import weights_hash
 from runtime.files import write_atomic, write_json, write_jsonl
 
 TEXT = " = One = \n\n first words of it .\n second line ,\n = Two = \n\n more of it .\n"
@@ -29,9 +30,9 @@ PUBLISHED = [
 def make_run(folder: Path) -> list[str]:
     """Write data and a checkpoint for every stage. -> flags for eval.py"""
     write_data(folder / "data")
+    origin = {}
     for seed, stage in enumerate(STAGES):
-        model = tiny(seed, n_layer=1, seq_len=256, score_head=stage == "verifier")
-        save_start(folder / "run" / stage, model, task=stage, template=TEMPLATE)
+        origin = make_stage(folder / "run" / stage, seed, stage, init_from=origin)
     return [
         f"--out_dir={folder / 'run'}",
         f"--data_dir={folder / 'data'}",
@@ -44,6 +45,14 @@ def make_run(folder: Path) -> list[str]:
         "--device=cpu",
         "--dtype=float32",
     ]
+
+
+def make_stage(folder: Path, seed: int, task: str, **changes) -> dict:
+    """Write the checkpoint of a stage. -> init_from of a stage that starts from it"""
+    fields = {"n_layer": 1, "seq_len": 256, "score_head": task == "verifier"}
+    model = tiny(seed, **{**fields, **changes.pop("fields", {})})
+    save_start(folder, model, task=task, template=TEMPLATE, **changes)
+    return {"ref": str(folder), "weights_hash": weights_hash(model.state_dict())}
 
 
 def write_data(folder: Path) -> None:

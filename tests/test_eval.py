@@ -1,6 +1,7 @@
 """The program: results that name all that they depend on, and that no accident can spoil."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -10,13 +11,15 @@ from collections import Counter
 import pytest
 import torch
 from corpus_helpers import snapshot
-from eval_helpers import make_run
+from eval_helpers import make_run, make_stage, results_of
+from helpers import fails
 
 import eval as evaluation
 from configurator import UserError, load
+from corpus.tokenizer import load_tokenizer
 from evals import stats
-from evals.base import ORDER, TASKS, EvalConfig, Subject
-from evals.results import item_key, read_results
+from evals.base import ORDER, TASKS, EvalConfig, Row, Subject
+from evals.results import item_key, read_results, read_stages
 from runtime.checkpoint import save_checkpoint, weights_hash
 from runtime.files import read_log, write_jsonl
 
@@ -135,7 +138,7 @@ def test_other_data_of_the_same_name_give_other_results(run):
 
 
 def test_a_folder_of_any_runs_is_evaluated_as_one(tmp_path):
-    """A sweep: every run under its own name, beside one untrained row."""
+    """A sweep: every run under its own name, beside one untrained row, in the order of the loop."""
     argv = make_run(tmp_path)
     for old, new in (("pretrain", "lr 1e-3"), ("sft", "lr 3e-3")):
         (tmp_path / "run" / old).rename(tmp_path / "run" / new)
@@ -143,9 +146,9 @@ def test_a_folder_of_any_runs_is_evaluated_as_one(tmp_path):
     assert [row["model"] for row in read_results(str(tmp_path / "run"))] == [
         "untrained",
         "unigram entropy",
-        "dpo",
         "lr 1e-3",
         "lr 3e-3",
+        "dpo",
     ]
 
 
@@ -338,3 +341,117 @@ def test_a_single_stage_can_be_evaluated_in_its_own_folder(tmp_path):
     folder = tmp_path / "run" / "sft"
     assert evaluation.main([f"--out_dir={folder}", *argv[1:], "--tasks=preference"]) == 0
     assert {row["stage"] for row in read_results(str(folder))} == {"untrained", "sft"}
+
+
+def test_stages_are_known_by_what_they_were_trained_for(tmp_path, capsys):
+    """Names say nothing: my_dpo has a reward, my_judge judges, and a second one does so too."""
+    argv = make_run(tmp_path)
+    names = {"sft": "a_tuned", "dpo": "my_dpo", "verifier": "my_judge"}
+    for old, new in names.items():
+        (tmp_path / "run" / old).rename(tmp_path / "run" / new)
+    dpo = torch.load(tmp_path / "run" / "my_dpo" / "ckpt_0000007.pt", weights_only=True)
+    origin = {"ref": "out/gone/dpo", "weights_hash": dpo["weights_hash"]}
+    make_stage(tmp_path / "run" / "the_other", 9, "verifier", init_from=origin)
+    assert evaluation.main([*argv, "--tasks=rerank,preference"]) == 0
+    rows = read_results(str(tmp_path / "run"))
+    assert {row["stage"] for row in rows if row["protocol"] == "reward"} == {"my_dpo"}
+    assert {row["model"] for row in rows if row["task"] == "rerank"} == {
+        "my_dpo judged by my_judge",
+        "my_dpo judged by the_other",
+    }
+    assert len({row["verifier_hash"] for row in rows if row["task"] == "rerank"}) == 2
+    assert evaluation.main([*argv, "--tasks=rerank,preference", "--no_overwrite"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_verifier_judges_the_policy_that_it_was_made_from(tmp_path):
+    """Not the last one, where it comes from another."""
+    argv = make_run(tmp_path)
+    sft = torch.load(tmp_path / "run" / "sft" / "ckpt_0000007.pt", weights_only=True)
+    origin = {"ref": "sft", "weights_hash": sft["weights_hash"]}
+    make_stage(tmp_path / "run" / "of_sft", 9, "verifier", init_from=origin)
+    assert evaluation.main([*argv, "--tasks=rerank"]) == 0
+    judged = {
+        (row["model"], row["verifier_hash"]) for row in results_of(tmp_path / "run", "rerank")
+    }
+    assert {model for model, _ in judged} == {"sft", "dpo"} and len(judged) == 2
+
+
+def test_every_run_is_read_with_its_own_tokenizer(tmp_path, capsys):
+    """A byte run beside a run of the toy words: each gets the numbers that it has alone."""
+    argv = make_run(tmp_path)
+    toy = load_tokenizer("toy")
+    sizes = {"vocab_size": toy.vocab_size, "seq_len": 64}
+    folder = tmp_path / "run" / "of_words"
+    config = {"data": "words"}  # shards that are not here
+    make_stage(folder, 5, "pretrain", fields=sizes, tokenizer=toy.spec(), train_config=config)
+    tasks = "--tasks=text_perplexity,chats,val_loss"
+    assert evaluation.main([*argv, tasks]) == 0
+    said = capsys.readouterr().out
+    assert "val_loss of of_words is left out: shard" in said and "another tokenizer" in said
+
+    def numbers(where, stage):
+        rows = [row for row in read_results(str(where)) if row["stage"] == stage]
+        return {(row["task"], row["metric"], row["protocol"]): row["value"] for row in rows}
+
+    both = {stage: numbers(tmp_path / "run", stage) for stage in ("of_words", "sft")}
+    (tmp_path / "alone").mkdir()
+    os.replace(folder, tmp_path / "alone" / "of_words")
+    alone = [f"--out_dir={tmp_path / 'alone'}", *argv[1:], "--tasks=text_perplexity,chats"]
+    assert evaluation.main(alone) == 0
+    assert numbers(tmp_path / "alone", "of_words") == both["of_words"]
+    assert evaluation.main([*argv, tasks, "--force"]) == 0
+    assert numbers(tmp_path / "run", "sft") == both["sft"] and ("val_loss" in str(both["sft"]))
+
+
+def test_what_cannot_be_measured_is_an_error_where_it_was_asked_for(tmp_path, capsys):
+    """A verifier is missing: said in an evaluation of everything, refused when asked for."""
+    argv = make_run(tmp_path)
+    (tmp_path / "run" / "verifier").rename(tmp_path / "elsewhere")
+    fails(lambda: evaluation.main([*argv, "--tasks=rerank"]), "a tuned stage and a verifier")
+    (tmp_path / "run" / "begun").mkdir()
+    (tmp_path / "run" / "begun" / "metrics.jsonl").write_text("")
+    assert evaluation.main([*argv, "--text=", "--sst2=", "--dialogues=", "--problems="]) == 0
+    said = capsys.readouterr().out
+    assert "published is left out: it needs a tuned stage and a verifier" in said
+    assert "begun is left out: it has no checkpoint yet" in said
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["value", "low", "extra"])
+def test_a_number_that_is_not_finite_is_named_and_never_written(tmp_path, capsys, bad, where):
+    """results.jsonl is JSON, in which there is no NaN; the other numbers of the task stay."""
+
+    def run(subject, stage, cfg):
+        estimate = stats.Estimate(**{"value": 0.5, "n": 3, "low": 0.1, "high": 0.9, where: bad})
+        return [Row("accuracy", "logprob", stats.Estimate(0.5, 3)), Row("odd", "x", estimate)]
+
+    def with_extra(subject, stage, cfg):
+        rows = [Row("accuracy", "logprob", stats.Estimate(0.5, 3))]
+        return [*rows, Row("odd", "x", stats.Estimate(0.5, 3), extra={"share": [bad]})]
+
+    changed = TASKS["preference"]._replace(run=with_extra if where == "extra" else run)
+    argv = [*make_run(tmp_path), "--tasks=preference"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TASKS, "preference", changed)
+        assert evaluation.main(argv) == 0
+    text = (tmp_path / "run" / "results.jsonl").read_text()
+    assert {json.loads(line)["metric"] for line in text.splitlines()} == {"accuracy"}
+    assert "NaN" not in text and "Infinity" not in text
+    assert "odd x test is left out" in capsys.readouterr().out
+
+
+def test_a_retrained_start_makes_what_follows_stale(tmp_path, capsys):
+    """The reward of a DPO run is against the weights that it began with, or there is none."""
+    argv = [*make_run(tmp_path), "--tasks=preference"]
+    assert evaluation.main(argv) == 0
+    assert "stale" not in capsys.readouterr().out
+    make_stage(tmp_path / "run" / "sft", 77, "sft")
+    assert evaluation.main([*argv, "--force"]) == 0
+    said = capsys.readouterr().out
+    assert "dpo is stale: sft has other weights" in said and "verifier is stale" in said
+    assert "the reward of dpo is left out" in said
+    stages = read_stages(str(tmp_path / "run"), [])
+    assert {name for name, stage in stages.items() if stage["stale"]} == {"dpo", "verifier"}
+    newest = [row for row in results_of(tmp_path / "run", "preference") if row["stage"] == "dpo"]
+    assert "reward" not in {row["protocol"] for row in newest}

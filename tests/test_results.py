@@ -163,3 +163,14 @@ def test_a_damaged_stages_file_is_as_good_as_none(tmp_path, text):
     append_results(str(tmp_path / "results.jsonl"), [stage_row("sft", "s", 1)])
     (tmp_path / "stages.json").write_text(text)
     assert len(current(str(tmp_path))[0]) == 1
+
+
+def test_a_checkpoint_taken_away_makes_nothing_outdated(tmp_path):
+    """An earlier checkpoint was evaluated; the run's end is no training since."""
+    (tmp_path / "sft").mkdir()
+    write_json(str(tmp_path / "sft" / "state.json"), {"weights_hash": "last"})
+    stages = {"sft": {"weights_hash": "earlier", "start": None, "trained": "last"}}
+    write_json(str(tmp_path / "stages.json"), stages)
+    append_results(str(tmp_path / "results.jsonl"), [stage_row("sft", "earlier", 1)])
+    results, found = current(str(tmp_path))
+    assert len(results) == 1 and not found["sft"]["outdated"]

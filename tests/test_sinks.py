@@ -318,7 +318,7 @@ def test_streams_lie_in_one_document_where_any_is_long_enough(tmp_path, end, one
     argv = make_runs(tmp_path, 900, end)
     folders = dict(flag.removeprefix("--").split("=") for flag in argv[:2])
     cfg = EvalConfig(**folders, streaming="book", n_streams=4)
-    ids, whole = sinks.streams(Subject(cfg), cfg, 16 * T)
+    ids, whole = sinks.streams(Subject(cfg), "untrained", cfg, 16 * T)
     assert whole == one_document == bool((ids != BYTE.eos).all()) and ids.size(1) == 16 * T + 1
 
 
