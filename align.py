@@ -23,12 +23,13 @@ from inference import answers, scoring
 from inference.scoring import sequence_logprobs, verifier_loss
 from inference.solutions import Attempts, label_by_value, solve, with_room
 from model import GPT, ModelConfig
+from runtime.budget import check_memory
 from runtime.checkpoint import beside, checkpoint_files, model_from, open_start, weights_hash
 from runtime.files import digest, read_jsonl, read_log, write_atomic, write_json, write_jsonl
 from runtime.program import run
 from runtime.run_folder import PREEMPTED, is_done
 from runtime.world import World
-from train import LoopConfig, check_fits, train
+from train import LoopConfig, make_optimizers, train
 
 
 @dataclass
@@ -441,7 +442,7 @@ def main(argv: list[str]) -> int:
             return 0
         head = {"score_head": True} if align.mode == "verifier" else {}
         cfg = ModelConfig(**start["model_config"] | head)
-        check_fits(cfg, align.seq_len or cfg.seq_len, loop, world)
+        check_memory((GPT, make_optimizers), cfg, align.seq_len or cfg.seq_len, loop, world)
         torch.manual_seed(loop.seed)
         os.makedirs(loop.out_dir, exist_ok=True)
         setup = Setup(model_from(start, **head), tokenizer, world, *parts)

@@ -347,16 +347,6 @@ class Pretrain:
         return nll, {"loss": nll}
 
 
-def check_fits(cfg: ModelConfig, seq_len: int, loop: LoopConfig, world: World) -> None:
-    """Raise UserError where a model is too large to be trained here, before it is built."""
-    with torch.device("meta"):
-        model = GPT(cfg)
-    model.recompute = loop.recompute
-    at_once = seq_len * max(1, min(loop.micro_batch, loop.batch_tokens // seq_len))
-    shards = world.size if loop.fsdp else 1
-    check_memory(model, make_optimizers(model, loop), at_once, world, shards)
-
-
 def main(argv: list[str]) -> int:
     quiet = os.environ.get("RANK", "0") != "0"
     kinds = (ModelConfig, LoopConfig, PretrainConfig)
@@ -375,15 +365,13 @@ def main(argv: list[str]) -> int:
     with World(loop.device, loop.dtype) as world:
         if is_done(loop, parts, world, origin):
             return 0
-        check_fits(cfg, cfg.seq_len, loop, world)
+        check_memory((GPT, make_optimizers), cfg, cfg.seq_len, loop, world)
         torch.manual_seed(loop.seed)
         model = model_from(start, seq_len=cfg.seq_len) if start else GPT(cfg)
         task = Pretrain(loop, sizes.seq_len, tokenizer, pretrain.headerless)
         if origin:
             task.extra["init_from"] = origin
-            world.log(
-                f"pretrain: goes on from {ref}; optimizer, schedule and data order begin anew"
-            )
+            world.log(f"pretrain: from {ref}; optimizer, schedule and data order begin anew")
         result = train(loop, task, model, world, parts)
         return PREEMPTED if result["state"] == "preempted" else 0
 

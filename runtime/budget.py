@@ -89,15 +89,20 @@ def free_disk(folder: str, need: int, checkpoint: int) -> int:
     return free
 
 
-def check_memory(
-    model: nn.Module, optimizers: list, at_once: int, world: World, shards: int
-) -> None:
-    """Raise UserError where a model cannot be trained in this memory; it may be on meta.
+def check_memory(makers: tuple, cfg: Any, seq_len: int, loop: Any, world: World) -> None:
+    """Raise UserError where a model is too large to be trained here, before it is built.
 
+    makers: of a model and of its optimizers; they work on the meta device, which keeps no numbers.
     The estimate of activations is rough, so that half of it is enough to refuse.
     """
-    states = (state_bytes(model, optimizers) + 4 * model.num_params()) / shards
-    activations = activation_bytes(model.cfg, at_once, world.dtype.itemsize, model.recompute)
+    make_model, make_optimizers = makers
+    with torch.device("meta"):
+        model = make_model(cfg)
+    optimizers = make_optimizers(model, loop)
+    at_once = seq_len * max(1, min(loop.micro_batch, loop.batch_tokens // seq_len))
+    states = state_bytes(model, optimizers) + 4 * model.num_params()
+    states /= world.size if loop.fsdp else 1
+    activations = activation_bytes(model.cfg, at_once, world.dtype.itemsize, loop.recompute)
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     there //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # the ranks of this machine share it
     if world.device.type == "cuda":

@@ -45,11 +45,15 @@ def loop(**changes) -> LoopConfig:
     return LoopConfig(device="cpu", **changes)
 
 
+def check_fits(cfg: ModelConfig, seq_len: int, loop: LoopConfig, world: World):
+    budget.check_memory((train.GPT, train.make_optimizers), cfg, seq_len, loop, world)
+
+
 def test_a_model_that_no_memory_holds_is_refused_before_it_is_built():
     """A terabyte of weights: an attempt to make them would end this very process."""
     world, cfg = World("cpu"), ModelConfig(vocab_size=50_000, d_model=2**16, n_layer=24, n_head=512)
     words = ("M parameters", "GB", "micro_batch", "--fsdp")
-    fails(lambda: train.check_fits(cfg, 1024, loop(), world), *words)
+    fails(lambda: check_fits(cfg, 1024, loop(), world), *words)
 
 
 def test_memory_is_asked_for_what_the_run_needs(monkeypatch):
@@ -65,18 +69,18 @@ def test_memory_is_asked_for_what_the_run_needs(monkeypatch):
     need = 16 * n + rows // 2
     monkeypatch.setattr(budget.os, "sysconf", lambda name: need if name == "SC_PHYS_PAGES" else 1)
     adamw = {"optimizer": "adamw", "batch_tokens": 16 * 256}
-    train.check_fits(cfg, 256, loop(**adamw), world)
+    check_fits(cfg, 256, loop(**adamw), world)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    fails(lambda: train.check_fits(cfg, 256, loop(**adamw), world), "a rank has")
+    fails(lambda: check_fits(cfg, 256, loop(**adamw), world), "a rank has")
     world.size = 2
     sharded = loop(**adamw, micro_batch=1, fsdp=True)
-    train.check_fits(cfg, 256, sharded, world)
+    check_fits(cfg, 256, sharded, world)
 
 
 def test_the_estimate_of_a_small_model_passes_on_this_machine():
     """No recipe of the toy world may be refused."""
     cfg = ModelConfig(vocab_size=380, seq_len=128, n_layer=4, n_head=4, d_model=128)
-    train.check_fits(cfg, 128, loop(), World("cpu"))
+    check_fits(cfg, 128, loop(), World("cpu"))
 
 
 def test_a_gpu_without_a_known_peak_is_named_once(tmp_path, monkeypatch):
