@@ -204,7 +204,7 @@ class SwiGLU(nn.Module):
 
 
 class MoE(nn.Module):
-    """Tokens go to the experts of highest sigmoid score, renormalised as weight, and the shared."""
+    """A token goes to the n_expert_active experts of highest score, weighted, and to the shared."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -355,7 +355,7 @@ class GPT(nn.Module):
         return self.score(x).squeeze(-1).float() + self.score_loglik * likelihood
 
     def balance_loss(self, docs: Maybe = None) -> Tensor | float:
-        """Return balance_coef times the layers' mean loss, 1 for even use; docs -1 is no token."""
+        """Return balance_coef times the layers' mean loss, 1 for even use; docs -1 is padding."""
         if not self.cfg.n_expert:
             return 0.0
         routing = torch.stack([block.mlp.routing for block in self.blocks])  # (L, 2, N, E)

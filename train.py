@@ -233,16 +233,16 @@ def evaluate(module: nn.Module, task: Task, loop: LoopConfig, world: World) -> d
     return {key: value / max(1, units) for key, value in zip(task.metrics, sums, strict=True)}
 
 
-def n_tokens(batch: dict[str, Tensor]) -> int:
+def n_tokens(batch: dict[str, Tensor]) -> Tensor | int:
     """Return how many ids of a batch are no padding."""
     docs = batch.get("docs")
-    return batch["idx"].numel() if docs is None else int((docs >= 0).sum())
+    return batch["idx"].numel() if docs is None else (docs >= 0).sum()
 
 
 def sizes_of(task: Task, batches: list, world: World) -> tuple[float, float]:
     """Return how many units and how many real tokens a step has on all ranks, at least 1."""
     units = sum(int(task.units(batch)) for batch in batches)
-    tokens = sum(n_tokens(batch) for batch in batches)
+    tokens = sum(int(n_tokens(batch)) for batch in batches)
     units, tokens = world.sum([float(units), float(tokens)])
     return max(1.0, units), max(1.0, tokens)
 

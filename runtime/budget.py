@@ -43,10 +43,10 @@ def flops_per_token(model: nn.Module) -> float:
 
 def expert_notes(cfg: Any) -> str:
     """Return what a run should know of its experts; nothing where there are none."""
-    if not cfg.n_expert:
-        return ""
-    notes = "; experts are balanced over a micro-step: micro_batch and ranks change the result"
-    if cfg.n_expert_active == 1:
+    notes = ""
+    if cfg.n_expert and cfg.balance_coef:
+        notes = "; experts are balanced over a micro-step: micro_batch and ranks change the result"
+    if cfg.n_expert and cfg.n_expert_active == 1:
         why = "an expert alone has the weight 1, so the router learns from its balance loss only"
         notes += f". NOTE n_expert_active=1: {why}"
     return notes

@@ -87,7 +87,7 @@ def check_same_run(folder: str, parts: tuple, saved: dict) -> None:
     saved: the fields of its model and all keys; a key that is newer than the run had its default.
     """
     harmless = HARMLESS.split()
-    if saved.get("n_expert"):
+    if saved.get("n_expert") and saved.get("balance_coef"):
         harmless.remove("micro_batch")  # experts are balanced over a micro-step
     before = []
     for part in parts:
