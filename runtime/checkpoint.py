@@ -28,14 +28,15 @@ def weights_hash(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def save_checkpoint(path: str, checkpoint: dict) -> None:
-    """Write a checkpoint with its weights hash; non-finite weights never replace a good file."""
+def save_checkpoint(path: str, checkpoint: dict) -> str:
+    """Write a checkpoint with its weights hash, and return that; never with non-finite weights."""
     state = checkpoint["model"]
     if bad := non_finite(state):
         raise UserError(f"{path} is not written: {bad}. The last good checkpoint stays")
     need = 3 * sum(x.numel() * x.element_size() for x in state.values())
     checkpoint = {"format": FORMAT, "weights_hash": weights_hash(state), **checkpoint}
     write_atomic(path, lambda f: torch.save(checkpoint, f), need)
+    return checkpoint["weights_hash"]
 
 
 def non_finite(state: dict[str, Tensor]) -> str:

@@ -254,7 +254,7 @@ class RunFolder:
         path = self.path(f"ckpt_{step:07d}.pt")
         if step == self.best_step:  # first: after a kill between the two it comes again
             save_checkpoint(self.path("best.pt"), checkpoint)
-        save_checkpoint(path, checkpoint)
+        self.result["weights_hash"] = save_checkpoint(path, checkpoint)
         drop_replaced(self.folder)
         up_to_now = [p for p in checkpoint_files(self.folder) if p <= path]
         for old in up_to_now[self.loop.keep :]:  # only now, when the new one is safe

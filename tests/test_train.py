@@ -1461,3 +1461,11 @@ def test_bad_steps_in_a_row_end_the_run_with_the_batch_saved(tmp_path):
         and "non-finite" in (tmp_path / "run/state.json").read_text()
     )
     assert go(cfg)["state"] == "done"  # with sound data it goes on from there
+
+
+def test_the_state_of_a_finished_run_names_its_weights(tmp_path):
+    """A report sees by it that a stage was trained again, without opening a checkpoint."""
+    cfg = config(tmp_path / "run", **PLAIN)
+    go(cfg)
+    state = json.loads((tmp_path / "run" / "state.json").read_text())
+    assert state["weights_hash"] == newest_checkpoint(cfg.out_dir)[1]["weights_hash"]
