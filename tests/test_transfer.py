@@ -1,12 +1,15 @@
 """SST-2: log-probs of the labels, and examples that are drawn and hashed; ROUGE by hand."""
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 from eval_helpers import make_run, results_of
-from helpers import BYTE, EOS, plain_logprobs, tiny
+from helpers import BYTE, EOS, fails, plain_logprobs, tiny
 
 import eval as evaluation
+from configurator import UserError
 from evals import transfer as classify
 from evals.transfer import rouge
 
@@ -67,3 +70,61 @@ def test_rouge_is_a_mean_over_references():
     assert half["rouge1"] == half["rougeL"] == [pytest.approx(0.4)] and half["rouge2"] == [
         pytest.approx(1 / 3)
     ]
+
+
+BAD_RECORDS = {
+    "sst2": [
+        {"sentence": "fine", "label": -1},
+        {"sentence": "fine", "label": 2},
+        {"sentence": "fine", "label": "positive"},
+        {"sentence": None, "label": 1},
+        {"sentence": 7, "label": 1},
+        {"text": "fine", "label": 1},
+        ["fine", 1],
+    ],
+    "dialogsum": [
+        {"dialogue": "A: hi", "summary": ""},
+        {"dialogue": "A: hi", "summary": None},
+        {"dialogue": "", "summary": "hi"},
+        {"dialogue": 5, "summary": "hi"},
+        {"summary": "hi"},
+        "text",
+    ],
+    "published": [
+        {"question": {}, "a": {"solution": "A: 1", "is_correct": True}},
+        {"question": "1 + 1?"},
+        {"question": "1 + 1?", "a": {"solution": None, "is_correct": True}},
+        {"question": "1 + 1?", "a": {"solution": "A: 1", "is_correct": "yes"}},
+        None,
+    ],
+}
+FOLDERS = {"sst2": "films", "dialogsum": "talks", "published": "larger"}
+CASES = [(task, record) for task, records in BAD_RECORDS.items() for record in records]
+
+
+@pytest.mark.parametrize("task, record", CASES)
+def test_a_record_that_cannot_be_measured_takes_no_part(tmp_path, made, task, record):
+    """Alone it is an error in words; among good ones it is refused, or changes no number."""
+    argv = [*made, f"--tasks={task}"]
+    data = next(flag for flag in made if flag.startswith("--data_dir=")).partition("=")[2]
+    path = Path(data) / FOLDERS[task] / "test.jsonl"
+    good = path.read_text()
+    try:
+        path.write_text(json.dumps(record) + "\n")
+        fails(lambda: evaluation.main([*argv, "--force"]), "record")
+        path.write_text(good + json.dumps(record) + "\n")
+        try:
+            assert evaluation.main([*argv, "--force"]) == 0
+        except UserError as error:
+            assert "record" in str(error)
+    finally:
+        path.write_text(good)
+    out = next(flag for flag in made if flag.startswith("--out_dir=")).partition("=")[2]
+    text = "".join(file.read_text() for file in Path(out).glob("results*.jsonl"))
+    assert "NaN" not in text
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A small run and its data. -> flags"""
+    return make_run(tmp_path_factory.mktemp("bad"))
