@@ -44,8 +44,8 @@ majority: the most common answer; likelihood: the solution that the model itself
 weighted: votes weighted by the verifier; best_of: the verifier's first choice; oracle: solved \
 when any sample is right, which no choice among them can beat."""
 COST_NOTE = """\
-Seconds in all: with validation and saving, or of an evaluation; starting the programs, preparing \
-data and sampling before a training are not in them."""
+Seconds in all: of a training with what it samples, validates and saves, or of the tasks of an \
+evaluation; starting the programs and preparing data are not in them."""
 STREAMING_NOTE = """\
 rolling: a cache of one training context, token by token; dense: every token sees all before it; \
 recompute: the last training context from scratch for every token. As good as recompute means \
@@ -252,7 +252,8 @@ def cost(run: Run) -> list[str]:
             n_steps = last["step"] + 1
             took = last["step_ms"] * n_steps / 1e3
             # A run that went on after a stop knows the seconds of its last part alone.
-            whole = max(took, run.states[name].get("seconds", 0))
+            state = run.states[name]
+            whole = max(took, state.get("process_seconds", state.get("seconds", 0)))
             total += whole
             amounts = [f"{n_steps}", f"{last['tokens'] / 1e6:.2f}M", f"{last['flops']:.2e}"]
             amounts += [f"{last['tokens_per_s']:,.0f}", f"{took:.0f}", f"{whole:.0f}"]

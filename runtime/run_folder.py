@@ -35,6 +35,7 @@ from runtime.files import read_log, remove_if_there, write_json, write_jsonl
 from runtime.lock import lock
 from runtime.world import StopFlag, World
 
+BEGAN = time.perf_counter()  # when this process had read its imports
 PREEMPTED = 75  # exit code (EX_TEMPFAIL): saved; run the same command again
 START_OVER = "Choose another --out_dir, or --force to start over in its place"
 # Keys that cannot change the result of a run: they may differ when it goes on. Of init_from the
@@ -294,6 +295,7 @@ class RunFolder:
         seconds = time.perf_counter() - self.clock.began
         state = "preempted" if preempted else "done"
         self.result |= {"state": state, "step": step, "seconds": seconds}
+        self.result["process_seconds"] = time.perf_counter() - BEGAN
         line = f"{state} at step {step} after {seconds:.0f} s, {self.folder}"
         self.world.log(f"{self.task.name}: {line}")
         if preempted:

@@ -250,7 +250,8 @@ def test_the_cost_is_that_of_training_and_evaluation(tmp_path, no_plots):
             more = {"items": f"items/{task}.json", "seconds": 100.0 + i}
             rows.append(row(task, "dpo", metric, "x", 0.5, **more))
     folder = write_run(tmp_path, rows)
-    write_json(str(tmp_path / "dpo" / "state.json"), {"seconds": 1000.0})
+    state = {"seconds": 900.0, "process_seconds": 1000.0}  # of the training, of the program
+    write_json(str(tmp_path / "dpo" / "state.json"), state)
     text = text_of(folder)
     assert "| evaluation |  |  |  |  |  | 201 |" in text
     assert "| dpo | 4 | 6.80M | 3.30e+11 | 8,111 | 8 | 1000 |" in text

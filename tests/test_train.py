@@ -1469,3 +1469,4 @@ def test_the_state_of_a_finished_run_names_its_weights(tmp_path):
     go(cfg)
     state = json.loads((tmp_path / "run" / "state.json").read_text())
     assert state["weights_hash"] == newest_checkpoint(cfg.out_dir)[1]["weights_hash"]
+    assert state["process_seconds"] > state["seconds"] > 0
