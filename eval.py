@@ -44,11 +44,11 @@ def report_line(key: dict, results: list[dict], seconds: float) -> str:
     return f"eval {key['task']} {key['stage']} ({seconds:.0f} s): {', '.join(shown)}"
 
 
-def as_results(rows: list[Row], model: str, key: dict, about: dict) -> tuple[list[dict], dict]:
+def as_results(rows: list[Row], key: dict, about: dict) -> tuple[list[dict], dict]:
     """Return the results of rows, and their items; a number that is not finite is left out."""
     results, items = [], {}
     for row in rows:
-        result = {"model": row.model or model, "split": row.split, **key}
+        result = {"model": row.model or key["stage"], "split": row.split, **key}
         result |= {"metric": row.metric, "protocol": row.protocol}
         result |= row.estimate.as_json() | row.extra | about
         if not is_finite(result):
@@ -70,14 +70,14 @@ def evaluate(
     names = task.stages(subject, cfg)
     n_new, left_out = 0, {}
     for name in names:
-        stage = model = subject.judges.get(name, name)  # a verifier judges a policy's solutions
+        stage = subject.judges.get(name, name)  # a verifier judges a policy's solutions
         checkpoint = subject.checkpoints[stage]
         key = {"task": task.name, "stage": stage, "version": VERSION}
         key |= {"weights_hash": checkpoint["weights_hash"], **read}
         if name != stage:
             key["verifier_hash"] = subject.checkpoints[name]["weights_hash"]
-            n_judges = list(subject.judges.values()).count(stage)
-            model += f" judged by {name}" * (n_judges > 1)
+            if list(subject.judges.values()).count(stage) > 1:
+                key["model"] = f"{stage} judged by {name}"
         same = functools.partial(matches, **key)
         if cfg.no_overwrite and any(map(same, existing)):
             continue
@@ -89,7 +89,7 @@ def evaluate(
             about["seconds"] = round(time.perf_counter() - began, 2)
             about["date"] = time.strftime("%Y-%m-%d %H:%M:%S")
             step = {"step": checkpoint.get("step", 0)}
-            results, items = as_results(rows, model, key | step, about | origin)
+            results, items = as_results(rows, key | step, about | origin)
         except UserError as error:
             left_out[name] = error
             continue

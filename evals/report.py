@@ -114,7 +114,8 @@ def verifier(run: Run) -> list[str]:
         greedy = newest(
             run.results, task="problems", model=rows[0]["stage"], metric="exact_match", data=data
         )
-        label = "" if len(found) == 1 else f" {model} {data}".rstrip()
+        label = f" {model}" * (len(found) > 1)
+        label += f", {data}" * (len({data for _, data in found}) > 1)
         parts += [f"###{shorten(label)}"] if label else []
         parts += [rerank_table(run.folder, rows, greedy), RERANK_NOTE]
         if any("@" in row["protocol"] for row in rows):

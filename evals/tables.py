@@ -50,7 +50,7 @@ def format_value(row: dict | None, sign: str = "") -> str:
     if not ends:
         return f"{value}{unit}"
     n = row.get("parts", row["n"])
-    few = f" of {n} item{'s' * (n > 1)} only" if n < FEW else ""
+    few = f" (only {n})" if n < FEW else ""
     return f"{value}{unit} [{', '.join(ends)}]{few}"
 
 

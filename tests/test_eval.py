@@ -360,6 +360,7 @@ def test_stages_are_known_by_what_they_were_trained_for(tmp_path, capsys):
         "my_dpo judged by the_other",
     }
     assert len({row["verifier_hash"] for row in rows if row["task"] == "rerank"}) == 2
+    assert len({row["items"] for row in rows if row["task"] == "rerank"}) == 2
     assert evaluation.main([*argv, "--tasks=rerank,preference", "--no_overwrite"]) == 0
     assert "nothing to do" in capsys.readouterr().out
 

@@ -137,7 +137,7 @@ def test_an_interval_of_few_items_says_so(tmp_path, no_plots, n, said):
     items = {"pretrain": [0] * n, "sft": [1] * n}
     rows = [row("problems", model, "exact_match", "greedy", 0) for model in items]
     text = text_of(write_run(tmp_path, with_items(tmp_path, rows, items)))
-    words = f"] of {n} item{'s' * (n > 1)} only"
+    words = f"] (only {n})"
     assert text.count(words) == (5 if said else 0)  # twice in two tables, and the difference
     assert "-0.0 %" not in text and "[-0.0" not in text
 
