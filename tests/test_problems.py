@@ -5,8 +5,8 @@ import os
 
 import pytest
 import torch
-from eval_helpers import make_run, results_of
-from helpers import ASSISTANT, BYTE, END, USER, tiny
+from eval_helpers import make_run, make_stage, results_of
+from helpers import ASSISTANT, BYTE, END, USER, fails, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +16,7 @@ from evals import problems as mistakes
 from evals.results import RERANKERS
 from inference.scoring import log_likelihoods
 from inference.solutions import answer_value, final_answer, last_value
-from runtime.files import read_jsonl
+from runtime.files import read_jsonl, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -285,3 +285,39 @@ def test_errors_are_sorted_by_what_went_wrong():
     assert found["false_accept"] == [texts[4]] and [
         e["false_equation"] for e in examples["false_accept"]
     ] == ["2+2=5"]
+
+
+LONG = {"question": "how many? " * 40, "answer": "#### 4"}
+NO_GOLD = ["four", "4", "####4x", "#### 1/2", "#### 3:30", "#### 1 000", "#### ", ""]
+
+
+@pytest.mark.parametrize("bad", [LONG, *({"question": "2 + 2?", "answer": x} for x in NO_GOLD)])
+def test_a_problem_that_cannot_be_measured_takes_no_part(tmp_path, capsys, bad):
+    """A prompt that leaves no room, a gold that is no number: left out and counted, or an error."""
+    argv = [*make_run(tmp_path), "--tasks=problems,rerank"]
+    path = tmp_path / "data" / "toy" / "problems_test.jsonl"
+    good = read_jsonl(str(path))
+    write_jsonl(str(path), [bad])
+    fails(lambda: evaluation.main(argv), "problem")
+    assert not list((tmp_path / "run").glob("results*"))
+    write_jsonl(str(path), [bad, *good, bad])
+    capsys.readouterr()
+    assert evaluation.main(argv) == 0
+    assert "2 of 5" in capsys.readouterr().out
+    rows = results_of(tmp_path / "run", "problems") + results_of(tmp_path / "run", "rerank")
+    assert {row["n"] for row in rows if "exact" in row["metric"]} == {len(good)}
+
+
+def test_a_stage_of_a_smaller_context_measures_what_fits_it(tmp_path, capsys):
+    """A run of another shape in the folder: its own problems are left out, not those of others."""
+    argv = [*make_run(tmp_path), "--tasks=problems,chats,preference"]
+    make_stage(tmp_path / "run" / "small", 3, "pretrain", fields={"seq_len": 16})
+    path = tmp_path / "data" / "toy" / "problems_test.jsonl"
+    good = read_jsonl(str(path))
+    write_jsonl(str(path), [{"question": "1 + 1?", "answer": "#### 2"}, *good])
+    assert evaluation.main(argv) == 0
+    said = capsys.readouterr().out
+    assert "chats of small is left out" in said and "preference of small is left out" in said
+    rows = results_of(tmp_path / "run", "problems")
+    sizes = {row["stage"]: row["n"] for row in rows if row["metric"] == "exact_match"}
+    assert sizes == {**dict.fromkeys(("untrained", "pretrain", "sft", "dpo"), 4), "small": 1}
