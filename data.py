@@ -134,7 +134,7 @@ def prepare_eval(source: Source, folder: str) -> dict:
 
 
 def described(source: Source) -> str:
-    files = "; ".join(map(os.path.basename, source.files)) or "from the hub"
+    files = " + ".join(map(os.path.basename, source.files)) or "from the hub"
     return f"{source.name} ({files})"
 
 
