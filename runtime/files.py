@@ -149,7 +149,7 @@ def decode(text: str, path: str, number: int) -> object:
 
 
 def read_jsonl(path: str) -> list:
-    """Return the values of JSON lines, or the items of one JSON list; errors name file:line."""
+    """Return the values of JSON lines, or the objects of one list; errors name file:line."""
     values = []
     with open_text(path) as f:
         for number, line in enumerate(f, 1):
@@ -161,8 +161,10 @@ def read_jsonl(path: str) -> list:
                 if values or not line.lstrip().startswith(("[", "{\n")):
                     raise
                 values.append(decode(line + f.read(), path, number))  # a value of many lines
-    is_list = len(values) == 1 and isinstance(values[0], list)
-    return values[0] if is_list else values
+    if len(values) == 1 and isinstance(values[0], list):
+        are_records = all(isinstance(value, dict) for value in values[0])
+        values = values[0] if are_records else values
+    return values
 
 
 def file_kind(path: str) -> str:

@@ -201,9 +201,11 @@ def test_a_list_and_json_lines_are_told_apart_by_content(tmp_path, text, name):
 
 
 def test_lines_that_are_lists_are_values_each(tmp_path):
-    """Only where the one list is all of the file, its items are the records."""
-    (tmp_path / "x").write_text("[1]\n[2, 3]\n")
-    assert read_jsonl(str(tmp_path / "x")) == [[1], [2, 3]]
+    """Only where one list of objects is all of the file, these are the records."""
+    for content in ("[1]\n[2, 3]\n", "[[1], 2]\n", '[{"a": 1}]\n[]\n'):
+        (tmp_path / "x").write_text(content)
+        lines = content.splitlines()
+        assert read_jsonl(str(tmp_path / "x")) == [json.loads(line) for line in lines]
 
 
 @pytest.mark.parametrize(

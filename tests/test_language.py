@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+from corpus_helpers import foreign
 from eval_helpers import TEXT, make_run, results_of
 
 import eval as evaluation
+from corpus.shards import shard_paths
+from evals.base import data_files
 from evals.results import read_results
 
 
@@ -31,6 +34,15 @@ def test_the_baselines_are_the_trivial_answers(finished):
     assert text["value"] == pytest.approx(
         np.exp(-(counts[counts > 0] * np.log(counts[counts > 0])).sum())
     )
+
+
+def test_the_shards_of_a_split_are_those_that_the_loader_reads(tmp_path):
+    """What is hashed beside a number and what the number is measured on must be one choice."""
+    for name in ("a_val_000.bin", "retrieval_train_000.bin", "train_1.bin", "evaluation.bin"):
+        foreign(tmp_path / "mine" / name, range(99))
+    for split, n in (("val", 1), ("train", 2)):
+        found = data_files(["mine", "gone"], [split, "*.jsonl"], str(tmp_path))
+        assert found == shard_paths(str(tmp_path / "mine"), split) and len(found) == n
 
 
 def test_numbers_of_the_validation_split_do_not_call_themselves_test(finished):
