@@ -115,9 +115,7 @@ def prepare_eval(source: Source, folder: str) -> dict:
     """Write text as test.txt, problems as problems_test.jsonl, other records as test.jsonl."""
     forms = {holds_records(path) for path in source.files}
     if len(forms) > 1:
-        raise UserError(
-            f"source {source.name}: some files are text and some records: name two sources"
-        )
+        raise UserError(f"source {source.name}: text and records together, make two sources of it")
     if source.format == "wikitext" or forms == {False}:
         if source.cap is not None:
             raise UserError(f"source {source.name}: a cap counts records, and this is one text")

@@ -338,7 +338,11 @@ def test_text_and_records_make_no_evaluation_set_together(tmp_path):
     (tmp_path / "a.txt").write_text("first")
     jsonl(tmp_path / "b.jsonl", {"dialogue": "a", "summary": "b"})
     for files in ("a.txt;b.jsonl", "b.jsonl;a.txt"):
-        fails(lambda files=files: prepare(request(tmp_path, f"eval/w={files}")), "w", "two sources")
+        fails(
+            lambda files=files: prepare(request(tmp_path, f"eval/w={files}")),
+            "source w",
+            "two sources",
+        )
     fails(lambda: prepare(request(tmp_path, "eval/w:9=a.txt")), "cap")
     (tmp_path / "c.txt").write_text("\ufeff \n")
     fails(lambda: prepare(request(tmp_path, "eval/w=c.txt")), "no text")
