@@ -48,8 +48,8 @@ class DataConfig:
     toy_test: int = ToySizes.test  # toy world: problems and pairs to test on
 
     def __post_init__(self):
-        bounds = {"[0, inf)": "seed", "[40, 1e7]": "toy_stories"}
-        bounds["[1, 1e7]"] = "toy_problems toy_test"
+        bounds = {"[0, inf)": "seed", "[40, inf)": "toy_stories"}
+        bounds["[1, inf)"] = "toy_problems toy_test"
         require(self, bounds, {"stage": (*STAGES, "all")})
 
 
