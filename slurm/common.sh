@@ -18,8 +18,7 @@ key_of() {  # KEY DEFAULT "$@": config files first, then flags, as configurator.
 args = sorted(sys.argv[3:], key=lambda a: a.startswith("--"))
 settings = [s for a in args for s in ([c.read_flag(a)] if a.startswith("--") else c.read_file(a))]
 print({key: value for key, value, _ in settings}.get(sys.argv[1], sys.argv[2]))' "$@" 2>/dev/null | tail -n 1 || echo "$2"
-}
-out_dir_of() { key_of out_dir "$@"; }
+}; out_dir_of() { key_of out_dir "$@"; }
 state() { grep -o '"state": "[a-z]*"' "$out_dir/state.json" 2>/dev/null | cut -d '"' -f 4 || true; }
 check_progress() {  # restarts that bring no new checkpoint or result must not burn the allocation
   local now before="" times=0; mkdir -p "$out_dir"
