@@ -241,9 +241,8 @@ def n_tokens(batch: dict[str, Tensor]) -> Tensor | int:
 
 def sizes_of(task: Task, batches: list, world: World) -> tuple[float, float]:
     """Return how many units and how many real tokens a step has on all ranks, at least 1."""
-    units = sum(int(task.units(batch)) for batch in batches)
-    tokens = sum(int(n_tokens(batch)) for batch in batches)
-    units, tokens = world.sum([float(units), float(tokens)])
+    counts = [(float(task.units(batch)), float(n_tokens(batch))) for batch in batches]
+    units, tokens = world.sum([sum(numbers) for numbers in zip(*counts, strict=True)])
     return max(1.0, units), max(1.0, tokens)
 
 
