@@ -176,7 +176,7 @@ def find_start(run: dict, checkpoints: dict[str, dict]) -> str | None:
     if not origin:
         return None
     for name, other in checkpoints.items():
-        if other["weights_hash"] == origin["weights_hash"]:
+        if other is not run and other["weights_hash"] == origin["weights_hash"]:
             return name
     ref = origin["ref"].rstrip("/")
     name = os.path.basename(os.path.dirname(ref) if ref.endswith(".pt") else ref)
@@ -201,8 +201,9 @@ def load_stages(folder: str) -> dict[str, dict]:
     if not names:
         only = load_checkpoint(folder)
         return {only["task"]: only}
-    for name in set(run_folders(folder, "metrics.jsonl")) - set(names):
-        print(f"eval: {name} is left out: it has no checkpoint yet")
+    for name in run_folders(folder, "metrics.jsonl"):
+        if name not in names:
+            print(f"eval: {name} is left out: it has no checkpoint yet")
     runs = {name: load_checkpoint(os.path.join(folder, name)) for name in names}
     return dict(sorted(runs.items(), key=lambda item: STAGES.index(item[1]["task"])))
 

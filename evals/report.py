@@ -142,10 +142,13 @@ def rerank_table(folder: str, rows: list[dict], greedy: dict | None) -> str:
 
 def published(run: Run) -> list[str]:
     """Show the verifier's judgement of solutions that others have published."""
+    rows = [row for row in run.results if row["task"] == "published"]
+    several = len({(row["model"], row["data"]) for row in rows}) > 1
     found = {}  # words -> newest row
-    for row in run.results:
-        if row["task"] == "published" and row["metric"] in ("auc", "exact_match"):
-            found[f"{row['metric'].replace('_', ' ')}, {row['protocol']}"] = row
+    for row in rows:
+        if row["metric"] in ("auc", "exact_match"):
+            words = f"{row['metric'].replace('_', ' ')}, {row['protocol']}"
+            found[words + f", {row['model']}, {row['data']}" * several] = row
     lines = [[words, format_value(row), str(row["n"])] for words, row in found.items()]
     heading = "## Published solutions of GSM8K's test problems, judged"
     return [heading, table(["", "", "n"], lines)] if lines else []

@@ -275,3 +275,13 @@ def test_a_dollar_in_a_name_is_no_formula(tmp_path, name):
     """matplotlib would typeset it, or end in an error."""
     write_jsonl(str(tmp_path / name / "metrics.jsonl"), metrics_rows())
     assert "![](loss_" in text_of(str(tmp_path))
+
+
+def test_published_solutions_judged_twice_are_two_rows(tmp_path):
+    """Each verifier has its own opinion of the same solutions."""
+    rows = []
+    for model, value in (("dpo judged by a", 0.61), ("dpo judged by b", 0.72)):
+        rows.append(row("published", model, "auc", "best_of", value, stage="dpo"))
+    assert "| auc, best_of | 0.610" in text_of(write_run(tmp_path / "one", rows[:1]))
+    text = text_of(write_run(tmp_path / "two", rows))
+    assert "judged by a, | 0.610" in text and "judged by b, | 0.720" in text
