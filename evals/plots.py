@@ -90,7 +90,7 @@ def plot_rerank(rows: list[dict], folder: str, greedy: dict | None, label: str =
         axes.axhline(100 * greedy["value"], color="black", ls="--", lw=1, label="greedy")
     axes.set_xscale("log", base=2)
     axes.set_xticks(ks, map(str, ks))
-    axes.set_title("Choosing among samples (95 % intervals)")
+    axes.set_title(f"Choosing among samples{label} (95 % intervals)")
     axes.set(xlabel="samples per problem", ylabel="exact match, %")
     return save(figure, folder, f"best_of_n{label}.png")
 
@@ -105,7 +105,7 @@ def plot_calibration(rows: list[dict], folder: str, label: str = "") -> str | No
     figure, axes = plt.subplots(figsize=(4.5, 3.8))
     axes.errorbar(x, y, error_bars(rows), fmt="o-", ms=4, capsize=2, label="verifier")
     axes.plot([0, 1], [0, 1], "k--", lw=1, label="calibrated")
-    axes.set_title("Calibration (95 % intervals)")
+    axes.set_title(f"Calibration{label} (95 % intervals)")
     axes.set(xlabel="probability given by the verifier", ylabel="share of right solutions")
     return save(figure, folder, f"calibration{label}.png")
 
