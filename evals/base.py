@@ -144,11 +144,11 @@ class Subject:
 
     def start_model(self, stage: str) -> GPT | None:
         """Return the model of the weights that a stage was made from, if they are still there."""
-        origin = self.checkpoints[stage].get("init_from")
+        origin = self.checkpoints[stage].get("init_from") or {"ref": "", "weights_hash": None}
         for name, run in self.checkpoints.items():
-            if origin and run["weights_hash"] == origin["weights_hash"]:
+            if run["weights_hash"] == origin["weights_hash"]:
                 return self.model(name)
-        found = find_weights(origin) if origin else None
+        found = find_weights(origin)
         return model_from(found).to(self.device, self.dtype).eval() if found else None
 
     def pretraining(self, stage: str) -> dict:
@@ -163,10 +163,10 @@ class Subject:
         """Return the weights of every stage, and from which it was made, for results.current."""
         stages = {}
         for name, run in self.checkpoints.items():
-            origin = run.get("init_from") or {}
-            start = {"start": self.starts[name], "start_hash": origin.get("weights_hash")}
-            trained = {"trained": trained_weights(folder, name)}
-            stages[name] = {"weights_hash": run["weights_hash"], **start, **trained}
+            origin = run.get("init_from") or {"weights_hash": None}
+            stages[name] = {"weights_hash": run["weights_hash"], "start": self.starts[name]}
+            stages[name]["start_hash"] = origin["weights_hash"]
+            stages[name]["trained"] = trained_weights(folder, name)
         return stages
 
 

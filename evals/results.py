@@ -50,7 +50,10 @@ def read_json(path: str) -> dict:
 
 def trained_weights(folder: str, stage: str) -> str | None:
     """Return the hash of the weights that a stage had when its training ended."""
-    return read_json(os.path.join(folder, stage, "state.json")).get("weights_hash")
+    state = read_json(os.path.join(folder, stage, "state.json"))
+    if not state and stage != "untrained":  # the folder of one run
+        state = read_json(os.path.join(folder, "state.json"))
+    return state.get("weights_hash")
 
 
 def read_stages(folder: str, results: list[dict]) -> dict[str, dict]:

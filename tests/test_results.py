@@ -128,6 +128,18 @@ def test_only_results_of_the_present_weights_are_current(order, now, kept):
         assert {name: stage["weights_hash"] for name, stage in found.items()} == expected
 
 
+@pytest.mark.parametrize("place", ["sft", "."])
+def test_a_run_trained_again_has_no_results(tmp_path, place):
+    """In the folder of a pipeline, and in that of one run; the untrained model is what it was."""
+    names = ("untrained", "sft")
+    stages = {name: {"weights_hash": name, "start": None, "trained": None} for name in names}
+    write_json(str(tmp_path / "stages.json"), stages)
+    append_results(str(tmp_path / "results.jsonl"), [stage_row(name, name, 1) for name in names])
+    (tmp_path / place).mkdir(exist_ok=True)
+    write_json(str(tmp_path / place / "state.json"), {"state": "done", "weights_hash": "new"})
+    assert [row["stage"] for row in current(str(tmp_path))[0]] == ["untrained"]
+
+
 def test_what_was_trained_again_is_outdated_and_what_follows_is_stale(tmp_path):
     """sft was trained anew after the evaluation: dpo is stale, and the verifier made from it."""
     chain = {"pretrain": None, "sft": "pretrain", "dpo": "sft", "verifier": "dpo"}
