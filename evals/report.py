@@ -81,11 +81,11 @@ def heading(run: Run) -> list[str]:
     last = max(run.results or run.states.values(), key=lambda row: row.get("date", ""))
     dirty = " (with uncommitted changes)" if last.get("dirty") else ""
     origin = f"Commit {last.get('commit')}{dirty}, torch {last.get('torch')}, {last.get('device')}"
-    told = f"There are no results: run eval.py --out_dir={run.folder}."
+    told = f". There are no results: run eval.py --out_dir={run.folder}."
     if run.results:
         source = "Every number comes from results*.jsonl, items/ and metrics.jsonl in this folder"
-        told = f"{last['date']}. {source}; brackets are 95 % intervals."
-    parts = [f"# Report of {shorten(run.folder)}", f"{origin}, {told}"]
+        told = f", {last['date']}. {source}; brackets are 95 % intervals."
+    parts = [f"# Report of {shorten(run.folder)}", f"{origin}{told}"]
     again = "make it again with speedrun.py, or with align.py --force"
     for name, stage in run.stages.items():
         if stage["stale"]:
