@@ -118,7 +118,7 @@ def build(parts: tuple, values: dict, origin: dict[str, str], quiet: bool) -> ob
 def read_file(path: str) -> list[tuple[str, object, str]]:
     """Return (key, value, path) for every public name that a config file assigns."""
     if not os.path.isfile(path):
-        raise UserError(f"config file {path!r} does not exist; a flag is written --key=value")
+        raise UserError(f"config file {path!r} does not exist; write a flag as --key=value")
     names = {"__file__": path}
     try:
         with open(path, encoding="utf-8-sig") as f:

@@ -24,6 +24,7 @@ from helpers import fork as start_child
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import configurator
 import train
 from configurator import UserError, key_types, load
 from corpus.folders import ensure_toy
@@ -705,6 +706,15 @@ def test_no_model_is_trained_that_nobody_named(argv, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fails(lambda: train.main(argv), "no model is named", "python train.py config/smoke.py")
     assert os.listdir(tmp_path) == []
+
+
+def test_the_config_json_of_a_run_gives_its_settings_again(smoke):
+    """As a config file for the same program; and it finds its own run finished."""
+    kinds = (ModelConfig, LoopConfig, train.PretrainConfig)
+    path = str(smoke / "config.json")
+    again = configurator.as_dict(*load([path], *kinds))
+    assert json.loads(json.dumps(again)) == json.loads((smoke / "config.json").read_text())
+    assert train.main([path]) == 0
 
 
 LARGE_AND_SMALL = ("0", "1e-30", "1e18")
