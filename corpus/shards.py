@@ -216,7 +216,9 @@ class Mixture:
         self.drawn = [np.zeros(len(names), int)]  # before each block: rows of each source
         self.order = np.random.default_rng([seed, 7]).permutation(self.BLOCK)
         self.draws = functools.lru_cache(maxsize=2)(self.draws_of)
-        self.fingerprint = fingerprint(spec, self.streams)
+        is_carried = np.abs(self.per_block - np.round(self.per_block)).max() > 1e-6
+        # Rows of such shares came in another order when nothing was carried between blocks
+        self.fingerprint = fingerprint(spec + " carried" * is_carried, self.streams)
 
     def draws_of(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Return of each place in a block its source and the rows of that source before it.

@@ -472,3 +472,29 @@ def test_the_fingerprint_tells_other_data_apart(tmp_path):
     numbered(tmp_path, "a", [100, 100])
     prints.append(mixture(tmp_path).fingerprint)
     assert len(set(prints)) == 5
+
+
+PRINTS = {  # whether each share is a whole number of rows -> the digits before shares were carried
+    True: {
+        "a": "160392768a69fc1c",
+        "a*0.7,b*0.3": "cad7b6266522174f",
+        "a*0.001,b*0.9,c*0.099": "411a4d3d309a15d5",
+        "a*2,b*1,c*1": "94fa4d288d512d60",
+        "a,b": "94b640f667684292",
+    },
+    False: {
+        "a*1,b*2": "50b4a96627e55ebf",
+        "a,b,c": "956c4d8cbe0cafac",
+        "a*0.9996,b*0.0004": "eeab9aeb3f70e349",
+        "a*0.9995,b*0.0005": "bff9978d7a7a1ee6",
+    },
+}
+
+
+@pytest.mark.parametrize("is_whole", PRINTS)
+def test_shares_of_no_whole_rows_alone_have_another_fingerprint_than_before(tmp_path, is_whole):
+    """Their rows changed from the second block on: a run begun before must not go on with them."""
+    for number, name in enumerate("abc"):
+        foreign(tmp_path / name / "train_000.bin", np.arange(200 + 24 * number) + 10_000 * number)
+    for spec, before in PRINTS[is_whole].items():
+        assert (mixture(tmp_path, spec).fingerprint == before) == is_whole, spec
