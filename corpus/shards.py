@@ -57,57 +57,54 @@ def write_shard(path: str, tokens: np.ndarray, tokenizer: Tokenizer) -> None:
 def read_shard(path: str, tokenizer: Tokenizer, headerless: bool = False) -> np.ndarray:
     """Return the tokens of a shard, mapped into memory: (n,) uint16.
 
-    Raises UserError where the file is not what its header says, or of another tokenizer.
+    headerless: a file of bare uint16, as nanoGPT writes it. Raises UserError where the file is not
+    what its header says, or of another tokenizer.
     """
     if not os.path.isfile(path):
         raise UserError(f"shard {path} does not exist: {AGAIN}")
+    size = os.path.getsize(path)
+    header = np.fromfile(path, "<i4", HEADER)
     if headerless:
-        return read_headerless(path)
-    header = read_header(path)
-    count = int(header[2])
-    tokens = np.memmap(path, "<u2", "r", 4 * HEADER) if count else np.zeros(0, "<u2")
-    ours = header[5] != 0  # llm.c's shards say nothing of the tokenizer and have no checksum
-    if ours and tuple(header[3:5]) != hash_words(tokenizer.hash):
+        check_headerless(path, header, size)
+        return np.memmap(path, "<u2", "r")
+    check_header(path, header, size)
+    tokens = np.memmap(path, "<u2", "r", 4 * HEADER) if header[2] else np.zeros(0, "<u2")
+    if header[5] == 0:  # llm.c's shards say nothing of the tokenizer and have no checksum
+        return tokens
+    if tuple(header[3:5]) != hash_words(tokenizer.hash):
         this = f"{tokenizer.name} ({tokenizer.vocab_size} ids)"
         what = f"shard {path} was made with another tokenizer ({header[5]} ids) than {this}"
-        own = f"name data of {tokenizer.name} with --data (or the key that names this folder)"
         make = f"make them with data.py --tokenizer={tokenizer.name}"
-        raise UserError(f"{what}: {own}, {make}, or take the shard's own with --tokenizer")
-    if ours and zlib.crc32(tokens) != int(header[7:8].view("<u4")[0]):
+        raise UserError(f"{what}: {make}, name other --data, or the shard's own --tokenizer")
+    if zlib.crc32(tokens) != int(header[7:8].view("<u4")[0]):
         raise UserError(f"shard {path} is damaged (checksum): {AGAIN}")
     return tokens
 
 
-def read_headerless(path: str) -> np.ndarray:
-    """Return the tokens of a file of bare uint16, as nanoGPT writes it."""
-    size = os.path.getsize(path)
+def check_headerless(path: str, start: np.ndarray, size: int) -> None:
     if size == 0 or size % 2:
         raise UserError(f"{path} has {size} bytes, expected an even number above 0: uint16")
-    if np.fromfile(path, "<i4", 1).tolist() in ([MAGIC], [LLAMA_3]):
+    if start[:1].tolist() in ([MAGIC], [LLAMA_3]):
         raise UserError(f"{path} begins with the header of a token shard: leave out --headerless")
-    return np.memmap(path, "<u2", "r")
 
 
-def read_header(path: str) -> np.ndarray:
-    """Return the header of a shard whose size is the one that the header promises."""
-    size, least = os.path.getsize(path), 4 * HEADER
-    if size < least:
-        raise UserError(f"shard {path} has {size} bytes, expected at least {least}: {AGAIN}")
-    header = np.fromfile(path, "<i4", HEADER)
-    if header[0] == LLAMA_3:
+def check_header(path: str, header: np.ndarray, size: int) -> None:
+    """Raise UserError where a file does not have the size that its header promises."""
+    if len(header) < HEADER:
+        raise UserError(f"shard {path} has {size} bytes, fewer than a header: {AGAIN}")
+    magic, version, count = header[:3].tolist()
+    if magic == LLAMA_3:
         what = f"{path} is a shard of llm.c for llama-3: its ids are uint32, expected uint16"
         raise UserError(f"{what}. Take llm.c's GPT-2 shards, or make your own with data.py")
-    if header[0] != MAGIC:
-        what = f"{path} is not a token shard (magic {header[0]}, expected {MAGIC})"
+    if magic != MAGIC:
+        what = f"{path} is not a token shard (magic {magic}, expected {MAGIC})"
         raise UserError(f"{what}: {AGAIN}; nanoGPT's files need --headerless")
-    if header[1] != VERSION:
-        raise UserError(f"shard {path} has version {header[1]}, expected {VERSION}: {AGAIN}")
-    count = int(header[2])
-    expected = least + 2 * count
+    if version != VERSION:
+        raise UserError(f"shard {path} has version {version}, expected {VERSION}: {AGAIN}")
+    expected = 4 * HEADER + 2 * count
     if count < 0 or size != expected:
         what = f"shard {path} promises {count} tokens = {expected} bytes and has {size}"
         raise UserError(f"{what}: it is truncated or damaged, {AGAIN}")
-    return header
 
 
 @functools.lru_cache(maxsize=8)
@@ -131,9 +128,10 @@ def parse_mixture(spec: str) -> list[tuple[str, float]]:
         except ValueError:
             raise UserError(f"mixture {spec!r}: {weight!r} is not a weight; {EXAMPLE}") from None
     total = sum(weight for _, weight in parts)
-    faulty = any(weight < 0 or not name for name, weight in parts)
-    if faulty or not 0 < total < math.inf:
-        raise UserError(f"mixture {spec!r} names no data, or a weight below 0; {EXAMPLE}")
+    names = {name for name, weight in parts if name and weight >= 0}
+    if len(names) < len(parts) or not 0 < total < math.inf:
+        what = "needs names, each once, and weights of at least 0"
+        raise UserError(f"mixture {spec!r} {what}; {EXAMPLE}")
     return [(name, weight / total) for name, weight in parts]
 
 
@@ -216,9 +214,9 @@ class Mixture:
         self.drawn = [np.zeros(len(names), int)]  # before each block: rows of each source
         self.order = np.random.default_rng([seed, 7]).permutation(self.BLOCK)
         self.draws = functools.lru_cache(maxsize=2)(self.draws_of)
-        is_carried = np.abs(self.per_block - np.round(self.per_block)).max() > 1e-6
-        # Rows of such shares came in another order when nothing was carried between blocks
-        self.fingerprint = fingerprint(spec + " carried" * is_carried, self.streams)
+        is_whole = np.allclose(self.per_block, np.round(self.per_block), rtol=0, atol=1e-6)
+        # Before fractions were carried from block to block, such shares gave other rows
+        self.fingerprint = fingerprint(spec if is_whole else f"{spec} carried", self.streams)
 
     def draws_of(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Return of each place in a block its source and the rows of that source before it.
