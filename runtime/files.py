@@ -30,13 +30,13 @@ def unfinished(path: str, kind: str) -> str:
 
 def remove_leftovers(folder: str) -> None:
     """Remove what processes of this machine left unfinished in a folder when they died."""
+    here = re.escape(os.uname().nodename)
     for path in glob.glob(os.path.join(glob.escape(folder), "*.*")):
-        found = re.search(r"\.(\d+)(@.+)?\.(tmp|part)$", path)
-        if found and os.path.isdir(path) == (found[3] == "part"):  # archives have parts, too
-            is_ours = found[2] in (None, f"@{os.uname().nodename}")
-            if is_ours and is_dead(int(found[1])):
-                shutil.rmtree(path, ignore_errors=True)
-                remove_if_there(path)
+        found = re.search(rf"\.(\d+)(@{here})?\.(tmp|part)$", path)
+        is_part = os.path.isdir(path)  # a file .part is a user's archive
+        if found and is_part == (found[3] == "part") and is_dead(int(found[1])):
+            shutil.rmtree(path, ignore_errors=True)
+            remove_if_there(path)
 
 
 def is_dead(process: int) -> bool:
@@ -65,14 +65,12 @@ def write_atomic(path: str, write: Callable[[BinaryIO], Any], need: int = 0) -> 
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
+        advice = "choose a place that you may write to"
+        if getattr(error, "errno", errno.ENOSPC) in DISK_FULL:  # torch gives no number
+            room = f"about {need / 1e6:.1f} MB needed"
+            advice = f"free some space ({room}), then run the same command again"
         what = f"could not write {path} ({type(error).__name__}: {error})"
-        kept = "The file that was there before is untouched"
-        if getattr(error, "errno", errno.ENOSPC) not in DISK_FULL:  # torch gives no number
-            raise UserError(f"{what}. {kept}: choose a place that you may write to") from None
-        free = shutil.disk_usage(folder).free if os.path.isdir(folder) else 0
-        room = f"about {need / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free"
-        advice = "free some space, then run the same command again"
-        raise UserError(f"{what}; {room}. {kept}: {advice}") from None
+        raise UserError(f"{what}. The file that was there is untouched; {advice}") from None
     finally:
         remove_if_there(temporary)
 
@@ -137,30 +135,23 @@ def finite(text: str) -> float:
 
 
 STRICT_JSON = json.JSONDecoder(parse_constant=finite, parse_float=finite)
-
-
-def decode(text: str, path: str, number: int) -> object:
-    """Return the value of a JSON text that begins at line `number` of a file."""
-    try:
-        return STRICT_JSON.decode(text.rstrip())
-    except (ValueError, RecursionError) as error:
-        number += getattr(error, "lineno", 1) - 1
-        raise UserError(f"{path}:{number} is no JSON: {error}") from None
+WHITE = re.compile(r"\s*")
 
 
 def read_jsonl(path: str) -> list:
     """Return the values of JSON lines, or the objects of one list; errors name file:line."""
-    values = []
     with open_text(path) as f:
-        for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                values.append(decode(line, path, number))
-            except UserError:
-                if values or not line.lstrip().startswith(("[", "{\n")):
-                    raise
-                values.append(decode(line + f.read(), path, number))  # a value of many lines
+        text = f.read().rstrip()
+    values, start = [], 0
+    while start < len(text):
+        start = WHITE.match(text, start).end()
+        try:
+            value, start = STRICT_JSON.raw_decode(text, start)
+        except (ValueError, RecursionError) as error:
+            place = getattr(error, "pos", start) if text[start] == "[" else start
+            line = text.count("\n", 0, place) + 1  # of a list the fault's, else the record's
+            raise UserError(f"{path}:{line} is no JSON: {error}") from None
+        values.append(value)
     if len(values) == 1 and isinstance(values[0], list):
         are_records = all(isinstance(value, dict) for value in values[0])
         values = values[0] if are_records else values
@@ -175,9 +166,7 @@ def file_kind(path: str) -> str:
 
 def holds_records(path: str) -> bool:
     """Say whether a file holds records and no text: by its name, else by its first line."""
-    if file_kind(path) in (*RECORDS, "txt"):
-        return file_kind(path) != "txt"
-    if first_bytes(path).startswith(PARQUET):
+    if file_kind(path) in RECORDS or first_bytes(path).startswith(PARQUET):
         return True
     with open_text(path) as f:
         start = next(filter(str.strip, f), "")
@@ -218,17 +207,15 @@ def read_table(path: str) -> Iterator[dict]:
 
 def read_parquet(path: str) -> Iterator[dict]:
     """Yield the rows of a .parquet file; NaN, which pandas writes for nothing, is None."""
-
-    def is_number(value: object) -> bool:
-        return not isinstance(value, float) or math.isfinite(value)
-
     import pyarrow.parquet
 
     first_bytes(path)
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
             for row in batch.to_pylist():
-                yield {key: value if is_number(value) else None for key, value in row.items()}
+                floats = [key for key, value in row.items() if isinstance(value, float)]
+                holes = [key for key in floats if not math.isfinite(row[key])]
+                yield row | dict.fromkeys(holes)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is no parquet file: {error}") from None
 

@@ -353,6 +353,7 @@ CONTENT = {  # name of a file -> its content, and whether it holds records
     "book": ("Once upon a time.\n", False),
     "code.py": ("{}\n[1]\n", False),
     "[1] link.rst": ("[1] a note\n{curly}\n", False),
+    "lines.txt": ('{"text": "one"}\n{"text": "two"}\n', True),
     "lines.data": ('\n{"text": "one"}\n{"text": "two"}\n', True),
     "list.dump": ('[\n {"text": "one"},\n {"text": "two"}]\n', True),
     "list": ('[{"text": "one"}, {"text": "two"}]', True),
