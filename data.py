@@ -27,8 +27,8 @@ import configurator
 from configurator import UserError, require
 from corpus.folders import ToySizes, make_folder, make_toy, write_text_shards
 from corpus.records import evaluation_set, split_records, to_records
-from corpus.sources import PRESETS, STAGES, Source, source_rows, texts_of
-from corpus.tokenizer import Tokenizer, load_tokenizer
+from corpus.sources import PRESETS, STAGES, Source, cut_at_marks, source_rows, texts_of
+from corpus.tokenizer import SPECIAL, Tokenizer, load_tokenizer
 from runtime.files import holds_records, sha256, write_atomic, write_jsonl
 from runtime.program import run
 
@@ -119,14 +119,17 @@ def prepare_eval(source: Source, folder: str) -> dict:
     if source.format == "wikitext" or forms == {False}:
         if source.cap is not None:
             raise UserError(f"source {source.name}: a cap counts records, and this is one text")
-        parts = itertools.chain.from_iterable(texts for _, texts in texts_of(source))
-        text = "".join(parts).encode(errors="replace")
+        lines = list(cut_at_marks(itertools.chain.from_iterable(texts_of(source))))
+        if n_marks := lines.count(None):
+            print(f"source {source.name}: {n_marks} marks {SPECIAL[0]} became line ends")
+        text = "".join("\n" if line is None else line for line in lines).encode(errors="replace")
         if not text.strip():
             raise UserError(f"source {source.name}: there is no text in it")
         write_atomic(os.path.join(folder, "test.txt"), lambda f: f.write(text))
         return {"bytes": len(text)}
-    rows = json.loads(json.dumps(source_rows(source)[: source.cap], default=str))  # also of dates
-    name, records = evaluation_set(rows, described(source))
+    name, records = evaluation_set(source_rows(source)[: source.cap], described(source))
+    text = json.dumps(records, default=str)  # some column may hold dates, or NaN in a list
+    records = json.loads(text, parse_constant=lambda _: None)
     write_jsonl(os.path.join(folder, name), records)
     return {"records": len(records)}
 

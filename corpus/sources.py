@@ -13,8 +13,12 @@ from corpus.tokenizer import SPECIAL
 from runtime.files import holds_records, read_lines, read_rows
 
 STAGES = ("pretrain", "sft", "dpo", "verifier", "eval")
-FORMATS = ("plain", "wikitext")  # wikitext: documents begin at headings, and eval keeps the text
+# Format plain or wikitext, whose documents begin at headings; for eval it stays a text
 GRAMMAR = "[stage/]name[:cap][:format][=file;file]"
+SOURCE = (
+    r"((?P<stage>\w+)/)?(?P<name>(?!\.)[\w.-]+(?<!\.part)(?<!\.tmp))"
+    r"(:(?P<cap>[0-9]+))?(:(?P<format>plain|wikitext))?(=(?P<files>.+))?"
+)
 
 
 class Preset(NamedTuple):
@@ -67,41 +71,25 @@ class Source:
 
         stage: the one of a text that names no stage and no preset.
         """
-        head, equals, files = text.partition("=")
-        own_stage, _, rest = head.rpartition("/")
-        name, *options = rest.split(":")
-        cap, format = parse_options(text, options)
-        reserved = name.startswith(".") or name.endswith((".part", ".tmp"))
-        if not re.fullmatch(r"[\w.-]+", name) or reserved or name == "toy":
-            fault = f"source {text!r} has no valid name (toy, .part and .tmp are taken)"
-            raise UserError(f"{fault}: write {GRAMMAR}")
+        found = re.fullmatch(SOURCE, text)
+        if not found or found["name"] == "toy":
+            rules = "the format is plain or wikitext; .name, name.part, name.tmp and toy are taken"
+            raise UserError(f"source {text!r} is not of the form {GRAMMAR}: {rules}")
+        name, format, files = found["name"], found["format"], found["files"]
         known = PRESETS.get(name)
         if known and not files:
             stage = known.stage
-        stage = own_stage or stage
-        if stage not in STAGES or not (known or equals):
+        stage = found["stage"] or stage
+        if stage not in STAGES or not (known or files):
             yours = f"name=FILE with --stage=STAGE or STAGE/name=FILE, of {', '.join(STAGES)}"
             presets = ", ".join(PRESETS)
             raise UserError(f"source {text!r} is neither a preset ({presets}) nor {yours}")
         if format and stage not in ("pretrain", "eval"):
             raise UserError(f"source {text!r}: {format!r} is for texts, and {stage} has records")
         format = format or (known.format if known else "plain")
-        paths = [os.path.join(local_dir, file) for file in files.split(";")] if equals else []
+        cap = int(found["cap"]) if found["cap"] else None
+        paths = [os.path.join(local_dir, file) for file in files.split(";")] if files else []
         return cls(stage, name, cap, paths, format)
-
-
-def parse_options(text: str, options: list[str]) -> tuple[int | None, str | None]:
-    """Return the cap and the format among the options after a source's name, each at most once."""
-    cap = format = None
-    for option in options:
-        if option.isdecimal() and cap is None:
-            cap = int(option)
-        elif option in FORMATS and format is None:
-            format = option
-        else:
-            known = f"a number or one of {', '.join(FORMATS)}, each once"
-            raise UserError(f"source {text!r}: {option!r} is not {known}: write {GRAMMAR}")
-    return cap, format
 
 
 def how_to_make(stage: str, name: str) -> str:
@@ -130,41 +118,38 @@ def source_rows(source: Source) -> list:
     return [row for path in source.files for row in read_rows(path)]
 
 
-def texts_of(source: Source) -> Iterator[tuple[bool, Iterator[str]]]:
-    """Yield of each file whether it holds records, and their texts or else the file's lines."""
+def texts_of(source: Source) -> Iterator[Iterator[str]]:
+    """Yield the lines of each file; of a file of records the texts, each with a mark as its end."""
+    end = "" if source.format == "wikitext" else SPECIAL[0]
     if not source.files:
-        yield True, record_texts(hub_rows(source.name), source.name)
+        yield record_texts(hub_rows(source.name), source.name, end)
     for path in source.files:
         if holds_records(path):
-            yield True, record_texts(read_rows(path), path)
+            yield record_texts(read_rows(path), path, end)
         else:
-            yield False, read_lines(path)
+            yield read_lines(path)
 
 
 def text_documents(source: Source) -> Iterator[str]:
     """Yield a source's documents: records' "text", or text files, cut at their marks."""
-    for are_records, texts in texts_of(source):
+    for texts in texts_of(source):
         if source.format == "wikitext":  # a record is a line or several
             yield from wikitext_articles(itertools.chain.from_iterable(map(io.StringIO, texts)))
-        elif are_records:
-            for text in texts:
-                yield from marked_documents([text])
         else:
             yield from marked_documents(texts)
 
 
-def record_texts(rows: Iterable, where: str) -> Iterator[str]:
+def record_texts(rows: Iterable, where: str, end: str) -> Iterator[str]:
     """Yield the "text" of each record; print how many have none, and what else they hold."""
     n_null, fields = 0, {}
     for number, row in enumerate(rows, 1):
         text = row.get("text", row) if isinstance(row, dict) else row
-        if isinstance(row, dict) and isinstance(text, str | None):
-            fields |= dict.fromkeys(row)
-            n_null += text is None
-            yield text or ""
-        else:
+        if not isinstance(row, dict) or not isinstance(text, str | None):
             wanted = f'expected a text under "text", found {row!r:.100}'
             raise UserError(f"{where}, record {number}: {wanted}")
+        fields |= dict.fromkeys(row)
+        n_null += text is None
+        yield (text or "") + end
     if n_null:
         print(f'{where}: {n_null} of {number} records dropped: "text" is null')
     fields.pop("text", None)

@@ -142,6 +142,27 @@ def test_a_column_that_json_has_no_form_for_is_kept_as_text(tmp_path):
     assert row == {"sentence": "fine", "label": 1, "on": "2026-01-02", "raw": "b'a'"}
 
 
+def test_what_a_table_of_a_test_set_holds_is_checked_before_it_is_written_as_text(tmp_path):
+    """Bytes would be scored as b'...', and NaN inside a list makes a file that nobody can read."""
+    columns = {"sentence": ["fine"], "label": [1], "scores": [[0.5, float("nan"), None]]}
+    parquet(tmp_path / "x.parquet", columns)
+    prepare(request(tmp_path, "eval/s=x.parquet"))
+    (row,) = read_jsonl(str(tmp_path / "out/s/test.jsonl"))
+    assert row["scores"] == [0.5, None, None]
+    parquet(tmp_path / "y.parquet", columns | {"sentence": [b"fine"]})
+    fails(lambda: prepare(request(tmp_path, "eval/t=y.parquet")), "record 1", "b'fine'")
+
+
+def test_the_marks_of_documents_are_no_part_of_a_text_to_evaluate(tmp_path, capsys):
+    """Scored as 13 characters, they would be the most surprising words of the text."""
+    for name, text in (("a", "one\n<|endoftext|>\ntwo<|endoftext|>three\n"), ("b", "one\n \n")):
+        (tmp_path / "x.txt").write_text(text)
+        prepare(request(tmp_path, f"eval/{name}=x.txt"))
+    assert (tmp_path / "out/a/test.txt").read_text() == "one\n\ntwo\nthree\n"
+    assert (tmp_path / "out/b/test.txt").read_text() == "one\n \n"
+    assert capsys.readouterr().out.count("2 marks <|endoftext|>") == 1
+
+
 def test_no_file_of_an_eval_source_is_left_out(tmp_path):
     """Half a test set without a word would be another test set."""
     (tmp_path / "a.txt").write_text("first "), (tmp_path / "b.txt").write_text("second")
