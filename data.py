@@ -32,6 +32,8 @@ from corpus.tokenizer import SPECIAL, Tokenizer, load_tokenizer
 from runtime.files import holds_records, sha256, write_atomic, write_jsonl
 from runtime.program import run
 
+RULES = 2  # by which files are read: raise it when any record changes, and data are made again
+
 
 @dataclass
 class DataConfig:
@@ -87,18 +89,15 @@ def prepare_source(source: Source, cfg: DataConfig, tokenizer: Callable[[], Toke
 
 def request_of(source: Source, cfg: DataConfig) -> dict:
     """Return all that the content of a source's folder depends on."""
-    files = []
+    files, origin = [], None
     for path in source.files:
         digest = sha256(path)[:16] if os.path.isfile(path) else None
         files.append([os.path.basename(path), digest])
-    preset = PRESETS.get(source.name)
-    from_hub = preset and not source.files
-    origin = [preset.repo, preset.config, preset.revision, preset.split] if from_hub else None
-    request = {"stage": source.stage, "cap": source.cap, "tokenizer": cfg.tokenizer}
-    request |= {"files": files, "from": origin}
-    if source.format != (preset.format if preset else "plain"):
-        request["format"] = source.format
-    return request
+    if not files:
+        preset = PRESETS[source.name]
+        origin = [preset.repo, preset.config, preset.revision, preset.split]
+    request = {"rules": RULES, "stage": source.stage, "cap": source.cap, "format": source.format}
+    return request | {"tokenizer": cfg.tokenizer, "files": files, "from": origin}
 
 
 def prepare_records(source: Source, folder: str) -> dict:

@@ -127,6 +127,22 @@ def test_a_changed_source_file_is_prepared_again(tmp_path):
     assert BYTE.decode(tokens_of(tmp_path / "out/mine/train_000.bin")).startswith("new one ")
 
 
+def test_a_folder_that_was_made_by_other_rules_is_made_again(tmp_path, monkeypatch):
+    """Records that were read before a field was honoured are not what this code would make."""
+    (tmp_path / "x.txt").write_text("text " * 50)
+    cfg = request(tmp_path, "pretrain/mine=x.txt")
+    monkeypatch.setattr(data, "RULES", data.RULES - 1)
+    prepare(cfg)
+    monkeypatch.undo()
+    manifest = tmp_path / "out/mine/manifest_pretrain.json"
+    before = json.loads(manifest.read_text())
+    del before["request"]["rules"]  # as in the oldest ones
+    manifest.write_text(json.dumps(before))
+    for _ in range(2):
+        prepare(cfg)
+        assert json.loads(manifest.read_text())["request"]["rules"] == data.RULES
+
+
 def test_a_smaller_preparation_leaves_no_shards_of_the_larger_one(tmp_path, monkeypatch):
     """The loader takes every train_*.bin of the folder: stale ones would be trained on."""
     monkeypatch.setattr(folders, "SHARD_TOKENS", 500)
