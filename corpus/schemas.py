@@ -117,6 +117,22 @@ def refuse_marks(texts: list[str]) -> None:
             raise Unusable(f"text with {what} of a chat template")
 
 
+def check_turns(messages: list[dict]) -> None:
+    """Raise Unusable where a conversation cannot be trained on."""
+    roles = [message["role"] for message in messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    silent = {message["role"] for message in messages if not message["content"].strip()}
+    if "assistant" in silent or "assistant" not in turns:
+        raise Unusable("empty response")
+    if turns[0] != "user":
+        raise Unusable("does not begin with the user")
+    if turns != ["user", "assistant"] * (len(turns) // 2):
+        raise Unusable("turns not user, assistant, user, ..., assistant")
+    if silent:
+        raise Unusable("empty question")
+    refuse_marks([message["content"] for message in messages])
+
+
 def message(item: object, name: str, row: dict) -> dict:
     """Return a message of a field; what is not read of it goes into the row."""
     rest = dict(item) if isinstance(item, dict) else {}
@@ -139,11 +155,18 @@ def message(item: object, name: str, row: dict) -> dict:
 
 
 def messages_in(value: object, name: str, row: dict) -> list[dict]:
-    """Return the messages of a list or of its JSON; a system that says nothing is left out."""
+    """Return the messages of a list or of its JSON; a system that says nothing is left out.
+
+    A pair of texts in the list is a question and its answer.
+    """
     items = from_json(value) or []
     if not isinstance(items, list):
         raise UserError(f"{name} is {describe(value)}, expected a list of messages")
-    turns = [message(item, name, row) for item in items]
+    turns = []
+    for item in items:
+        is_pair = isinstance(item, list) and len(item) == 2
+        parts = toy.chat(*item)["messages"] if is_pair else [item]
+        turns += [message(part, name, row) for part in parts]
     return [turn for turn in turns if turn["role"] != "system" or turn["content"].strip()]
 
 
@@ -162,16 +185,6 @@ def turns_in(value: object, role: str, name: str, row: dict) -> list[dict]:
     return hh_turns(text) if is_dialogue(text) else [{"role": role, "content": text}]
 
 
-def earlier_turns(row: dict) -> list[dict]:
-    """Return the turns in "history": messages, or pairs of a question and its answer."""
-    history = from_json(row.pop("history", None))
-    items = []
-    for item in history if isinstance(history, list) else []:
-        is_pair = isinstance(item, list) and len(item) == 2
-        items += toy.chat(*item)["messages"] if is_pair else [item]
-    return messages_in(items or history, "history", row)
-
-
 def prompt_in(row: dict, *names: str) -> tuple[str, list[dict]]:
     """Take the first of these fields out of a row; return its name and its turns.
 
@@ -186,7 +199,8 @@ def prompt_in(row: dict, *names: str) -> tuple[str, list[dict]]:
     if name in DIALOGUES:
         turns = messages_in(value, name, row)
     elif name:
-        turns = earlier_turns(row) + turns_in(value, "user", name, row)
+        earlier = messages_in(row.pop("history", None), "history", row)
+        turns = earlier + turns_in(value, "user", name, row)
     if all(turn["role"] != "system" for turn in turns):
         field, system = take(row, "system", "system_prompt")
         text = text_of(system, field)
@@ -220,7 +234,7 @@ def refuse_marked_rows(row: dict) -> None:
         if str(row.get(name)).lower() in ("true", "false"):
             what = f"{name} is {row[name]}: answers marked as good or bad (KTO) are not read"
             raise UserError(f"{what}; keep the good ones, without {name}")
-    if any(row.get(name) == 0 for name in WEIGHTS):
+    if any(str(row.get(name)).lower() in ("0", "0.0", "false") for name in WEIGHTS):
         raise Unusable("weight of 0")
 
 
@@ -236,6 +250,7 @@ def sft_record(row: dict) -> dict:
         raise UserError(f"it has no {', '.join(ANSWERS)}")
     while turns and turns[-1].get("train") is False:
         del turns[-2:]  # what follows the last answer to train on teaches nothing
+    check_turns(turns)
     return {"messages": turns}
 
 
@@ -246,11 +261,13 @@ def dpo_record(row: dict) -> dict:
     asked, prompt = prompt_in(row, *QUESTIONS, *DIALOGUES)
     chosen = answered(asked, prompt, "chosen", better, row)
     rejected = answered(asked, prompt, "rejected", worse, row)
-    if not chosen or not rejected or chosen[-1]["role"] == rejected[-1]["role"] == "user":
-        raise Unusable("empty response")
-    if chosen[:-1] != rejected[:-1] or chosen[-1]["role"] != rejected[-1]["role"]:
+    check_turns(chosen)
+    check_turns(rejected)
+    if chosen[:-1] != rejected[:-1]:
         raise Unusable("answers to different prompts")
     texts = {"chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"]}
+    if texts["chosen"] == texts["rejected"]:
+        raise Unusable("chosen equals rejected")
     return {"prompt": chosen[:-1], **texts}
 
 
