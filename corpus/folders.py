@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +28,7 @@ from runtime.files import (
     write_jsonl,
 )
 
-BATCH_CHARACTERS = 1 << 22  # characters to encode at a time
+BATCH = 1024  # documents to encode at a time
 
 
 def read_manifest(path: str) -> tuple[dict | None, list[str]]:
@@ -100,8 +100,9 @@ def write_text_shards(source: Source, folder: str, tokenizer: Tokenizer) -> dict
     """
     train = ShardWriter(folder, "train", tokenizer)
     val = ShardWriter(folder, "val", tokenizer)
+    documents = itertools.islice(filter(str.strip, text_documents(source)), source.cap)
     n_documents = 0
-    for texts in document_batches(source):
+    while texts := list(itertools.islice(documents, BATCH)):
         for ids in tokenizer.encode_batch(texts):
             n_documents += 1
             writer = train if n_documents % 100 else val
@@ -118,19 +119,6 @@ def write_text_shards(source: Source, folder: str, tokenizer: Tokenizer) -> dict
     val.flush()
     n_tokens = {"train": train.n_tokens, "val": val.n_tokens}
     return {"documents": n_documents, "tokens": n_tokens, "tokenizer": tokenizer.spec()}
-
-
-def document_batches(source: Source) -> Iterator[list[str]]:
-    """Yield the documents of a source that are not blank, some megabytes at a time."""
-    documents = filter(str.strip, text_documents(source))
-    batch, n_characters = [], 0
-    for text in itertools.islice(documents, source.cap):
-        batch.append(text)
-        n_characters += len(text)
-        if n_characters > BATCH_CHARACTERS:
-            yield batch
-            batch, n_characters = [], 0
-    yield batch
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ A BPE is given by a ranks file (.tiktoken): one token in base64 and its rank on 
 
 import base64
 import hashlib
-import itertools
 import os
 import re
 from collections.abc import Iterable
@@ -47,10 +46,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text; half a surrogate pair becomes a replacement character."""
-        if self.bytes_only:
-            return list(text.encode(errors="replace"))
-        parts = map(self.bpe.encode_ordinary, cut_long_blanks(text))
-        return list(itertools.chain.from_iterable(parts))
+        return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
         """Return the ids of a text as uint32, without a Python integer per token."""
@@ -59,9 +55,9 @@ class Tokenizer:
         pieces = cut_long_blanks(text)
         try:
             parts = [self.bpe.encode_to_numpy(part, disallowed_special=()) for part in pieces]
-            return parts[0] if len(parts) == 1 else np.concatenate(parts)
         except UnicodeEncodeError:  # half a surrogate pair
-            return np.array(self.encode(text), "<u4")
+            parts = [np.array(self.bpe.encode_ordinary(part), "<u4") for part in pieces]
+        return np.concatenate(parts)
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Return the ids of each text, by threads: tiktoken works outside the interpreter lock."""

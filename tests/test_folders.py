@@ -246,7 +246,7 @@ def test_a_preparation_that_fails_leaves_no_folder(tmp_path, monkeypatch, stage)
     jsonl(tmp_path / "good.jsonl", *rows)
     (tmp_path / "bad.jsonl").write_text((tmp_path / "good.jsonl").read_text() + '{"text": \n')
     monkeypatch.setattr(folders, "SHARD_TOKENS", 100)
-    monkeypatch.setattr(folders, "BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(folders, "BATCH", 9)
     out = tmp_path / "out"
     with pytest.raises(UserError):
         prepare(request(tmp_path, f"{stage}/mine=bad.jsonl"))
