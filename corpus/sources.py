@@ -132,11 +132,11 @@ def texts_of(source: Source) -> Iterator[Iterator[str]]:
 
 def text_documents(source: Source) -> Iterator[str]:
     """Yield a source's documents: records' "text", or text files, cut at their marks."""
+    is_wikitext = source.format == "wikitext"
     for texts in texts_of(source):
-        if source.format == "wikitext":  # a record is a line or several
-            yield from wikitext_articles(itertools.chain.from_iterable(map(io.StringIO, texts)))
-        else:
-            yield from marked_documents(texts)
+        if is_wikitext:  # a record is a line or several
+            texts = itertools.chain.from_iterable(map(io.StringIO, texts))
+        yield from documents(texts, is_wikitext)
 
 
 def record_texts(rows: Iterable, where: str, end: str) -> Iterator[str]:
@@ -169,27 +169,15 @@ def cut_at_marks(lines: Iterable[str]) -> Iterator[str | None]:
                 yield text
 
 
-def marked_documents(lines: Iterable[str]) -> Iterator[str]:
-    """Yield the documents between the marks <|endoftext|>, as GPT-2's files have them."""
+def documents(lines: Iterable[str], is_wikitext: bool = False) -> Iterator[str]:
+    """Yield the documents between the marks; WikiText's begin at lines " = Title = ", too."""
     document = []
     for line in cut_at_marks(lines):
-        if line is None:
+        is_heading = is_wikitext and line and re.fullmatch(r" = [^=](.*[^=])? = \n?", line)
+        if document and (line is None or is_heading):
             yield "".join(document)
             document = []
-        else:
-            document.append(line)
-    yield "".join(document)
-
-
-def wikitext_articles(lines: Iterable[str]) -> Iterator[str]:
-    """Yield the articles of WikiText, whose headings are lines " = Title = "."""
-    article = []
-    for line in cut_at_marks(lines):
-        is_heading = line and re.fullmatch(r" = [^=](.*[^=])? = \n?", line)
-        if article and (line is None or is_heading):
-            yield "".join(article)
-            article = []
         if line:
-            complete = line.endswith("\n")  # the hub gives some lines without an end
-            article.append(line if complete else line + "\n")
-    yield "".join(article)
+            is_torn = is_wikitext and not line.endswith("\n")  # the hub gives some without an end
+            document.append(line + "\n" * is_torn)
+    yield "".join(document)

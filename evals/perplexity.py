@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configurator import UserError
-from corpus.sources import wikitext_articles
+from corpus.sources import documents
 from corpus.tokenizer import Tokenizer
 from evals.base import PROTOCOLS, Row
 from evals.stats import ratio
@@ -143,7 +143,7 @@ def articles_of(text: str) -> list[str]:
     """Return the articles of a text in WikiText's form, as the harness's data set cuts them."""
     lines = re.findall(r"[^\n]*\n", text + "\n")  # splitlines would cut at U+2028 too
     # The pages of the data set lack the newline before the next heading.
-    return [text.removesuffix("\n") for text in wikitext_articles(lines) if text.strip()]
+    return [text.removesuffix("\n") for text in documents(lines, True) if text.strip()]
 
 
 PUNCTUATION = [  # WikiText's marks and what they stand for, after lm-eval's wikitext

@@ -24,7 +24,7 @@ from helpers import BYTE, END, EOS, fails
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corpus.sources import PRESETS, Source, marked_documents, wikitext_articles
+from corpus.sources import PRESETS, Source, documents
 from data import prepare
 from runtime.files import open_text, read_jsonl
 
@@ -65,7 +65,7 @@ def test_wikitext_headings_begin_documents(tmp_path):
         "Mia Dog",
     ]
     assert "".join(articles) == WIKI.removeprefix(" \n")
-    assert list(wikitext_articles([" = X = \n", " a \n", " = = Y = = \n", " = Z = \n"])) == [
+    assert list(documents([" = X = \n", " a \n", " = = Y = = \n", " = Z = \n"], True)) == [
         " = X = \n a \n = = Y = = \n",
         " = Z = \n",
     ]
@@ -135,21 +135,21 @@ def test_spelled_special_tokens_in_text_and_blank_documents_make_no_token(tmp_pa
 
 
 @given(
-    documents=st.lists(st.text("ab \n", min_size=1).filter(str.strip), min_size=1, max_size=6),
+    docs=st.lists(st.text("ab \n", min_size=1).filter(str.strip), min_size=1, max_size=6),
     breaks=st.lists(st.booleans(), min_size=6, max_size=6),
 )
 @quick
-def test_the_mark_of_gpt2_ends_a_document_wherever_it_stands(documents, breaks):
+def test_the_mark_of_gpt2_ends_a_document_wherever_it_stands(docs, breaks):
     """The convention of GPT-2's files: no character of a document is lost but blanks at its ends.
 
     A mark on a line of its own takes the line's end with it.
     """
     ends = ["<|endoftext|>" + "\n" * on_its_own for on_its_own in breaks]
-    text = "".join(doc + end for doc, end in zip(documents, ends, strict=False))
-    found = list(filter(str.strip, marked_documents(io.StringIO(text))))
-    assert [doc.strip() for doc in found] == [doc.strip() for doc in documents]
-    of_record = list(filter(str.strip, marked_documents([text])))
-    assert [doc.strip() for doc in of_record] == [doc.strip() for doc in documents]
+    text = "".join(doc + end for doc, end in zip(docs, ends, strict=False))
+    found = list(filter(str.strip, documents(io.StringIO(text))))
+    assert [doc.strip() for doc in found] == [doc.strip() for doc in docs]
+    of_record = list(filter(str.strip, documents([text])))
+    assert [doc.strip() for doc in of_record] == [doc.strip() for doc in docs]
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "parquet"])
@@ -174,7 +174,7 @@ def test_a_mark_inside_a_line_ends_a_document_in_every_form(tmp_path, kind):
 def test_a_mark_inside_a_line_of_wikitext_ends_an_article(tmp_path):
     """The format wikitext has both headings and marks."""
     lines = [" = A = \n", "one<|endoftext|>two\n", " = B = \n", "three"]
-    assert list(wikitext_articles(lines)) == [" = A = \none\n", "two\n", " = B = \nthree\n"]
+    assert list(documents(lines, True)) == [" = A = \none\n", "two\n", " = B = \nthree\n"]
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["a line a record", "one record"])
@@ -535,6 +535,6 @@ def test_wikitext_2_is_cut_into_its_articles(name, title, last):
     """
     with open_text(real(name)) as f:
         text = f.read()
-    articles = list(filter(str.strip, wikitext_articles(text.splitlines(keepends=True))))
+    articles = list(filter(str.strip, documents(text.splitlines(keepends=True), True)))
     assert 60 <= len(articles) <= 62 and articles[0].startswith(f" = {title} = \n")
     assert "".join(articles).replace("\n", "") == text.replace("\n", "").removeprefix(" ")
