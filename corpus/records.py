@@ -20,16 +20,11 @@ from corpus.shards import parse_mixture
 from corpus.sources import STAGES, how_to_make
 from runtime.files import read_jsonl
 
+SFT = "messages | instruction[, input], output | question, answer | prompt, completion | chosen"
+DPO = "[prompt | question | instruction[, input] | messages,] chosen, rejected"
 RECORDS = {  # stage, or kind of a test set -> (function, the schemas that it reads, in words)
-    "sft": (
-        schemas.sft_record,
-        "messages or conversations | instruction[, input], output | question, answer"
-        " | prompt, completion | [prompt,] chosen",
-    ),
-    "dpo": (
-        schemas.dpo_record,
-        "[prompt | question | instruction[, input] | conversations,] chosen, rejected",
-    ),
+    "sft": (schemas.sft_record, SFT),
+    "dpo": (schemas.dpo_record, DPO),
     "verifier": (schemas.problem_record, "question, answer"),
     "problems": (schemas.problem_record, "question, answer"),
     "sentences": (schemas.labelled_sentence, "sentence, label"),
@@ -141,6 +136,8 @@ def load_records(spec: str, data_dir: str, kind: str, split: str, key: str = "da
     SFT takes the problems of a folder that has no chats. Raises UserError where a record to train
     on is one of an evaluation set. key: of the configuration, whose value spec is.
     """
+    if "*" in spec:
+        raise UserError(f"--{key}={spec}: shares are of pretraining text; write name,other")
     kinds = ["sft", "problems"] if kind == "sft" else [kind]
     rows = []
     for name, _ in parse_mixture(spec):
@@ -189,8 +186,7 @@ def question_of(record: dict) -> str:
     if record.get("question"):
         return record["question"]
     messages = record.get("messages", record.get("prompt", []))
-    asked = [message["content"] for message in messages if message["role"] == "user"]
-    return asked[0] if asked else ""
+    return next((turn["content"] for turn in messages if turn["role"] == "user"), "")
 
 
 def solution_pairs(row: dict) -> list[dict]:

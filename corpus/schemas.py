@@ -16,12 +16,10 @@ ANSWERS = ("output", "answer", "completion", "response", "chosen")
 WEIGHTS = ("weight", "train", "loss_mask", "loss")  # 0: not to be trained on
 SUMMARIES = ("summary", "summary1", "summary2", "summary3")  # of one dialogue
 TOOLS = ("tool", "function", "function_call", "function_response", "tool_call", "tool_response")
-ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
-    **dict.fromkeys((*TOOLS, "observation", "ipython"), "tool"),
-}
+ROLES = dict.fromkeys(("system", "developer"), "system")
+ROLES |= dict.fromkeys(("user", "human", "prompter"), "user")
+ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant")
+ROLES |= dict.fromkeys((*TOOLS, "observation", "ipython"), "tool")
 EMPTY = (None, "", [], {}, "[]")  # what a field holds that says nothing
 HH_MARK = r"(?:\A\s*|\n\n)(Human|Assistant):"
 NO_ANSWER_YET = {"role": "assistant", "content": ""}  # a prompt may end with "\n\nAssistant:"
@@ -71,13 +69,12 @@ def text_of(value: object, name: str) -> str:
     if value is None or isinstance(value, str):
         return value or ""
     parts = value if isinstance(value, list) else [value]
-    if not all(isinstance(part, dict) and "type" in part for part in parts):
-        raise UserError(f"{name} is {describe(value)}, expected a text")
     for part in parts:
-        if part["type"] not in ("text", "input_text", "output_text"):
-            raise Unusable(f"{name} with a part that is {part['type']}")
-        if not isinstance(part.get("text"), str):
-            raise UserError(f"{name} holds {describe(part)}, expected a text")
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind and kind not in ("text", "input_text", "output_text"):
+            raise Unusable(f"{name} with a part that is {kind}")
+        if not kind or not isinstance(part.get("text"), str):
+            raise UserError(f"{name} is {describe(value)}, expected a text")
     return "".join(part["text"] for part in parts)
 
 
@@ -117,20 +114,21 @@ def refuse_marks(texts: list[str]) -> None:
             raise Unusable(f"text with {what} of a chat template")
 
 
-def check_turns(messages: list[dict]) -> None:
+def check_turns(turns: list[dict]) -> None:
     """Raise Unusable where a conversation cannot be trained on."""
-    roles = [message["role"] for message in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    silent = {message["role"] for message in messages if not message["content"].strip()}
-    if "assistant" in silent or "assistant" not in turns:
+    roles = [turn["role"] for turn in turns]
+    silent = {turn["role"] for turn in turns if not turn["content"].strip()}
+    if roles[:1] == ["system"]:
+        del roles[0]
+    if "assistant" in silent or "assistant" not in roles:
         raise Unusable("empty response")
-    if turns[0] != "user":
+    if roles[0] != "user":
         raise Unusable("does not begin with the user")
-    if turns != ["user", "assistant"] * (len(turns) // 2):
+    if roles != ["user", "assistant"] * (len(roles) // 2):
         raise Unusable("turns not user, assistant, user, ..., assistant")
     if silent:
         raise Unusable("empty question")
-    refuse_marks([message["content"] for message in messages])
+    refuse_marks([turn["content"] for turn in turns])
 
 
 def message(item: object, name: str, row: dict) -> dict:
@@ -297,12 +295,13 @@ def labelled_sentence(row: dict) -> dict:
 def summarized_dialogue(row: dict) -> dict:
     """Return a dialogue and its summaries; those that say nothing are empty."""
     names = ["dialogue", *(name for name in SUMMARIES if name in row)]
-    values = zip(names, required(row, *names), strict=True)
-    texts = {name: text_of(value, name) for name, value in values}
-    filled = {name: text for name, text in texts.items() if text.strip()}
-    if "dialogue" not in filled or len(filled) == 1:
+    texts = dict(zip(names, required(row, *names), strict=True))
+    for name, value in texts.items():
+        text = text_of(value, name)
+        texts[name] = text if text.strip() else ""
+    if not texts["dialogue"] or not any(texts[name] for name in names[1:]):
         raise Unusable("empty dialogue or no summary")
-    return dict.fromkeys(texts, "") | filled
+    return texts
 
 
 def judged_solutions(row: dict) -> dict:

@@ -853,6 +853,33 @@ def test_the_fewest_prompts_fill_every_split_and_one_less_is_an_error(stage, n):
     fails(lambda: split_records(rows[1:] * 3, stage, "mine"), "mine", "too few", f"at least {n}")
 
 
+@pytest.mark.parametrize("weight", [0, "0", 0.0, "0.0", False, "False", "false"])
+def test_a_rows_weight_of_0_is_one_in_every_form(weight):
+    """In a .csv all that a column holds is text."""
+    rows = [{"prompt": f"q{i}", "completion": "a", "weight": i} for i in ("1", weight)]
+    assert to_records(rows, "sft", "x") == [{"messages": chat("q1", "a")}]
+
+
+def test_shares_of_records_are_refused(tmp_path):
+    """All records of a name are used, whatever share of it was asked for."""
+    write_jsonl(str(tmp_path / "mine" / "sft_val.jsonl"), [{"messages": chat("q", "a")}])
+    assert len(load_records("mine", str(tmp_path), "sft", "val")) == 1
+    fails(lambda: load_records("mine*0.5", str(tmp_path), "sft", "val"), "--data=mine*0.5", "name")
+
+
+@pytest.mark.parametrize("content", ["", "{", "\0", '{"question": NaN}'])
+def test_a_damaged_evaluation_set_that_a_run_does_not_name_is_passed_over_aloud(
+    tmp_path, capsys, content
+):
+    """It is no reason to end a run, and leaks from the others are still found."""
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "test.jsonl").write_text(content)
+    write_jsonl(str(tmp_path / "exam" / "problems_test.jsonl"), problems("2+2?"))
+    refuse_evaluation_problems(problems("2+3?"), "mine", str(tmp_path))
+    assert "bad/test.jsonl" in capsys.readouterr().out
+    fails(lambda: refuse_evaluation_problems(problems("2+2?"), "mine", str(tmp_path)), "1 of 1")
+
+
 def test_an_evaluation_set_whose_questions_are_no_texts_is_passed_over(tmp_path):
     """A set that a run does not name must not be able to end it."""
     rows = [{"question": {"stem": "Which?"}}, {"question": None}, {"question": ["a"]}, 3, ["x"]]
