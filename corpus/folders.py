@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 
@@ -133,7 +133,7 @@ class ToySizes:
 
 def make_toy(sizes: ToySizes, data_dir: str) -> None:
     """Make the folder of the toy world, unless the same world is there."""
-    request = {"toy": [sizes.seed, sizes.stories, sizes.problems, sizes.test, toy.VERSION]}
+    request = {"toy": [*astuple(sizes), toy.VERSION]}
     folder = os.path.join(data_dir, "toy")
     make_folder(folder, "pretrain", request, lambda made: write_toy_world(made, sizes))
 

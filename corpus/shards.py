@@ -27,10 +27,8 @@ LLAMA_3 = 20240801  # llm.c's magic for shards of uint32
 # Header words of our own, 0 in shards of llm.c: 3-4 tokenizer hash, 5 vocabulary, 6 EOS, 7 crc32
 SHARD_TOKENS = 100_000_000
 AGAIN = "make it again with data.py"
-EXAMPLE = "write name*0.7,other*0.3"
 # Words in a file's name -> the split that they say
-SPLITS = {"train": "train", "training": "train"}
-SPLITS |= {"val": "val", "valid": "val", "validation": "val"}
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 
 
 def hash_words(digest: str) -> tuple[int, int]:
@@ -93,12 +91,12 @@ def check_header(path: str, header: np.ndarray, size: int) -> None:
     if len(header) < HEADER:
         raise UserError(f"shard {path} has {size} bytes, fewer than a header: {AGAIN}")
     magic, version, count = header[:3].tolist()
-    if magic == LLAMA_3:
-        what = f"{path} is a shard of llm.c for llama-3: its ids are uint32, expected uint16"
-        raise UserError(f"{what}. Take llm.c's GPT-2 shards, or make your own with data.py")
     if magic != MAGIC:
+        hint = "nanoGPT's files need --headerless"
+        if magic == LLAMA_3:
+            hint = "it is llm.c's for llama-3, of uint32, expected uint16"
         what = f"{path} is not a token shard (magic {magic}, expected {MAGIC})"
-        raise UserError(f"{what}: {AGAIN}; nanoGPT's files need --headerless")
+        raise UserError(f"{what}: {AGAIN}; {hint}")
     if version != VERSION:
         raise UserError(f"shard {path} has version {version}, expected {VERSION}: {AGAIN}")
     expected = 4 * HEADER + 2 * count
@@ -120,19 +118,17 @@ def shuffled_index(number: int, n: int, seed: int) -> tuple[int, int]:
 
 def parse_mixture(spec: str) -> list[tuple[str, float]]:
     """Return names and weights of "a*0.7,b*0.3"; the weights sum to 1 and are equal if left out."""
-    parts = []
-    for item in filter(None, spec.split(",")):
-        name, _, weight = item.strip().partition("*")
-        try:
-            parts.append((name, float(weight or 1)))
-        except ValueError:
-            raise UserError(f"mixture {spec!r}: {weight!r} is not a weight; {EXAMPLE}") from None
-    total = sum(weight for _, weight in parts)
-    names = {name for name, weight in parts if name and weight >= 0}
-    if len(names) < len(parts) or not 0 < total < math.inf:
-        what = "needs names, each once, and weights of at least 0"
-        raise UserError(f"mixture {spec!r} {what}; {EXAMPLE}")
-    return [(name, weight / total) for name, weight in parts]
+    items = [item.strip().partition("*") for item in spec.split(",") if item]
+    try:
+        weights = {name: float(weight or 1) for name, _, weight in items}
+    except ValueError:
+        weights = {}
+    total = sum(weights.values())
+    is_sound = len(weights) == len(items) and "" not in weights and 0 < total < math.inf
+    if not is_sound or min(weights.values()) < 0:
+        rule = "must name data, each once, with weights of at least 0"
+        raise UserError(f"mixture {spec!r} {rule}: write name*0.7,other*0.3")
+    return [(name, weight / total) for name, weight in weights.items()]
 
 
 class Stream:
@@ -180,13 +176,12 @@ def split_files(folder: str, split: str) -> list[str]:
 
 def shard_paths(folder: str, split: str) -> list[str]:
     """Return the shards of a split in a folder. Raises UserError where there is none."""
-    hint = how_to_make("pretrain", os.path.basename(folder))
-    if not os.path.isdir(folder):
-        raise UserError(f"there is no data at {folder}: {hint}, or name other data (--data)")
     paths = split_files(folder, split)
     if not paths:
-        what = f"there is no {split} shard (a .bin file with the word {split} in its name)"
-        raise UserError(f"{what} in {folder}: {hint}")
+        what = f"no {split} shard (a .bin file with the word {split} in its name)"
+        lack = what if os.path.isdir(folder) else "no data"
+        hint = how_to_make("pretrain", os.path.basename(folder))
+        raise UserError(f"there is {lack} at {folder}: {hint}, or name other data (--data)")
     return paths
 
 
