@@ -125,37 +125,40 @@ def pack(lengths: list[int], space: int) -> list[list[int]]:
     return groups
 
 
-class Packed:
-    """Packed documents share rows, and attention stays inside a document.
+def lay_out(rows: list[list[dict]], width: int, pad: int) -> dict[str, Tensor]:
+    """Return idx, docs (number within the row, -1 on padding) and the labels: (B, width) each.
 
-    A document has "ids" and, under other keys, labels: one per id, -1 where there is none. Of n ids
-    the first n - 1 are inputs, and the last n - 1 labels are their targets.
+    rows: of documents. One has "ids" and, under other keys, labels: one per id, -1 where there is
+    none. Of n ids the first n - 1 are inputs, and the last n - 1 labels are their targets.
     """
+    label_names = [key for key in rows[0][0] if key != "ids"]
+    shape = (len(rows), width)
+    batch = {"idx": torch.full(shape, pad), "docs": torch.full(shape, -1)}
+    for name in label_names:
+        batch[name] = torch.full(shape, -1)
+    for b, row in enumerate(rows):
+        start = 0
+        for place, document in enumerate(row):
+            end = start + len(document["ids"]) - 1
+            batch["idx"][b, start:end] = torch.tensor(document["ids"][:-1])
+            batch["docs"][b, start:end] = place
+            for name in label_names:
+                batch[name][b, start:end] = torch.tensor(document[name][1:])
+            start = end
+    return batch
+
+
+class Packed:
+    """Packed documents share rows, and attention stays inside a document."""
 
     def __init__(self, documents: list[dict], seq_len: int, pad: int, seed: int):
         self.documents, self.seq_len, self.pad, self.seed = documents, seq_len, pad, seed
-        self.label_names = [key for key in documents[0] if key != "ids"]
         lengths = [len(document["ids"]) - 1 for document in documents]
         self.rows = pack(lengths, seq_len)  # the numbers of the documents in each row
 
     def batch(self, numbers: list[int]) -> dict[str, Tensor]:
-        """Return idx, docs (number within the row, -1 on padding) and the labels: (B, T) each."""
-        shape = (len(numbers), self.seq_len)
-        batch = {"idx": torch.full(shape, self.pad), "docs": torch.full(shape, -1)}
-        for name in self.label_names:
-            batch[name] = torch.full(shape, -1)
-        for b, number in enumerate(numbers):
-            start = 0
-            for place, i in enumerate(self.rows[number]):
-                document = self.documents[i]
-                ids = torch.tensor(document["ids"])
-                end = start + len(ids) - 1
-                batch["idx"][b, start:end] = ids[:-1]
-                batch["docs"][b, start:end] = place
-                for name in self.label_names:
-                    batch[name][b, start:end] = torch.tensor(document[name][1:])
-                start = end
-        return batch
+        rows = [[self.documents[i] for i in self.rows[number]] for number in numbers]
+        return lay_out(rows, self.seq_len, self.pad)
 
     def shuffled(self, first: int, last: int) -> list[int]:
         """Return the numbers of rows first to last of an endless shuffled sequence."""
@@ -240,14 +243,8 @@ def pair_rows(pairs: list[Pair], width: int, pad: int) -> dict[str, Tensor]:
     """
     texts = [(pair.prompt, pair.chosen) for pair in pairs]
     texts += [(pair.prompt, pair.rejected) for pair in pairs]
-    idx = torch.full((len(texts), width), pad)
-    targets = torch.full_like(idx, -1)
-    docs = torch.full_like(idx, -1)
-    for row, (prompt, answer) in enumerate(texts):
-        ids = torch.tensor(prompt + answer)
-        end = len(ids) - 1
-        idx[row, :end] = ids[:-1]
-        docs[row, :end] = 0
-        targets[row, len(prompt) - 1 : end] = ids[len(prompt) :]
-    lengths = (targets >= 0).sum(-1).view(2, -1)
-    return {"idx": idx, "targets": targets, "docs": docs, "lengths": lengths}
+    rows = []
+    for prompt, answer in texts:
+        rows.append([{"ids": prompt + answer, "targets": [-1] * len(prompt) + answer}])
+    batch = lay_out(rows, width, pad)
+    return batch | {"lengths": (batch["targets"] >= 0).sum(-1).view(2, -1)}

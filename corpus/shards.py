@@ -119,16 +119,16 @@ def shuffled_index(number: int, n: int, seed: int) -> tuple[int, int]:
 def parse_mixture(spec: str) -> list[tuple[str, float]]:
     """Return names and weights of "a*0.7,b*0.3"; the weights sum to 1 and are equal if left out."""
     items = [item.strip().partition("*") for item in spec.split(",") if item]
+    names = [name for name, _, _ in items]
     try:
-        weights = {name: float(weight or 1) for name, _, weight in items}
+        weights = [float(weight or 1) for _, _, weight in items]
     except ValueError:
-        weights = {}
-    total = sum(weights.values())
-    is_sound = len(weights) == len(items) and "" not in weights and 0 < total < math.inf
-    if not is_sound or min(weights.values()) < 0:
-        rule = "must name data, each once, with weights of at least 0"
+        weights = []
+    total = sum(weights)
+    if not all(names) or not 0 < total < math.inf or min(weights) < 0:
+        rule = "must name data, with weights of at least 0"
         raise UserError(f"mixture {spec!r} {rule}: write name*0.7,other*0.3")
-    return [(name, weight / total) for name, weight in weights.items()]
+    return [(name, weight / total) for name, weight in zip(names, weights, strict=True)]
 
 
 class Stream:
