@@ -45,14 +45,20 @@ def to_records(rows: Iterable, kind: str, where: str) -> list[dict]:
 
     kind: a key of RECORDS. A test set keeps its doubles, and fields that are not read.
     """
+    read, expected = RECORDS[kind]
     kept, dropped, ignored = {}, Counter(), {}
     for number, row in enumerate(rows, 1):
+        rest = dict(row) if isinstance(row, dict) else {}
         try:
-            record, rest = to_record(row, kind, f"{where}, record {number}")
+            record = read(rest)
         except Unusable as reason:
             dropped[str(reason)] += 1
             continue
-        ignored |= rest
+        except UserError as error:
+            fault = f"{where}, record {number} is not a record for {kind}: {error}"
+            found = ", ".join(row) if isinstance(row, dict) else describe(row)
+            raise UserError(f"{fault}. It has {found or 'nothing'}; expected {expected}") from None
+        ignored |= schemas.unread(rest)
         if kind in STAGES:
             key = json.dumps(record)
         else:
@@ -68,22 +74,8 @@ def to_records(rows: Iterable, kind: str, where: str) -> list[dict]:
         print(f"{where}: {dropped.total()} of {total} records dropped: {reasons}")
     if not kept:
         found = f"no usable {kind} record of {total} ({reasons or 'it is empty'})"
-        raise UserError(f"{where}: {found}, expected {RECORDS[kind][1]}")
+        raise UserError(f"{where}: {found}, expected {expected}")
     return list(kept.values())
-
-
-def to_record(row: object, kind: str, where: str) -> tuple[dict, dict]:
-    """Return the record of a row, and the fields that were not read."""
-    read, expected = RECORDS[kind]
-    if not isinstance(row, dict):
-        raise UserError(f"{where} is not a record for {kind}: it is {describe(row)}")
-    rest = dict(row)
-    try:
-        record = read(rest)
-    except UserError as error:
-        has = f"It has {', '.join(row) or 'nothing'}; expected {expected}"
-        raise UserError(f"{where} is not a record for {kind}: {error}. {has}") from None
-    return record, schemas.unread(rest)
 
 
 def evaluation_set(rows: list, where: str) -> tuple[str, list[dict]]:

@@ -78,6 +78,12 @@ def text_of(value: object, name: str) -> str:
     return "".join(part["text"] for part in parts)
 
 
+def texts_in(row: dict, *names: str) -> dict[str, str]:
+    """Take all of these fields out of a row; return their texts."""
+    values = zip(names, required(row, *names), strict=True)
+    return {name: text_of(value, name) for name, value in values}
+
+
 def from_json(value: object) -> object:
     """Return the list that a text is the JSON of; anything else as it is."""
     try:
@@ -271,8 +277,7 @@ def dpo_record(row: dict) -> dict:
 
 def problem_record(row: dict) -> dict:
     """Return a problem whose answer ends in the number that solutions are compared with."""
-    question, answer = required(row, "question", "answer")
-    texts = {"question": text_of(question, "question"), "answer": text_of(answer, "answer")}
+    texts = texts_in(row, "question", "answer")
     if not all(map(str.strip, texts.values())):
         raise Unusable("empty question or empty response")
     if not GOLD.fullmatch(texts["answer"].partition("#### ")[2].rstrip()):
@@ -283,33 +288,29 @@ def problem_record(row: dict) -> dict:
 
 def labelled_sentence(row: dict) -> dict:
     """Return the sentence of a row of SST-2, whose label must be known."""
-    sentence, label = required(row, "sentence", "label")
+    (label,) = required(row, "label")
     if label not in (0, 1) and str(label).strip() not in ("0", "1"):
         raise UserError(f"label is {describe(label)}, expected 0 (negative) or 1 (positive)")
-    text = text_of(sentence, "sentence")
-    if not text.strip():
+    texts = texts_in(row, "sentence")
+    if not texts["sentence"].strip():
         raise Unusable("empty sentence")
-    return {"sentence": text}
+    return texts
 
 
 def summarized_dialogue(row: dict) -> dict:
     """Return a dialogue and its summaries; those that say nothing are empty."""
-    names = ["dialogue", *(name for name in SUMMARIES if name in row)]
-    texts = dict(zip(names, required(row, *names), strict=True))
-    for name, value in texts.items():
-        text = text_of(value, name)
-        texts[name] = text if text.strip() else ""
-    if not texts["dialogue"] or not any(texts[name] for name in names[1:]):
+    texts = texts_in(row, "dialogue", *(name for name in SUMMARIES if name in row))
+    texts = {name: text if text.strip() else "" for name, text in texts.items()}
+    if not texts["dialogue"] or sum(map(bool, texts.values())) < 2:
         raise Unusable("empty dialogue or no summary")
     return texts
 
 
 def judged_solutions(row: dict) -> dict:
     """Return the question of a row of published solutions, each of which has a verdict."""
-    (question,) = required(row, "question")
-    text = text_of(question, "question")
+    texts = texts_in(row, "question")
     sources = [name for name, value in row.items() if isinstance(value, dict)]
-    if not sources or not text.strip():
+    if not sources or not texts["question"].strip():
         raise Unusable("empty question or no solutions")
     for name in sources:
         fields = row.pop(name)
@@ -317,4 +318,4 @@ def judged_solutions(row: dict) -> dict:
         if not is_text or fields.get("is_correct") not in (0, 1):
             expected = "solution: a text, is_correct: true or false"
             raise UserError(f"{name} is {describe(fields)}, expected {expected}")
-    return {"question": text}
+    return texts

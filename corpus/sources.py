@@ -77,9 +77,7 @@ class Source:
             raise UserError(f"source {text!r} is not of the form {GRAMMAR}: {rules}")
         name, format, files = found["name"], found["format"], found["files"]
         known = PRESETS.get(name)
-        if known and not files:
-            stage = known.stage
-        stage = found["stage"] or stage
+        stage = found["stage"] or (known.stage if known and not files else stage)
         if stage not in STAGES or not (known or files):
             yours = f"name=FILE with --stage=STAGE or STAGE/name=FILE, of {', '.join(STAGES)}"
             presets = ", ".join(PRESETS)
