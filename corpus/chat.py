@@ -125,13 +125,14 @@ def pack(lengths: list[int], space: int) -> list[list[int]]:
     return groups
 
 
-def lay_out(rows: list[list[dict]], width: int, pad: int) -> dict[str, Tensor]:
+def lay_out(
+    rows: list[list[dict]], label_names: list[str], width: int, pad: int
+) -> dict[str, Tensor]:
     """Return idx, docs (number within the row, -1 on padding) and the labels: (B, width) each.
 
-    rows: of documents. One has "ids" and, under other keys, labels: one per id, -1 where there is
+    rows: of documents. One has "ids" and, under other names, labels: one per id, -1 where there is
     none. Of n ids the first n - 1 are inputs, and the last n - 1 labels are their targets.
     """
-    label_names = [key for key in rows[0][0] if key != "ids"]
     shape = (len(rows), width)
     batch = {"idx": torch.full(shape, pad), "docs": torch.full(shape, -1)}
     for name in label_names:
@@ -153,12 +154,13 @@ class Packed:
 
     def __init__(self, documents: list[dict], seq_len: int, pad: int, seed: int):
         self.documents, self.seq_len, self.pad, self.seed = documents, seq_len, pad, seed
+        self.label_names = [key for key in documents[0] if key != "ids"]
         lengths = [len(document["ids"]) - 1 for document in documents]
         self.rows = pack(lengths, seq_len)  # the numbers of the documents in each row
 
     def batch(self, numbers: list[int]) -> dict[str, Tensor]:
         rows = [[self.documents[i] for i in self.rows[number]] for number in numbers]
-        return lay_out(rows, self.seq_len, self.pad)
+        return lay_out(rows, self.label_names, self.seq_len, self.pad)
 
     def shuffled(self, first: int, last: int) -> list[int]:
         """Return the numbers of rows first to last of an endless shuffled sequence."""
@@ -246,5 +248,5 @@ def pair_rows(pairs: list[Pair], width: int, pad: int) -> dict[str, Tensor]:
     rows = []
     for prompt, answer in texts:
         rows.append([{"ids": prompt + answer, "targets": [-1] * len(prompt) + answer}])
-    batch = lay_out(rows, width, pad)
+    batch = lay_out(rows, ["targets"], width, pad)
     return batch | {"lengths": (batch["targets"] >= 0).sum(-1).view(2, -1)}
