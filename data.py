@@ -60,19 +60,14 @@ def prepare(cfg: DataConfig) -> None:
     presets = [name for name, preset in PRESETS.items() if cfg.stage in (preset.stage, "all")]
     sources = {}
     for text in cfg.sources or presets:  # all are read before the first is made
-        source = None if text == "toy" else Source.parse(text, cfg.stage, cfg.local_dir)
-        place = (source.stage, source.name) if source else text
-        if place in sources:
+        source = Source.parse(text, cfg.stage, cfg.local_dir)
+        if (source.stage, source.name) in sources:
             fault = f"source {text!r}: this name was given before"
             raise UserError(f"{fault}. Several files are one source by name=FILE;FILE")
-        sources[place] = source
+        sources[source.stage, source.name] = source
     tokenizer = functools.cache(lambda: tokenizer_for_preparation(cfg))
     for source in sources.values():
-        if source:
-            prepare_source(source, cfg, tokenizer)
-        else:
-            sizes = ToySizes(cfg.seed, cfg.toy_stories, cfg.toy_problems, cfg.toy_test)
-            make_toy(sizes, cfg.data_dir)
+        prepare_source(source, cfg, tokenizer)
 
 
 def prepare_source(source: Source, cfg: DataConfig, tokenizer: Callable[[], Tokenizer]) -> None:
@@ -83,6 +78,10 @@ def prepare_source(source: Source, cfg: DataConfig, tokenizer: Callable[[], Toke
             return prepare_eval(source, folder)
         return prepare_records(source, folder)
 
+    if source.name == "toy":
+        sizes = ToySizes(cfg.seed, cfg.toy_stories, cfg.toy_problems, cfg.toy_test)
+        make_toy(sizes, cfg.data_dir)
+        return
     folder = os.path.join(cfg.data_dir, source.name)
     make_folder(folder, source.stage, request_of(source, cfg), write)
 

@@ -103,23 +103,20 @@ def split_records(records: list[dict], stage: str, name: str) -> dict[str, list[
         percent = int(hashlib.sha256(prompt_of(record).encode()).hexdigest(), 16) % 100
         splits[next(split for split, end in ends.items() if percent < end)].append(record)
     for part in splits.values():
-        if not part:
-            take_a_prompt(part, max(splits.values(), key=len))
+        if part:
+            continue
+        largest = max(splits.values(), key=len)
+        last = prompt_of(largest[-1])  # it moves with all of its records
+        rest = [record for record in largest if prompt_of(record) != last]
+        if rest:
+            part += [record for record in largest if prompt_of(record) == last]
+            largest[:] = rest
     lacking = " and ".join(split for split, part in splits.items() if not part)
     if lacking:
         has = f"{len(records)} usable records of {len(set(map(prompt_of, records)))} prompts"
         needs = f"too few to hold some out for {lacking}: at least {len(splits)} different"
         raise UserError(f"source {name}: {has}, {needs}")
     return splits
-
-
-def take_a_prompt(part: list[dict], largest: list[dict]) -> None:
-    """Move the last prompt of the largest part to an empty part, with all of its records."""
-    last = prompt_of(largest[-1])
-    rest = [record for record in largest if prompt_of(record) != last]
-    if rest:
-        part += [record for record in largest if prompt_of(record) == last]
-        largest[:] = rest
 
 
 def load_records(spec: str, data_dir: str, kind: str, split: str, key: str = "data") -> list[dict]:

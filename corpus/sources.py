@@ -71,6 +71,8 @@ class Source:
 
         stage: the one of a text that names no stage and no preset.
         """
+        if text == "toy":
+            return cls("pretrain", "toy")
         found = re.fullmatch(SOURCE, text)
         if not found or found["name"] == "toy":
             rules = "the format is plain or wikitext; .name, name.part, name.tmp and toy are taken"
