@@ -15,12 +15,14 @@ from dataclasses import dataclass
 import configurator
 from configurator import UserError
 from evals import plots, tables
-from evals.results import RERANKERS, current, newest, read_json, run_folders
+from evals.results import RERANKERS, current, matches, newest, read_json, run_folders
 from evals.tables import format_value, table
 from runtime.files import read_jsonl, read_log, write_atomic
 from runtime.program import run
 
+N_SAMPLES = 4  # test problems shown with every stage's answer
 DETAILS = {  # task -> heading of the section with all of its numbers
+    "published": "Published solutions of GSM8K's test problems, judged",
     "problems": "Word problems, greedily: right answers and kinds of error",
     "sst2": "SST-2 by prompt",
     "dialogsum": "DialogSum",
@@ -59,10 +61,6 @@ class ReportConfig:
     out_dir: str = "out/toy"  # folder of a pipeline, or of any runs
     force: bool = False  # replace an existing report
     no_overwrite: bool = False  # keep an existing report and say so
-    n_samples: int = 4  # test problems shown with every stage's answer
-
-    def __post_init__(self) -> None:
-        configurator.require(self, {"[0, inf)": "n_samples"})
 
 
 @dataclass
@@ -73,7 +71,6 @@ class Run:
     stages: dict[str, dict]  # their weights, and where these come from
     logs: dict[str, list[dict]]  # metrics.jsonl of every stage
     states: dict[str, dict]  # state.json of every stage
-    n_samples: int
 
 
 def heading(run: Run) -> list[str]:
@@ -109,17 +106,13 @@ def verifier(run: Run) -> list[str]:
     for row in run.results:
         if row["task"] == "rerank":
             found.setdefault((row["model"], row["data"]), []).append(row)
-    parts = ["## The verifier"] if found else []
+    parts = []
     for (model, data), rows in found.items():
-        greedy = newest(
-            run.results, task="problems", model=rows[0]["stage"], metric="exact_match", data=data
-        )
-        label = f" {model}" * (len(found) > 1)
-        label += f", {data}" * (len({data for _, data in found}) > 1)
-        parts += [f"###{shorten(label)}"] if label else []
-        parts += [rerank_table(run.folder, rows, greedy), RERANK_NOTE]
-        if any("@" in row["protocol"] for row in rows):
-            parts.append(plots.plot_rerank(rows, run.target, greedy, label))
+        label = f": {model}, {data}" if len(found) > 1 else ""
+        wanted = {"task": "problems", "metric": "exact_match", "data": data}
+        greedy = newest(run.results, **wanted, model=rows[0]["stage"])
+        parts += [f"## The verifier{shorten(label)}", rerank_table(run.folder, rows, greedy)]
+        parts += [RERANK_NOTE, plots.plot_rerank(rows, run.target, greedy, label)]
         parts.append(plots.plot_calibration(rows, run.target, label))
     return parts
 
@@ -140,25 +133,12 @@ def rerank_table(folder: str, rows: list[dict], greedy: dict | None) -> str:
     return table(["", "", "against greedy, paired"], [line for line in lines if line[1]])
 
 
-def published(run: Run) -> list[str]:
-    """Show the verifier's judgement of solutions that others have published."""
-    rows = [row for row in run.results if row["task"] == "published"]
-    several = len({(row["model"], row["data"]) for row in rows}) > 1
-    found = {}  # words -> newest row
-    for row in rows:
-        if row["metric"] in ("auc", "exact_match"):
-            words = f"{row['metric'].replace('_', ' ')}, {row['protocol']}"
-            found[words + f", {row['model']}, {row['data']}" * several] = row
-    lines = [[words, format_value(row), str(row["n"])] for words, row in found.items()]
-    heading = "## Published solutions of GSM8K's test problems, judged"
-    return [heading, table(["", "", "n"], lines)] if lines else []
-
-
 def details(run: Run) -> list[str]:
+    rows = [row for row in run.results if row["metric"] != "calibration"]  # tenths, for the plot
     parts = []
     for task, title in DETAILS.items():
-        if newest(run.results, task=task):
-            parts += [f"## {title}", tables.details(run.results, task)]
+        if newest(rows, task=task):
+            parts += [f"## {title}", tables.details(rows, task)]
             if task == "problems":
                 parts.append(mistakes(run.results))
     return parts
@@ -167,13 +147,9 @@ def details(run: Run) -> list[str]:
 def mistakes(results: list[dict]) -> str:
     """Return examples of each kind of error of the last stage, with the right answers."""
     found = [row for row in results if row["task"] == "problems" and row.get("examples")]
-    last = [
-        row
-        for row in found
-        if (row["stage"], row["data"]) == (found[-1]["stage"], found[-1]["data"])
-    ]
+    same = {key: found[-1][key] for key in ("stage", "data")} if found else {}
     lines = []
-    for row in {row["metric"]: row for row in last}.values():
+    for row in {row["metric"]: row for row in found if matches(row, **same)}.values():
         kind = row["metric"].replace("_", " ")
         for example in row["examples"][:2]:
             asked, said = shorten(example["question"]), shorten(example["text"])
@@ -197,14 +173,8 @@ def sinks(run: Run) -> list[str]:
 
 
 def curves(run: Run) -> list[str]:
-    """Show losses against steps, and what tuning gains and forgets."""
-    points = {}
-    for model in dict.fromkeys(row["model"] for row in run.results):
-        answers = newest(run.results, model=model, task="chats", metric="response_loss")
-        text = newest(run.results, model=model, task="text_perplexity", metric="perplexity")
-        if answers and text and model != "untrained":
-            points[model] = (answers, text)
-    images = [plots.plot_tradeoff(points, run.target)]
+    """Show losses against steps."""
+    images = []
     for name, log in run.logs.items():
         images += [plots.plot_loss(log, run.target, name), plots.plot_dpo(log, run.target, name)]
     return ["## Curves", *images] if any(images) else []
@@ -223,7 +193,7 @@ def samples(run: Run) -> list[str]:
     first = next(iter(answers.values()), {})
     shared = [asked for asked in first if all(asked in own for own in answers.values())]
     blocks = []
-    for asked in shared[: run.n_samples]:
+    for asked in shared[:N_SAMPLES]:
         lines = [f"**`{shorten(asked, 400)}`** (right: `{shorten(first[asked]['answer'])}`)"]
         for stage, own in answers.items():
             lines.append(f"- **{stage}**: `{shorten(own[asked]['solutions'][0]['text'])}`")
@@ -274,10 +244,10 @@ def cost(run: Run) -> list[str]:
 
 
 # Each returns Markdown blocks and names of images, or nothing
-SECTIONS = (heading, stages, verifier, published, details, sinks, curves, samples, cost)
+SECTIONS = (heading, stages, verifier, details, sinks, curves, samples, cost)
 
 
-def write_report(folder: str, target: str, n_samples: int) -> str:
+def write_report(folder: str, target: str) -> str:
     """Write the report of a folder to another, or the same, and return the path of report.md."""
     results, stages = current(folder)
     places = {name: os.path.join(folder, name) for name in run_folders(folder, "metrics.jsonl")}
@@ -287,7 +257,7 @@ def write_report(folder: str, target: str, n_samples: int) -> str:
         raise UserError(f"{folder} holds no results: run eval.py --out_dir={folder} first")
     logs = {name: read_log(os.path.join(place, "metrics.jsonl")) for name, place in places.items()}
     states = {name: read_json(os.path.join(place, "state.json")) for name, place in places.items()}
-    run = Run(folder, target, results, stages, logs, states, n_samples)
+    run = Run(folder, target, results, stages, logs, states)
     parts = []
     for section in SECTIONS:
         parts += [part for part in section(run) if part]
@@ -308,7 +278,7 @@ def main(argv: list[str]) -> int:
     target = cfg.out_dir
     if exists and not cfg.force:
         target = os.path.join(cfg.out_dir, time.strftime("report_%Y%m%d_%H%M%S"))
-    print(f"report: {write_report(cfg.out_dir, target, cfg.n_samples)}")
+    print(f"report: {write_report(cfg.out_dir, target)}")
     return 0
 
 

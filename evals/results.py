@@ -50,37 +50,36 @@ def read_json(path: str) -> dict:
 
 def trained_weights(folder: str, stage: str) -> str | None:
     """Return the hash of the weights that a stage had when its training ended."""
-    state = read_json(os.path.join(folder, stage, "state.json"))
-    if not state and stage != "untrained":  # the folder of one run
-        state = read_json(os.path.join(folder, "state.json"))
-    return state.get("weights_hash")
+    if stage == "untrained":
+        return None
+    own = read_json(os.path.join(folder, stage, "state.json"))
+    return (own or read_json(os.path.join(folder, "state.json"))).get("weights_hash")
 
 
 def read_stages(folder: str, results: list[dict]) -> dict[str, dict]:
     """Return the stages in the order of the loop: their weights, and what they were made from.
 
-    They are those that the last evaluation saw, else those of the newest results. A stage is
-    outdated where it was trained since: its weights are those of now. "stale" says
-    why it must be made again: its start has other weights than those that it was made from.
+    They are those that the last evaluation saw, then others by their newest results. A stage is
+    outdated where it was trained since: its weights are those of now. "stale" says why it must be
+    made again: its start has other weights than those that it was made from.
     """
-    kept, seen = read_json(os.path.join(folder, "stages.json")), {}
+    stages = read_json(os.path.join(folder, "stages.json"))
+    kept = set(stages)
     for row in results:
-        seen[row["stage"]] = {"weights_hash": row["weights_hash"]}
-        if "verifier_hash" in row and not kept:
-            seen["verifier"] = {"weights_hash": row["verifier_hash"]}
-    order = dict.fromkeys((*(kept or ("untrained", *STAGES)), *seen))
-    seen |= kept
-    stages = {name: seen[name] for name in order if name in seen}
+        if row["stage"] not in kept:  # a run that is gone, or a baseline
+            stages[row["stage"]] = {"weights_hash": row["weights_hash"]}
+        if "verifier_hash" in row and not kept:  # an old evaluation wrote no stages.json
+            stages["verifier"] = {"weights_hash": row["verifier_hash"]}
     for name, stage in stages.items():
         trained = trained_weights(folder, name)
         stage["outdated"] = trained not in (None, stage.get("trained"), stage["weights_hash"])
         if stage["outdated"]:
             stage["weights_hash"] = trained
-        start = stages.get(stage.setdefault("start"), {})
-        replaced = start and stage["start_hash"] != start["weights_hash"]
-        stage["stale"] = f"{stage['start']} is stale" if start.get("stale") else ""
-        if replaced:
+        start, stage["stale"] = stages.get(stage.setdefault("start")), ""
+        if start and start["weights_hash"] != stage["start_hash"]:
             stage["stale"] = f"{stage['start']} has other weights by now"
+        elif start and start.get("stale"):
+            stage["stale"] = f"{stage['start']} is stale"
     return stages
 
 

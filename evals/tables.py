@@ -71,18 +71,19 @@ def by_model(results: list[dict], measures: dict[str, dict]) -> str:
     measures: heading -> fields. Trivial answers (one number always, the longer one) share a column.
     """
     measures = split_by_data(results, measures)
-    stages = {row["stage"] for row in results}
-    columns, trivial = [], []
-    for model in dict.fromkeys(row["model"] for row in results):
-        if any(newest(results, model=model, **wanted) for wanted in measures.values()):
-            (columns if model in stages else trivial).append(model)
+    shown = [row for row in results if any(matches(row, **own) for own in measures.values())]
+    models = dict.fromkeys(row["model"] for row in shown)
+    judged = {row["model"] for row in shown if "verifier_hash" in row}
+    columns = [name for name in models if name in judged | {row["stage"] for row in shown}]
     rows = []
     for heading, wanted in measures.items():
-        n = newest(results, **wanted)["n"]
-        found = {model: newest(results, model=model, **wanted) for model in [*trivial, *columns]}
-        answers = [f"{format_value(found[model])} ({model})" for model in trivial if found[model]]
-        values = [format_value(found[model]) for model in columns]
-        rows.append([heading, str(n), "; ".join(answers), *values])
+        found = {name: newest(shown, model=name, **wanted) for name in models}
+        found = {name: row for name, row in found.items() if row}
+        sizes = sorted({row["n"] for row in found.values()})
+        n = "-".join(map(str, dict.fromkeys([sizes[0], sizes[-1]])))
+        trivial = [f"{format_value(found[x])} ({x})" for x in found if x not in columns]
+        values = [format_value(found.get(name)) for name in columns]
+        rows.append([heading, n, "; ".join(trivial), *values])
     return table(["", "n", "trivial answer", *columns], rows)
 
 

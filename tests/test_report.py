@@ -203,6 +203,8 @@ def test_samples_and_examples_are_those_of_the_weights_in_the_table(tmp_path, no
             problem = {"question": "How many?", "answer": "#### 7", "solutions": said}
             name = f"{model}_{model}-{weights}_1234.jsonl"
             write_jsonl(str(tmp_path / "generations" / name), [problem])
+    stages = {model: {"weights_hash": f"{model}-now"} for model in ("pretrain", "dpo")}
+    write_json(str(tmp_path / "stages.json"), stages)
     text = text_of(folder)
     assert "zzz" not in text and "dpo now erred" in text and "pretrain now erred" not in text
     assert re.search(r"\| trivial answer \| pretrain \| dpo \|", text)
@@ -263,7 +265,7 @@ def test_every_verifier_has_its_own_table_and_plots(tmp_path):
     rows = [r for r in hand_made() if r["task"] == "rerank"]
     others = [{**r, "model": "dpo judged by v|2", "value": r["value"] / 2} for r in rows]
     text = text_of(write_run(tmp_path, rows + others))
-    assert "### dpo" in text and "### dpo judged by v|2" in text
+    assert "## The verifier: dpo, \n" in text and "## The verifier: dpo judged by v|2, \n" in text
     assert text.count("best_of, samples = 4") == 2 and "AUC of the verifier, n = 45" in text
     for name in re.findall(r"!\[\]\((best_of_n.*?)\)", text):
         assert (tmp_path / name).stat().st_size > 5000
@@ -281,7 +283,15 @@ def test_published_solutions_judged_twice_are_two_rows(tmp_path):
     """Each verifier has its own opinion of the same solutions."""
     rows = []
     for model, value in (("dpo judged by a", 0.61), ("dpo judged by b", 0.72)):
-        rows.append(row("published", model, "auc", "best_of", value, stage="dpo"))
-    assert "| auc, best_of | 0.610" in text_of(write_run(tmp_path / "one", rows[:1]))
+        more = {"stage": "dpo", "verifier_hash": model[-1]}
+        rows.append(row("published", model, "auc", "best_of", value, **more))
+    text = text_of(write_run(tmp_path / "one", rows[:1]))
+    assert re.search(
+        r"trivial answer \| dpo judged by a \|\n.*\n\| auc, best_of \| 40 .*0\.610", text
+    )
+    stages = {name: {"weights_hash": name} for name in "ab"}
+    stages["dpo"] = {"weights_hash": "hash-dpo"}
+    write_json(str(tmp_path / "two" / "stages.json"), stages)
     text = text_of(write_run(tmp_path / "two", rows))
-    assert "judged by a, | 0.610" in text and "judged by b, | 0.720" in text
+    assert "| dpo judged by a | dpo judged by b |" in text
+    assert re.search(r"\| auc, best_of \| 40 \|  \| 0\.610 \S+ \S+ \| 0\.720", text)

@@ -174,3 +174,11 @@ def test_no_text_breaks_a_table(rows):
     lines = text.split("\n")
     assert len(lines) == len(rows) + 2 == len(text.splitlines())
     assert all(len(re.findall(r"(?<!\\)\|", line)) == 3 for line in lines)
+
+
+def test_the_number_of_items_is_that_of_every_model(tmp_path, no_plots):
+    """A stage of a smaller context leaves problems out: its 12 are not the 40 of the others."""
+    rows = [row("problems", "sft", "exact_match", "greedy", 0.5)]
+    rows.append(row("problems", "dpo", "exact_match", "greedy", 0.5, n=12))
+    text = text_of(write_run(tmp_path, rows))
+    assert "| problems, exact match | 12-40 |" in text and "exact match, greedy | 12-40 |" in text
