@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.colors import PowerNorm
 
-from evals.results import RERANKERS, newest
+from evals.results import RERANKERS
 from runtime.files import read_jsonl, write_atomic
 
 plt.rcParams["text.parse_math"] = False  # a $ in a name or a token is a $
@@ -113,15 +113,13 @@ def plot_calibration(rows: list[dict], folder: str, label: str = "") -> str | No
 def plot_streaming(results: list[dict], folder: str) -> str:
     """Plot what a stream costs and what every head gives to the sink and to the first token."""
     rows = [row for row in results if row["task"] == "streaming"]
-    layout = [["loss"] * 4, ["ms", "cache", "share", "share"]]
+    layout = [["loss"] * 3, ["ms", "share", "share"]]
     figure, axes = plt.subplot_mosaic(layout, figsize=(12, 8.5))
     models = dict.fromkeys(row["model"] for row in rows)
     colors = {model: f"C{number}" for number, model in enumerate(models)}
     draw_losses(axes["loss"], rows, colors)
     draw_curves(axes["ms"], stream_curves(rows, "ms_per_token"), colors)
     axes["ms"].set(title="Time per token, ms", ylim=(0, None))
-    draw_curves(axes["cache"], stream_curves(rows, "cache_bytes"), colors, scale=1e-3)
-    axes["cache"].set(title="Keys and values kept, kB", ylim=(0, None))
     draw_head_shares(axes["share"], rows, colors)
     for panel in axes.values():
         panel.title.set_fontsize(10)
@@ -142,16 +140,16 @@ def middles(curve: list[dict]) -> list[float]:
     return [(row["position"] + row["width"] / 2) / row["seq_len"] for row in curve]
 
 
-def draw_curves(axes: plt.Axes, curves: dict, colors: dict, scale: float = 1) -> None:
+def draw_curves(axes: plt.Axes, curves: dict, colors: dict) -> None:
     for (model, how), curve in curves.items():
         style = {"color": colors[model], "lw": 1.8, "ms": 5}
-        axes.plot(middles(curve), column(curve, "value", scale), STREAM_STYLES[how], **style)
+        axes.plot(middles(curve), column(curve, "value"), STREAM_STYLES[how], **style)
     axes.axvline(1, color="black", lw=0.8)
     axes.set_xlabel("position / training context")
 
 
 def draw_losses(axes: plt.Axes, rows: list[dict], colors: dict) -> None:
-    """Draw the losses with their intervals; name what a rolling cache loses to recomputation."""
+    """Draw the losses with their intervals."""
     curves = stream_curves(rows, "loss_at_position")
     draw_curves(axes, curves, colors)
     lines = axes.lines[: len(curves)]
@@ -162,16 +160,8 @@ def draw_losses(axes: plt.Axes, rows: list[dict], colors: dict) -> None:
             axes.vlines(*limits, color=colors[model], lw=0.8)
         else:
             axes.fill_between(*limits, color=colors[model], alpha=0.1, lw=0)
-    gaps = []
-    wanted = {"metric": "loss_beyond_context", "protocol": "rolling - recompute"}
-    for model in colors:
-        row = newest(rows, model=model, **wanted)
-        gaps.append(f"{model} {row['value']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]")
     axes.set_ylabel("nats/token")
-    axes.set_title(
-        "Loss against position (95 % intervals over streams)\n"
-        f"rolling - recompute beyond the training context: {'; '.join(gaps)}"
-    )
+    axes.set_title("Loss against position (95 % intervals over streams)")
 
 
 def draw_head_shares(axes: plt.Axes, rows: list[dict], colors: dict) -> None:
@@ -200,7 +190,7 @@ def plot_attention(results: list[dict], source: str, folder: str, model: str, se
     columns = tokens + ["SINK"] * kept["sinks"]
     side = max(2.2, 0.4 + 0.085 * len(tokens))  # inches of a map
     n_layer, n_head = len(kept["maps"]), len(kept["maps"][0])
-    size = (side * n_head + 1, (side + 0.4) * n_layer + 0.6)
+    size = (side * n_head + 1, (side + 0.8) * n_layer + 0.6)
     shape = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
     figure, grid = plt.subplots(n_layer, n_head, figsize=size, **shape)
     rows = [row for row in results if row["model"] == model]
@@ -209,25 +199,14 @@ def plot_attention(results: list[dict], source: str, folder: str, model: str, se
         image = axes.imshow(weights, "Blues", PowerNorm(0.5, 0, 1), aspect="auto")
         protocol = f"sentence {sentence} layer {layer + 1} head {head + 1}"
         found = {row["metric"]: row for row in rows if row["protocol"] == protocol}
-        axes.set_title(map_title(found), fontsize=max(8, 2.4 * side))
+        numbers = [f"{name.replace('_', ' ')} {row['value']:.2f}" for name, row in found.items()]
+        title = "\n".join([f"layer {layer + 1} head {head + 1}", *numbers])
+        axes.set_title(title, fontsize=max(8, 2.4 * side))
         axes.set_xticks(range(len(columns)), columns, fontsize=6, rotation=90)
         axes.set_yticks(range(len(tokens)), tokens, fontsize=6)
+    uniform = f"entropy in nats, {found['attention_entropy']['uniform']:.2f} if all were alike"
     figure.suptitle(
-        f"{model}: attention of each token (row) to those before it (columns); {len(tokens)} "
-        f"tokens. Entropy in nats: {found['attention_entropy']['uniform']:.2f} where all are "
-        "looked at alike",
-        fontsize=max(10, 3 * side),
+        f"{model}: attention of rows to columns;\n{uniform}", fontsize=max(10, 3 * side)
     )
     figure.colorbar(image, ax=grid, shrink=0.5, aspect=40, label="weight")
     return save(figure, folder, f"attention_{model}_{sentence}.png", grid=False)
-
-
-def map_title(found: dict[str, dict]) -> str:
-    shares = []
-    for name in ("sink", "first_token"):
-        row = found.get(f"{name}_share")
-        if row:
-            shares.append(f"{name.replace('_', ' ')} {100 * row['value']:.1f} %")
-    row = found["attention_entropy"]
-    words = f"layer {row['layer']} head {row['head']}: entropy {row['value']:.2f}"
-    return f"{words}\n{', '.join(shares)}"

@@ -22,20 +22,12 @@ from runtime.program import run
 
 N_SAMPLES = 4  # test problems shown with every stage's answer
 DETAILS = {  # task -> heading of the section with all of its numbers
+    "rerank": "How far scores tell right solutions from wrong ones",
     "published": "Published solutions of GSM8K's test problems, judged",
     "problems": "Word problems, greedily: right answers and kinds of error",
     "sst2": "SST-2 by prompt",
     "dialogsum": "DialogSum",
     "text_perplexity": "Perplexity by protocol",
-}
-SEPARATION = {  # of right solutions from wrong ones: metric and protocol -> words
-    "auc likelihood": "AUC of the likelihood",
-    "auc best_of": "AUC of the verifier",
-    "auc best_of_same_form": "AUC of the verifier among solutions that stop and have an answer",
-    "auc form_alone": "AUC of form alone",
-    "auc last_number_alone": "AUC of the verifier shown the final answer alone",
-    "brier verifier": "Brier score of the verifier",
-    "calibration_error verifier": "expected calibration error",
 }
 GAINS_NOTE = """\
 Paired, item by item; bold where the interval excludes 0 and p < 0.05; p by McNemar's exact test \
@@ -45,6 +37,10 @@ RERANK_NOTE = """\
 majority: the most common answer; likelihood: the solution that the model itself finds likeliest; \
 weighted: votes weighted by the verifier; best_of: the verifier's first choice; oracle: solved \
 when any sample is right, which no choice among them can beat."""
+SCORES_NOTE = """\
+auc: how often a right solution scores higher than a wrong one; best_of: by the verifier; \
+same_form: among solutions that stop and have an answer; form_alone: by whether they do; \
+last_number_alone: the verifier sees nothing but the final answer."""
 COST_NOTE = """\
 Seconds in all: of a training with what it samples, validates and saves, or of the tasks of an \
 evaluation; starting the programs and preparing data are not in them."""
@@ -101,7 +97,7 @@ def stages(run: Run) -> list[str]:
 
 
 def verifier(run: Run) -> list[str]:
-    """Show what choosing among samples brings, and how far the verifier's scores can be trusted."""
+    """Show what choosing among samples brings, and whether probabilities are what they say."""
     found = {}  # (judged model, data set) -> rows
     for row in run.results:
         if row["task"] == "rerank":
@@ -118,29 +114,25 @@ def verifier(run: Run) -> list[str]:
 
 
 def rerank_table(folder: str, rows: list[dict], greedy: dict | None) -> str:
-    """Return the ways to choose among most samples, then how scores separate right from wrong."""
+    """Return the ways to choose among most samples, beside one greedy answer."""
     k = max(int(row["protocol"].partition("@")[2] or 0) for row in rows)
     lines = [["greedy, exact match", format_value(greedy), ""]]
     for how in RERANKERS:
         row = newest(rows, metric="exact_match", protocol=f"{how}@{k}")
         against = tables.paired_cell(greedy, row, folder)
         lines.append([f"{how}, samples = {k}, exact match", format_value(row), against])
-    for key, words in SEPARATION.items():
-        metric, protocol = key.split()
-        row = newest(rows, metric=metric, protocol=protocol)
-        if row:
-            lines.append([f"{words}, n = {row['n']} solutions", format_value(row), ""])
     return table(["", "", "against greedy, paired"], [line for line in lines if line[1]])
 
 
 def details(run: Run) -> list[str]:
-    rows = [row for row in run.results if row["metric"] != "calibration"]  # tenths, for the plot
+    rows = [row for row in run.results if "@" not in row["protocol"]]  # a choice, see verifier()
+    rows = [row for row in rows if row["metric"] != "calibration"]  # tenths, in its plot
     parts = []
     for task, title in DETAILS.items():
         if newest(rows, task=task):
             parts += [f"## {title}", tables.details(rows, task)]
-            if task == "problems":
-                parts.append(mistakes(run.results))
+            parts += [SCORES_NOTE] if task in ("rerank", "published") else []
+            parts += [mistakes(run.results)] if task == "problems" else []
     return parts
 
 

@@ -150,10 +150,6 @@ def fastest(ms: np.ndarray, chosen: np.ndarray) -> Estimate:
     return Estimate(float(ms[chosen].min()), int(chosen.sum()))
 
 
-def largest(sizes: np.ndarray, chosen: np.ndarray) -> Estimate:
-    return Estimate(int(sizes[chosen].max()), 1)
-
-
 def by_position(
     metric: str, how: str, at: np.ndarray, width: int, estimate: Callable, values: object
 ) -> list[Row]:
@@ -185,7 +181,7 @@ def trained(subject: Subject, cfg: EvalConfig) -> list[str]:
 
 @task("streaming", "streaming", "val", "n_streams", trained)
 def streaming(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
-    """Measure loss, ms per token and cache bytes by position, and what sink and first token get."""
+    """Measure loss and ms per token by position, cache bytes, what sink and first token get."""
     model = subject.model(stage)
     T, P = model.cfg.seq_len, FACTOR * model.cfg.seq_len
     width = max(1, T // 2)
@@ -194,17 +190,15 @@ def streaming(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     every, few = np.arange(P), np.arange(width // 8, P, max(1, width // 4))
     nll = {"rolling": cached(model, ids, T)[0], "dense": dense(model, ids)}
     nll["recompute"] = recomputed(model, ids, few)[0]
-    rows, kept = [], {}
+    rows = []
     for how, slots in (("rolling", T), ("dense", P)):
-        _, ms, kept[how] = cached(model, ids[:1], slots)
+        _, ms, n_bytes = cached(model, ids[:1], slots)
+        rows.append(Row("cache_bytes", how, Estimate(n_bytes, 1)))
         rows += by_position("loss_at_position", how, every, width, mean_loss, nll[how])
         rows += by_position("ms_per_token", how, every, width, fastest, ms)
     ms = recomputed(model, ids[:1], few)[1]
     rows += by_position("loss_at_position", "recompute", few, T, mean_loss, nll["recompute"])
     rows += by_position("ms_per_token", "recompute", few, width, fastest, ms)
-    sizes = {"rolling": np.full(P, kept["rolling"]), "dense": kept["dense"] * (every + 1) // P}
-    for how, n_bytes in sizes.items():
-        rows += by_position("cache_bytes", how, every, width, largest, n_bytes)
     nll |= {how: nll[how][:, few] for how in ("rolling", "dense")}
     rows += against_recompute(nll, T, few)
     # One stream at a time, because maps are large.

@@ -33,6 +33,7 @@ LOSSES = ("val_loss", "response_loss", "bits_per_byte")
 SCORES = ("auc", "brier", "calibration_error", "loss_within_context", "loss_beyond_context")
 # Digits behind the point; a metric that has none here is a rate.
 DIGITS = dict.fromkeys(LOSSES, 4) | dict.fromkeys(SCORES, 3) | {"perplexity": 2, "length": 1}
+DIGITS["cache_bytes"] = 0
 
 
 def format_value(row: dict | None, sign: str = "") -> str:
@@ -99,15 +100,15 @@ def split_by_data(results: list[dict], measures: dict[str, dict]) -> dict[str, d
 
 
 def streaming_table(results: list[dict]) -> str:
-    """Return the losses of streams by model, and by protocol from left to right."""
-    metrics = ("loss_within_context", "loss_beyond_context")
+    """Return the losses and caches of streams by model, and by protocol from left to right."""
+    metrics = ("loss_within_context", "loss_beyond_context", "cache_bytes")
     rows = [row for row in results if row["task"] == "streaming" and row["metric"] in metrics]
-    protocols = list(dict.fromkeys(row["protocol"] for row in rows))
+    protocols = list(dict.fromkeys(row["protocol"] for row in rows if row["metric"] in metrics[:2]))
     lines = []
     for model, metric in dict.fromkeys((row["model"], row["metric"]) for row in rows):
         found = [newest(rows, model=model, metric=metric, protocol=name) for name in protocols]
         lines.append([model, metric.replace("_", " "), *map(format_value, found)])
-    return table(["model", "nats/token", *protocols], lines)
+    return table(["model", "losses in nats/token", *protocols], lines)
 
 
 def details(results: list[dict], task: str) -> str:
