@@ -175,11 +175,7 @@ def against_recompute(losses: dict[str, Tensor], T: int, at: np.ndarray) -> list
     return rows
 
 
-def trained(subject: Subject, cfg: EvalConfig) -> list[str]:
-    return subject.policies[1:]
-
-
-@task("streaming", "streaming", "val", "n_streams", trained)
+@task("streaming", "streaming", "val", "n_streams", lambda subject, cfg: subject.policies[1:])
 def streaming(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     """Measure loss and ms per token by position, cache bytes, what sink and first token get."""
     model = subject.model(stage)
@@ -222,20 +218,10 @@ def attention(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
             raise UserError(f"sentence {text!r} has {len(ids)} tokens: give one of {wanted}")
         maps = attention_maps(model, torch.tensor([ids], device=subject.device))
         heads = by_head(head_numbers(maps), model.cfg.sinks, where=f"sentence {number} ")
-        rows += sentence_rows(heads, f"sentence {number}")
+        # One sentence has no interval.
+        rows += [replace(x, estimate=Estimate(x.estimate.value, x.estimate.n)) for x in heads]
         tokens = map(tokenizer.bpe.decode_single_token_bytes, ids)
         kept = {"text": text, "tokens": [token.decode("utf-8", "replace") for token in tokens]}
         kept |= {"sinks": model.cfg.sinks, "maps": maps[:, 0].double().numpy().round(5).tolist()}
         write_jsonl(f"{cfg.out_dir}/attention/{stage}_{number}.jsonl", [kept])
     return [replace(row, split="sentences") for row in rows]
-
-
-def sentence_rows(heads: list[Row], protocol: str) -> list[Row]:
-    """Return the heads' values, without intervals (one sentence has none), and their means."""
-    rows = [replace(row, estimate=Estimate(row.estimate.value, row.estimate.n)) for row in heads]
-    for metric in dict.fromkeys(row.metric for row in heads):
-        own = [row for row in heads if row.metric == metric]
-        value = sum(row.estimate.value for row in own) / len(own)
-        extra = {"uniform": own[0].extra["uniform"]}
-        rows.append(Row(metric, protocol, Estimate(value, len(own)), extra=extra))
-    return rows

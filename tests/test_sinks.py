@@ -290,10 +290,13 @@ def test_maps_are_kept_for_every_model_and_sentence_and_drawn(finished):
                 r
                 for r in rows
                 if (r["model"], r["metric"], r["protocol"])
-                == (model, "attention_entropy", f"sentence {sentence}")
+                == (model, "attention_entropy", f"sentence {sentence} layer 1 head 1")
             ]
-            assert len(whole) == 1 and whole[0]["uniform"] == pytest.approx(
-                sum(math.log(i) for i in range(1, len(text) + 1)) / len(text)
+            assert (
+                len(whole) == 1
+                and "low" not in whole[0]
+                and whole[0]["uniform"]
+                == pytest.approx(sum(math.log(i) for i in range(1, len(text) + 1)) / len(text))
             )
     assert (folder / "streaming.png").stat().st_size > 10_000 and "Streams of 16" in (
         folder / "report.md"
