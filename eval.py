@@ -58,7 +58,7 @@ def as_results(rows: list[Row], key: dict, about: dict) -> tuple[list[dict], dic
         if row.estimate.items:
             items[item_key(result)] = vars(row.estimate.items)
     if not results:
-        raise UserError(f"no number of {key['task']} is finite")
+        raise UserError(f"{key['task']} gives no finite number of {key['stage']}")
     return results, items
 
 

@@ -198,6 +198,8 @@ def load_stages(folder: str) -> dict[str, dict]:
     They stand in the order of the loop, by what they were trained for, not by their names.
     """
     names = run_folders(folder, "ckpt_*.pt", "best.pt")
+    if "untrained" in names:
+        raise UserError(f"{folder}/untrained has the name of the initial weights: rename that run")
     if not names:
         only = load_checkpoint(folder)
         return {only["task"]: only}
@@ -259,6 +261,8 @@ def chosen_tasks(cfg: EvalConfig) -> list[Task]:
     if cfg.tasks and len(tasks) < len(wanted):
         needs = [f"{x.name} needs --{x.data[0]}=..." for x in wanted if x not in tasks]
         raise UserError(f"a task without data: {', '.join(needs)}")
+    if not tasks:
+        raise UserError("nothing to evaluate: all settings that name data are empty")
     specs = [getattr(cfg, task.data[0]) for task in tasks if task.files]
     ensure_toy(",".join(specs), cfg.data_dir)
     return tasks

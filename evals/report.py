@@ -116,12 +116,14 @@ def verifier(run: Run) -> list[str]:
 def rerank_table(folder: str, rows: list[dict], greedy: dict | None) -> str:
     """Return the ways to choose among most samples, beside one greedy answer."""
     k = max(int(row["protocol"].partition("@")[2] or 0) for row in rows)
-    lines = [["greedy, exact match", format_value(greedy), ""]]
+    lines = [["greedy, exact match", format_value(greedy), "", str(greedy["n"])]] if greedy else []
     for how in RERANKERS:
         row = newest(rows, metric="exact_match", protocol=f"{how}@{k}")
         against = tables.paired_cell(greedy, row, folder)
-        lines.append([f"{how}, samples = {k}, exact match", format_value(row), against])
-    return table(["", "", "against greedy, paired"], [line for line in lines if line[1]])
+        if row:
+            words = f"{how}, samples = {k}, exact match"
+            lines.append([words, format_value(row), against, str(row["n"])])
+    return table(["", "", "against greedy, paired", "n"], lines)
 
 
 def details(run: Run) -> list[str]:

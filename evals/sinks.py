@@ -210,8 +210,7 @@ def attention(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     """Measure every head on each of the given sentences; attention/ keeps the weights, to draw."""
     model, tokenizer = subject.model(stage), subject.tokenizers[stage]
     rows = []
-    sentences = filter(None, map(str.strip, cfg.sentences.split(";")))
-    for number, text in enumerate(sentences, 1):
+    for number, text in enumerate(map(str.strip, cfg.sentences.split(";")), 1):
         ids = tokenizer.encode(text)
         if not 2 <= len(ids) <= model.cfg.seq_len:
             wanted = f"2 to seq_len={model.cfg.seq_len} (sentences are separated by ;)"

@@ -335,6 +335,16 @@ def test_wrong_requests_are_errors_in_words(tmp_path):
             evaluation.main(argv)
 
 
+def test_nothing_is_measured_under_the_name_of_something_else(tmp_path):
+    """A run called untrained would replace the initial weights; no data at all is no success."""
+    argv = make_run(tmp_path)
+    none = ("data", "problems", "pairs", "chats", "text", "published", "sst2", "dialogues")
+    fails(lambda: evaluation.main([*argv, *(f"--{key}=" for key in none)]), "nothing to evaluate")
+    (tmp_path / "run" / "sft").rename(tmp_path / "run" / "untrained")
+    fails(lambda: evaluation.main([*argv, "--tasks=val_loss"]), "rename that run")
+    assert not (tmp_path / "run" / "results.jsonl").exists()
+
+
 def test_a_single_stage_can_be_evaluated_in_its_own_folder(tmp_path):
     """out_dir may be the folder of one stage: its results lie beside its checkpoint."""
     argv = make_run(tmp_path)
