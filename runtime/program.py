@@ -6,7 +6,9 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 
 from configurator import UserError
 
@@ -14,8 +16,6 @@ from configurator import UserError
 NO_MEMORY = (
     "out of memory|[Uu]nable to allocate|can't allocate|ALLOC_FAILED|(size|numel).* overflow"
 )
-# What to do with characters that a stream cannot hold: a terminal need not know every one
-STREAMS = {"stdin": "strict", "stdout": "backslashreplace", "stderr": "backslashreplace"}
 
 
 def run(main: Callable) -> None:
@@ -23,40 +23,32 @@ def run(main: Callable) -> None:
 
     2: the user can mend it, and is told how; 130: Ctrl-C; 141: nobody reads the output any more.
     """
-    for name, errors in STREAMS.items():
-        if getattr(sys, name) is None:  # it was closed before we began
-            nowhere = os.open(os.devnull, os.O_RDWR)
-            setattr(sys, name, os.fdopen(nowhere, "r" if name == "stdin" else "w"))
-        if isinstance(getattr(sys, name), io.TextIOWrapper):
-            getattr(sys, name).reconfigure(errors=errors)
-    try:
-        code = exit_code(main)
-    except BrokenPipeError:
-        code = 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except OSError:  # Python would try once more, and complain
-        os._exit(code)
-    sys.exit(code)
-
-
-def exit_code(main: Callable) -> int:
-    """Return the exit code of main(argv), or 2 with a message for what the user can mend."""
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed before we began
+            setattr(sys, name, io.StringIO())
+        elif isinstance(stream, io.TextIOWrapper):  # a terminal need not know every character
+            stream.reconfigure(errors="strict" if name == "stdin" else "backslashreplace")
     try:
         code = main(sys.argv[1:])
-        sys.stdout.flush()
-        return code
+        print(end="", flush=True)
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
     except BrokenPipeError:
-        raise
+        code = 128 + signal.SIGPIPE
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         message = in_words(error)
         if message is None:
             raise
-        print(f"error: {message}", file=sys.stderr)
-        return 2
+        code = 2
+        with suppress(OSError):
+            print(f"error: {message}", file=sys.stderr)
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            print(end="", file=stream, flush=True)
+    except OSError:  # Python would try once more, and complain
+        os._exit(code)
+    sys.exit(code)
 
 
 def in_words(error: Exception) -> str | None:
@@ -68,8 +60,11 @@ def in_words(error: Exception) -> str | None:
     if isinstance(error, OSError):
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "free some space" if full else "check that path and what it permits"
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror or error}; {advice}, then run the same command again"
+        path = f"{error.filename}: " if error.filename else ""
+        where = traceback.extract_tb(error.__traceback__)[-1]  # it may be a mistake of ours
+        where = f"{where.name}, {os.path.basename(where.filename)} line {where.lineno}"
+        what = f"{path}{error.strerror or error} (in {where})"
+        return f"{what}; {advice}, then run the same command again"
     if isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error)):
         reason = str(error).partition("\n")[0] or type(error).__name__
         advice = "lower micro_batch, seq_len, n_samples or the sizes of the model"

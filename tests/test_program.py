@@ -1,6 +1,7 @@
 """A program ends with one message and a code, whatever its streams, its reader or its user do."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -127,6 +128,14 @@ def test_our_own_mistakes_come_through(monkeypatch, error):
         program.run(main)
 
 
+def test_an_error_of_the_system_says_where_in_the_code(monkeypatch, capsys):
+    """A wrong path may be a mistake of ours, and its message is all that a report of it holds."""
+    code, message = outcome_of(monkeypatch, capsys, FileNotFoundError(2, "No such file", "x"))
+    assert code == 2 and re.search(
+        r"x: No such file \(in main, test_program.py line \d+\)", message
+    )
+
+
 def test_ctrl_c_ends_quietly_with_130(monkeypatch, capsys):
     """The code that shells give to it; what was printed before it is not lost."""
     assert outcome_of(monkeypatch, capsys, KeyboardInterrupt()) == (130, "")
@@ -206,14 +215,6 @@ def test_a_full_disk_under_the_output_is_said_once(start):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "No space" in done.stderr
 
 
-@pytest.mark.parametrize("error, quiet", [("KeyboardInterrupt", True), ("ImportError", False)])
-def test_an_interrupt_shows_no_traceback_while_libraries_are_imported(tmp_path, error, quiet):
-    """torch alone takes seconds, and most who press Ctrl-C do so at once."""
-    code = f"import configurator\nraise {error}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT)
-    assert (done.stderr == b"") == quiet and done.returncode == (-2 if quiet else 1)
-
-
 PROGRAMS = {
     "train": ["train.py"],
     "align": ["align.py"],
@@ -224,6 +225,17 @@ PROGRAMS = {
     "report": ["-m", "evals.report"],
     "bench": ["-m", "bench"],
 }
+
+
+@pytest.mark.parametrize("name", sorted(PROGRAMS.keys() - {"report"}))  # which needs no torch
+@pytest.mark.parametrize("error, quiet", [("KeyboardInterrupt", True), ("ImportError", False)])
+def test_an_interrupt_shows_no_traceback_while_libraries_are_imported(tmp_path, name, error, quiet):
+    """torch alone takes seconds, and most who press Ctrl-C do so at once."""
+    (tmp_path / "torch.py").write_text(f"raise {error}")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, *PROGRAMS[name]]
+    done = subprocess.run(command, capture_output=True, cwd=ROOT, env=env)
+    assert (done.stderr == b"") == quiet and done.returncode == (-2 if quiet else 1)
 
 
 @pytest.mark.parametrize("command", PROGRAMS.values(), ids=PROGRAMS.keys())
