@@ -12,11 +12,13 @@ import os
 from dataclasses import astuple, dataclass
 from typing import ClassVar, NamedTuple
 
+from configurator import UserError, load, require  # first, for Ctrl-C is quiet from here on
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from configurator import UserError, load, require
 from corpus import chat, folders, records, shards
 from corpus.tokenizer import Tokenizer, load_tokenizer
 from inference import answers, scoring

@@ -15,9 +15,11 @@ import sys
 import time
 from dataclasses import dataclass
 
+from configurator import UserError, load, require  # first, for Ctrl-C is quiet from here on
+
+# isort: split
 import torch
 
-from configurator import UserError, load, require
 from runtime.files import write_json
 from runtime.lock import lock
 from runtime.program import run

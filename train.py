@@ -15,12 +15,13 @@ import re
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from configurator import UserError, load, require  # first, for Ctrl-C is quiet from here on
+
+# isort: split
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-import configurator
-from configurator import UserError, require
 from corpus.folders import ensure_toy
 from corpus.shards import Mixture
 from corpus.tokenizer import Tokenizer, load_tokenizer
@@ -352,7 +353,7 @@ def main(argv: list[str]) -> int:
     if not any(arg[:2] != "--" or re.match("--(n.layer|d.model|help)", arg) for arg in argv):
         usage = "python train.py config/smoke.py [--key=value ...]; --help lists the keys"
         raise UserError(f"no model is named, by a config file or by --n_layer. Usage: {usage}")
-    sizes, loop, pretrain = parts = configurator.load(argv, *kinds, quiet=quiet)
+    sizes, loop, pretrain = parts = load(argv, *kinds, quiet=quiet)
     ensure_toy(loop.data, loop.data_dir)
     ref, start, origin = pretrain.init_from, None, None
     if ref:

@@ -22,11 +22,12 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from subprocess import PIPE, Popen
 
+from configurator import UserError, load, require  # first, for Ctrl-C is quiet from here on
+
+# isort: split
 import torch
 
-import configurator
 from bench.worker import SYSTEMS, model_fields
-from configurator import UserError
 from model import GPT, ModelConfig
 from runtime.budget import device_peak_flops, flops_per_token
 from runtime.program import run
@@ -89,7 +90,7 @@ class BenchConfig:
     def __post_init__(self) -> None:
         bounds = {"[1, 1e6]": "rounds new_tokens batches threads"}
         choices = {"device": ("cpu", "cuda"), "dtype": ("float32", "bfloat16")}
-        configurator.require(self, bounds, choices)
+        require(self, bounds, choices)
         unknown = {*self.shapes} - {*SHAPES} | {*self.tasks} - {*TASKS}
         if unknown:
             known = f"shapes: {', '.join(SHAPES)}; tasks: {', '.join(TASKS)}"
@@ -236,7 +237,7 @@ def in_words(value: object) -> str:
 
 
 def main(argv: list[str]) -> int:
-    cfg = configurator.load(argv, BenchConfig)
+    cfg = load(argv, BenchConfig)
     os.makedirs(os.path.dirname(cfg.out) or ".", exist_ok=True)
     for task in cfg.tasks:
         rows = []
