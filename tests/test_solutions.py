@@ -95,6 +95,12 @@ NO_NUMBER += [
     "3 x 4",
     "3*4",
     "2^10",
+    "2**10",
+    "10--15",
+    "10—15",
+    "$1,800-$2,000",
+    "2024-05-06",
+    "1.800,50",
     "0x10",
     "1e999999999",
     "1 000 1/2",
@@ -109,6 +115,20 @@ def test_a_number_is_its_value_however_it_is_written(forms):
     assert value == last_value(forms[0]) is not None
     for mark in ("#### ", "####", "2+2=4\n####  "):
         assert {answer_value(mark + form) for form in forms} == {value}
+
+
+AMONG_WORDS = {  # the last number of a text -> what a person reads
+    "18": "**18** | (18) | [18] | \\boxed{18} | $18$ | _18_ | '18'! | x=18 | ≈18 | ~18 | #18",
+    "15": "20 - 5 = 15 | 10 to 15 | (10, 15) | 5 x 3 = 15 | <<20-5=15>>15 | 15-inch | 15th",
+    "-5": "(-5) | [-5] | **-5** | x = -5 | =-5 | 5 or -5 | :-5 | -5 %",
+    "0.75": "3/4 cup | 3 / 4 | 0.75 mph | .75, or so | 75e-2 | $0.75/hour",
+}
+
+
+@pytest.mark.parametrize("value, texts", AMONG_WORDS.items())
+def test_the_last_number_is_read_as_a_person_reads_it(value, texts):
+    """Brackets, emphasis, units and sentences around a number are no part of it."""
+    assert {last_value(f"of 7, {text}") for text in texts.split(" | ")} == {Fraction(value)}
 
 
 @pytest.mark.parametrize("text", NO_NUMBER)
