@@ -143,8 +143,8 @@ def probability(solution: dict) -> float:
 def choose(solutions: list[dict], how: str) -> bool:
     """Return whether the answer that is chosen from the solutions is right.
 
-    oracle: any is; majority: the most common answer, the one seen first in a tie; likelihood: the
-    likeliest; best_of: the highest score; weighted: the largest sum of sigmoid(score).
+    oracle: any is; majority: the most common value, the one seen first in a tie; likelihood: the
+    likeliest; best_of: the highest score; weighted: the value of the largest sum of sigmoid(score).
     """
     if how == "oracle":
         return any(s["correct"] for s in solutions)
@@ -152,10 +152,10 @@ def choose(solutions: list[dict], how: str) -> bool:
         return max(solutions, key=lambda s: s[CHOSEN_BY[how]])["correct"]
     votes = Counter()
     for s in solutions:
-        votes[final_answer(s["text"])] += 1.0 if how == "majority" else probability(s)
+        votes[answer_value(s["text"])] += 1.0 if how == "majority" else probability(s)
     votes.pop(None, None)  # no answer is no vote
     winner = votes.most_common(1)[0][0] if votes else None
-    return any(s["correct"] for s in solutions if final_answer(s["text"]) == winner)
+    return any(s["correct"] for s in solutions if answer_value(s["text"]) == winner)
 
 
 def auc_rows(protocol: str, rows: list[dict], key: str) -> list[Row]:

@@ -55,6 +55,14 @@ def test_majority_takes_the_most_common_answer_and_counts_no_answer_for_nothing(
     assert choose(solution("1,000", True), solution(8), solution("1000", True))
 
 
+@pytest.mark.parametrize("how", ["majority", "weighted"])
+def test_votes_are_for_values_however_they_are_written(how):
+    """18, 18.00 and $18 are one answer with three votes, and not three answers with one each."""
+    same = [solution(8), solution(18, True), solution("18.00"), solution("$18"), solution(8)]
+    assert problems.choose(same, how)
+    assert not problems.choose([*same, solution("8.0")] * 2 + [solution("8")], how)
+
+
 def test_likelihood_takes_the_likeliest_and_is_the_models_own():
     """What the model itself would choose: the row that a verifier must beat."""
     assert problems.choose(
