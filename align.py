@@ -16,13 +16,12 @@ from configurator import UserError, load, require  # first, for Ctrl-C is quiet 
 
 # isort: split
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from corpus import chat, folders, records, shards
 from corpus.tokenizer import Tokenizer, load_tokenizer
 from inference import answers, scoring
-from inference.scoring import sequence_logprobs, verifier_loss
+from inference.scoring import preference_loss, sequence_logprobs, verifier_loss
 from inference.solutions import Attempts, label_by_value, solve, with_room
 from model import GPT, ModelConfig
 from runtime.budget import check_memory
@@ -108,30 +107,6 @@ class SamplingConfig:
 
     def __post_init__(self):
         require(self, {"[1, 1e6]": "n_problems n_samples", "[0, inf)": "temperature"})
-
-
-# ------------------------------------------------------------------------------------------------
-# The objective of preferences; that of the verifier stands beside its scores
-
-
-def preference_loss(policy: Tensor, reference: Tensor, lengths: Tensor, cfg: DPOConfig) -> Tensor:
-    """Return the loss (B,) of pairs; summed log-probs and lengths are (2, B): chosen, rejected.
-
-    sigmoid: DPO, arXiv 2305.18290, equation 7, with cDPO's smoothing, ericmitchell.ai/cdpo.pdf.
-    On means per token: ipo, arXiv 2310.12036, equation 17; simpo, arXiv 2405.14734, equation 6.
-    """
-    beta, smoothing = cfg.beta, cfg.label_smoothing
-    if cfg.loss_type != "sigmoid":
-        policy, reference = policy / lengths, reference / lengths
-    margin = policy[0] - policy[1]
-    if cfg.loss_type == "simpo":
-        d = beta * margin - (beta / 2 if cfg.simpo_gamma is None else cfg.simpo_gamma)
-    else:
-        margin = margin - (reference[0] - reference[1])
-        d = beta * margin
-    if cfg.loss_type == "ipo":
-        return (margin - 1 / (2 * beta)) ** 2
-    return -(1 - smoothing) * F.logsigmoid(d) - smoothing * F.logsigmoid(-d)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -248,7 +223,7 @@ class DPO:
         start = weights_hash(setup.model.state_dict()) if has_reference else True
         self.fingerprint = digest([self.pairs, start])
         self.reference = self.reference_logprobs(setup, start) if has_reference else None
-        if loop.force or not checkpoint_files(loop.out_dir):
+        if self.cfg.loss_type == "sigmoid" and (loop.force or not checkpoint_files(loop.out_dir)):
             self.check_start(setup)
 
     def reference_logprobs(self, setup: Setup, start: str) -> dict[str, Tensor]:
@@ -274,18 +249,15 @@ class DPO:
         return reference
 
     def check_start(self, setup: Setup) -> None:
-        """Check that the sigmoid loss starts at ln 2, as it must where policy = reference."""
-        world = setup.world
-        n = min(8, len(self.pairs["train"]))
+        """Check that the loss starts at ln 2, as it must where policy = reference."""
+        world, n = setup.world, min(8, len(self.pairs["train"]))
         batch = world.to_device(self.batch("train", 0, n))
         with torch.no_grad(), world.autocast():
             policy = sequence_logprobs(setup.model.to(world.device), batch)
             loss = preference_loss(policy, batch["reference"], batch["lengths"], self.cfg)
-        loss, ln2 = loss.mean().item(), math.log(2)
-        kind = self.cfg.loss_type
-        world.log(f"dpo: {kind} loss {loss:.4f} before the first step (ln 2 = {ln2:.4f})")
+        distance = abs(loss.mean().item() - math.log(2))
         limit = 1e-3 if world.dtype == torch.float32 else 3e-2
-        assert kind != "sigmoid" or abs(loss - ln2) < limit, f"DPO starts at {loss}, not at ln 2"
+        assert distance < limit, f"DPO starts {distance} from ln 2, and not at ln 2"
 
     def tensors(self, split: str, numbers: list | range) -> dict[str, Tensor]:
         """Return idx and targets (2B, T) of pairs, chosen answers first; lengths (2, B)."""

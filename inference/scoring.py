@@ -1,7 +1,7 @@
-"""This module scores given text: its log-likelihood under a model, and a verifier's judgement."""
+"""This module scores given text by log-likelihood or by a verifier; and the losses of scores."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -103,6 +103,26 @@ def scale_scores(model: GPT, tokenizer: Tokenizer, rows: list[dict]) -> None:
     logliks = [solution["loglik"] for row in rows for solution in row["solutions"]]
     spread = float(torch.tensor(logliks).std(correction=0))  # tens of nats for long solutions
     model.score_loglik.data.fill_(1 / max(1.0, spread / 2))
+
+
+def preference_loss(policy: Tensor, reference: Tensor, lengths: Tensor, cfg: Any) -> Tensor:
+    """Return the loss (B,) of pairs; summed log-probs and lengths are (2, B): chosen, rejected.
+
+    sigmoid: DPO, arXiv 2305.18290, equation 7, with cDPO's smoothing, ericmitchell.ai/cdpo.pdf.
+    On means per token: ipo, arXiv 2310.12036, equation 17; simpo, arXiv 2405.14734, equation 6.
+    """
+    beta, smoothing = cfg.beta, cfg.label_smoothing
+    if cfg.loss_type != "sigmoid":
+        policy, reference = policy / lengths, reference / lengths
+    margin = policy[0] - policy[1]
+    if cfg.loss_type != "simpo":
+        margin = margin - (reference[0] - reference[1])
+    if cfg.loss_type == "ipo":
+        return (margin - 1 / (2 * beta)) ** 2
+    d = beta * margin
+    if cfg.loss_type == "simpo":
+        d = d - (beta / 2 if cfg.simpo_gamma is None else cfg.simpo_gamma)
+    return -(1 - smoothing) * F.logsigmoid(d) - smoothing * F.logsigmoid(-d)
 
 
 def verifier_loss(scores: Tensor, labels: Tensor) -> Tensor:

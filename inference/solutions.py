@@ -8,6 +8,7 @@ import hashlib
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -36,12 +37,10 @@ def number_value(written: str) -> Fraction | None:
     plain = re.sub("[$€£¥₹]", "", written).replace("−", "-")
     if IN_THOUSANDS.fullmatch(plain):
         plain = re.sub(r"[,\s'’_]", "", plain)
-    if not WHOLE.fullmatch(plain):
-        return None
-    try:
-        return Fraction(plain.replace(" ", ""))
-    except (ValueError, ZeroDivisionError):  # thousands of digits, or 1/0
-        return None
+    if WHOLE.fullmatch(plain):
+        with suppress(ValueError, ZeroDivisionError):  # thousands of digits, or 1/0
+            return Fraction(plain.replace(" ", ""))
+    return None
 
 
 def answer_value(text: str) -> Fraction | None:
@@ -69,9 +68,9 @@ def is_same(a: str | Fraction | None, b: str | Fraction | None) -> bool:
 def label_by_value(rows: list[dict]) -> list[dict]:
     """Call those solutions correct whose answers have the right value; rows as of solve()."""
     for row in rows:
-        gold = answer_value(row["answer"])
-        for solution in row["solutions"]:
-            solution["correct"] = is_same(answer_value(solution["text"]), gold)
+        if (gold := answer_value(row["answer"])) is not None:
+            for solution in row["solutions"]:
+                solution["correct"] = answer_value(solution["text"]) == gold
     return rows
 
 
