@@ -20,10 +20,10 @@ from configurator import UserError, load, require  # first, for Ctrl-C is quiet 
 # isort: split
 import torch
 
+from runtime.checkpoint import is_stale
 from runtime.files import write_json
-from runtime.lock import lock
 from runtime.program import run
-from runtime.run_folder import PREEMPTED, command, is_stale, read_state
+from runtime.run_folder import PREEMPTED, command, lock, read_state
 from runtime.world import KEEP_MEMORY, die_with_parent
 
 HERE = os.path.dirname(os.path.abspath(__file__))

@@ -142,14 +142,12 @@ def train(loop: LoopConfig, task: Task, model: GPT, world: World, parts: tuple) 
         module = distribute(step_module, world, compiled, loop.fsdp)
         optimizers = make_optimizers(model, loop)
         first = run.resume(model, optimizers)
-        disk = (loop.out_dir, loop.keep + 2)  # the newest, the best, and the one being written
-        shards = world.size if loop.fsdp else 1
-        needs = preflight(model, optimizers, plan.tokens, world, shards, disk)
+        needs = preflight(model, optimizers, plan.tokens, loop, world)
         run.begin(model, plan.tokens_per_step, needs, plan.in_words(model, compiled))
 
         for step in range(first, loop.max_steps + 1):  # one more: the last validation and save
             last = step == loop.max_steps
-            stopping = world.any(run.stop_requested)
+            stopping = world.any(run.stop.signal is not None)
             if not stopping and (last or step % loop.eval_interval == 0):
                 with run.clock.paused("validation"):
                     run.validated(step, evaluate(step_module, task, loop, world))

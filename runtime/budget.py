@@ -3,6 +3,8 @@
 import os
 import re
 import shutil
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from runtime.world import World
 # bf16 dense peak FLOP/s by words of the device's name, from the vendor's data sheets; first match
 PEAK_FLOPS = {"H100 PCIE": 756e12, "H100 HBM2E": 756e12, "H100 NVL": 835e12, "H100": 989e12}
 PEAK_FLOPS |= {"H200 NVL": 835e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+GROUPS, OWN_GROUP = "/sys/fs/cgroup", "/proc/self/cgroup"  # Linux's limits, cgroup v2
 
 
 def device_peak_flops() -> float | None:
@@ -89,6 +92,26 @@ def free_disk(folder: str, need: int, checkpoint: int) -> int:
     return free
 
 
+def memory_bytes(model: Any, optimizers: list, tokens: int, loop: Any, world: World) -> tuple:
+    """Return what a rank holds: weights, gradients and optimizer state; activations of `tokens`."""
+    states = state_bytes(model, optimizers) + 4 * model.num_params()
+    activations = activation_bytes(model.cfg, tokens, world.dtype.itemsize, loop.recompute)
+    return states / (world.size if loop.fsdp else 1), activations
+
+
+def memory_here(world: World) -> int:
+    """Return the bytes of this rank's GPU, or of its share of the memory that it may use."""
+    if world.device.type == "cuda":
+        return torch.cuda.mem_get_info()[1]
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with suppress(OSError):  # Slurm and containers allow less
+        group = Path(GROUPS + Path(OWN_GROUP).read_text().rpartition("::")[2].strip())
+        limits = [folder / "memory.max" for folder in (group, *group.parents)]
+        texts = [path.read_text() for path in limits if path.is_file()]
+        sizes += [int(text) for text in texts if text.strip() != "max"]
+    return min(sizes) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def check_memory(makers: tuple, cfg: Any, seq_len: int, loop: Any, world: World) -> None:
     """Raise UserError where a model is too large to be trained here, before it is built.
 
@@ -100,13 +123,8 @@ def check_memory(makers: tuple, cfg: Any, seq_len: int, loop: Any, world: World)
         model = make_model(cfg)
     optimizers = make_optimizers(model, loop)
     at_once = seq_len * max(1, min(loop.micro_batch, loop.batch_tokens // seq_len))
-    states = state_bytes(model, optimizers) + 4 * model.num_params()
-    states /= world.size if loop.fsdp else 1
-    activations = activation_bytes(model.cfg, at_once, world.dtype.itemsize, loop.recompute)
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    there //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # the ranks of this machine share it
-    if world.device.type == "cuda":
-        there = torch.cuda.mem_get_info()[1]
+    states, activations = memory_bytes(model, optimizers, at_once, loop, world)
+    there = memory_here(world)
     if states + activations / 2 > there:
         what = f"{model.num_params() / 1e6:,.0f}M parameters: weights, gradients and optimizer"
         parts = f"{states / 1e9:.1f} GB, {activations / 1e9:.1f} GB for {at_once:,} tokens at once"
@@ -114,20 +132,16 @@ def check_memory(makers: tuple, cfg: Any, seq_len: int, loop: Any, world: World)
         raise UserError(f"{what} need {parts}; a rank has {there / 1e9:.1f} GB here: {advice}")
 
 
-def preflight(
-    model: nn.Module, optimizers: list, tokens: tuple, world: World, shards: int, disk: tuple
-) -> str:
+def preflight(model: nn.Module, optimizers: list, tokens: tuple, loop: Any, world: World) -> str:
     """Say in one line what a run will need; raise UserError where its checkpoints do not fit.
 
-    tokens: at once on a rank, and of the whole run. shards: of the model, one a rank. disk: run
-    folder, and how many checkpoints it must hold.
+    tokens: at once on a rank, and of the whole run.
     """
-    (at_once, in_all), (folder, copies) = tokens, disk
+    at_once, in_all = tokens
+    memory = sum(memory_bytes(model, optimizers, at_once, loop, world))
     checkpoint = state_bytes(model, optimizers)
-    memory = (checkpoint + 4 * model.num_params()) / shards  # and the gradients
-    memory += activation_bytes(model.cfg, at_once, world.dtype.itemsize, model.recompute)
-    need = copies * checkpoint
-    free = free_disk(folder, need, checkpoint)
+    need = (loop.keep + 2) * checkpoint  # the newest, the best, and the one being written
+    free = free_disk(loop.out_dir, need, checkpoint)
     flops, peak = flops_per_token(model), device_peak_flops()
     memory_note = f"about {memory / 1e9:.2f} GB of memory per rank ({at_once:,} tokens at once)"
     disk_note = f"{need / 1e9:.2f} GB of disk ({free / 1e9:,.0f} GB free)"

@@ -16,7 +16,7 @@ from model import GPT, ModelConfig
 from runtime.files import write_atomic
 
 FORMAT = 2  # of checkpoints; 2: optimizer state by parameter name
-REPLACED = ".replaced"  # in a run folder: the run that --force replaces, until the new one saved
+NEW, SAVED = ".new", ".saved"  # in a run folder: what --force has begun; see replace_run
 
 
 def weights_hash(state: dict[str, Tensor]) -> str:
@@ -103,8 +103,8 @@ def find_checkpoint(ref: str, whole: bool = True) -> tuple[str, dict]:
     if os.path.isfile(ref):
         return ref, read_checkpoint(ref, whole)
     for folder in (ref, os.path.join("out", ref)):
-        for place in (folder, os.path.join(folder, REPLACED)):
-            if found := newest_checkpoint(place, whole=whole):
+        for place in ("", SAVED, NEW):
+            if found := newest_checkpoint(os.path.join(folder, place), whole=whole):
                 return found
     tried = "it is no file, no run folder with ckpt_*.pt or best.pt, and no run under out/"
     raise UserError(f"no checkpoint at {ref!r}: {tried}")
@@ -128,6 +128,16 @@ def open_start(ref: str, folder: str, force: bool) -> tuple[dict, dict]:
         what = f"the run would start from {source}, which lies inside its own out_dir {folder}"
         raise UserError(f"{what}: choose another --out_dir, so that the checkpoint stays")
     return start, {"ref": ref, "weights_hash": start["weights_hash"]}
+
+
+def is_stale(folder: str, start: str) -> bool:
+    """Say whether the run in a folder was trained from other weights than a start has now."""
+    try:
+        origin = find_checkpoint(folder, whole=False)[1].get("init_from")
+        now = find_checkpoint(start, whole=False)[1]["weights_hash"]
+    except UserError:  # no run yet, or none to start from: the stage itself says so
+        return False
+    return bool(origin) and origin["weights_hash"] != now
 
 
 def beside(ref: str, name: str) -> str:
@@ -165,45 +175,24 @@ def model_from(checkpoint: dict, **changes: object) -> GPT:
 
 
 # ------------------------------------------------------------------------------------------------
-# --force. state.json leaves first and comes back last, so that a kill at any moment can be told:
-# without it files were on their way, with it the new run has begun. The newest checkpoint leaves
-# last and comes back first, so that a reader finds it at any moment
+# --force: the new run lies in NEW inside the folder until it has saved, and the old one is whole.
+# After a kill NEW holds a checkpoint, or SAVED is there: then the next start does the rest
 
 
 def run_files(folder: str) -> list[str]:
+    """Return the paths of what makes up a run, its newest checkpoint last."""
     names = ("state.json", "config.json", "metrics.jsonl", "answers.json", "best.pt")
     paths = [os.path.join(folder, name) for name in names]
     return [path for path in paths if os.path.lexists(path)] + checkpoint_files(folder)[::-1]
 
 
-def set_aside(folder: str) -> None:
-    """Move the run in a folder into REPLACED; one that has no weights is removed."""
-    old, paths = os.path.join(folder, REPLACED), run_files(folder)
-    keep = any(path.endswith(".pt") for path in paths) and not os.path.isdir(old)
-    if keep:
-        os.mkdir(old)
-    for path in paths:
-        if keep:
-            os.rename(path, os.path.join(old, os.path.basename(path)))
-        else:
+def replace_run(folder: str) -> None:
+    """Put the run in NEW in the place of that in the folder, if it has saved."""
+    new, saved = os.path.join(folder, NEW), os.path.join(folder, SAVED)
+    if checkpoint_files(new):
+        for path in run_files(folder):
             os.remove(path)
-
-
-def drop_replaced(folder: str) -> None:
-    shutil.rmtree(os.path.join(folder, REPLACED), ignore_errors=True)
-
-
-def settle_replaced(folder: str, force: bool, log: Callable) -> None:
-    """Finish what a killed --force began: drop the old run, or bring it back."""
-    old = os.path.join(folder, REPLACED)
-    begun = os.path.exists(os.path.join(folder, "state.json"))
-    if not os.path.isdir(old) or (begun and checkpoint_files(folder)):
-        return drop_replaced(folder)
-    if begun and force:
-        return None
-    for path in reversed(run_files(folder) if begun else []):
-        os.remove(path)
-    for path in reversed(run_files(old)):
+        os.rename(new, saved)
+    for path in run_files(saved):
         os.rename(path, os.path.join(folder, os.path.basename(path)))
-    drop_replaced(folder)
-    return log(f"{folder}: the run that --force was to replace is back, the new one had not saved")
+    shutil.rmtree(saved, ignore_errors=True)

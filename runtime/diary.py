@@ -39,11 +39,11 @@ class Diary:
     """The log of one run from its first step on; only rank 0 writes."""
 
     def __init__(self, run: Any, model: nn.Module, tokens_per_step: int):
-        path, loop, first = run.path("metrics.jsonl"), run.loop, run.first
+        loop, first = run.loop, run.first
         self.task, self.world, self.first = run.task, run.world, first
         self.max_steps, self.tokens_per_step = loop.max_steps, tokens_per_step
         self.intervals = {"validation": loop.eval_interval, "save": loop.save_interval}
-        self.path, self.flops_per_token = path, flops_per_token(model)
+        self.path, self.flops_per_token = run.path, flops_per_token(model)
         hidden = not (self.world.main and sys.stderr.isatty())
         steps = {"total": self.max_steps, "initial": first}
         self.bar = tqdm(desc=self.task.name, leave=False, disable=hidden, **steps)
@@ -51,7 +51,7 @@ class Diary:
 
     def record(self, row: dict) -> None:
         if self.world.main:
-            with open(self.path, "a") as f:
+            with open(self.path("metrics.jsonl"), "a") as f:
                 f.write(json.dumps(row) + "\n")
 
     def validation(self, step: int, values: dict[str, float]) -> dict:

@@ -4,16 +4,19 @@ It holds config.json, metrics.jsonl, state.json (running, preempted, done or fai
 (the newest) and best.pt (the lowest validation loss).
 """
 
+import fcntl
 import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 import torch
 import torch.distributed.checkpoint.state_dict as full
@@ -22,24 +25,22 @@ import torch.nn as nn
 from configurator import UserError, as_dict, read_flag
 from runtime.checkpoint import (
     FORMAT,
+    NEW,
     checkpoint_files,
-    drop_replaced,
-    find_checkpoint,
     newest_checkpoint,
+    replace_run,
     save_checkpoint,
-    set_aside,
-    settle_replaced,
 )
 from runtime.diary import Diary
 from runtime.files import read_log, remove_if_there, write_json, write_jsonl
-from runtime.lock import lock
 from runtime.world import StopFlag, World
 
 BEGAN = time.perf_counter()  # when this process had read its imports
 PREEMPTED = 75  # exit code (EX_TEMPFAIL): saved; run the same command again
+WAIT = 15.0  # seconds in which a process that is ending may let go of its folder
 START_OVER = "Choose another --out_dir, or --force to start over in its place"
 # Keys that cannot change the result of a run: they may differ when it goes on. Of init_from the
-# weights count, not the name (check_same_start)
+# weights count, not the name
 HARMLESS = "log_interval save_interval keep device micro_batch compile recompute fsdp force "
 HARMLESS += "out_dir data_dir init_from"
 # Weights and optimizer state whole, on the CPU, by name: the same file from one rank, DDP or FSDP
@@ -82,12 +83,13 @@ def read_state(folder: str) -> str | None:
         return None
 
 
-def check_same_run(folder: str, parts: tuple, saved: dict) -> None:
-    """Raise UserError where a run's saved settings differ from those of now in a way that counts.
+def check_same_run(folder: str, parts: tuple, found: dict, origin: dict | None) -> None:
+    """Raise UserError where a run differs in a way that counts from the one that would begin now.
 
-    saved: the fields of its model and all keys; a key that is newer than the run had its default.
+    found: its checkpoint; a key that is newer than the run had its default. origin: {"ref",
+    "weights_hash"} of the checkpoint that it would start from; None = initial weights.
     """
-    harmless = HARMLESS.split()
+    saved, harmless = found["model_config"] | found["train_config"], HARMLESS.split()
     if saved.get("n_expert") and saved.get("balance_coef"):
         harmless.remove("micro_batch")  # experts are balanced over a micro-step
     before = []
@@ -98,38 +100,17 @@ def check_same_run(folder: str, parts: tuple, saved: dict) -> None:
     changed = [key for key in now if key not in harmless and was[key] != now[key]]
     if changed:
         differ = "; ".join(f"{key}: {was[key]!r} -> {now[key]!r}" for key in changed)
-        advice, more = START_OVER, now.get("max_steps", 0) - was.get("max_steps", 0)
+        advice, more = START_OVER, now["max_steps"] - was["max_steps"]
         if more > 0:
             run = folder.rstrip("/")
             how = command(init_from=run, out_dir=f"{run}-more", max_steps=more)
-            what = f"its learning rate follows {was['max_steps']} steps, and cannot be stretched"
-            advice += f". To train its weights further ({what}): {how}"
+            advice += f". To train its weights on, under a schedule of its own: {how}"
         raise UserError(f"{folder} holds a run with other settings: {differ}. {advice}")
-
-
-def check_same_start(folder: str, saved: dict, origin: dict | None) -> None:
-    """Raise UserError where a run was begun with other weights than those it would begin with now.
-
-    origin: {"ref", "weights_hash"} of the checkpoint that it starts from; None = initial weights.
-    """
-    before, now = saved.get("init_from") or {}, origin or {}
-    if before.get("weights_hash") == now.get("weights_hash"):
-        return
-    old, new = (
-        f"{x['ref']} ({x['weights_hash']})" if x else "initial weights" for x in (before, now)
-    )
-    what = f"{folder} is stale: it was trained from {old}, and would start from {new} now"
-    raise UserError(f"{what}. {START_OVER} (it is kept until the new one has saved)")
-
-
-def is_stale(folder: str, start: str) -> bool:
-    """Say whether the run in a folder was trained from other weights than a start has now."""
-    try:
-        origin = find_checkpoint(folder, whole=False)[1].get("init_from")
-        now = find_checkpoint(start, whole=False)[1]["weights_hash"]
-    except UserError:  # no run yet, or none to start from: the stage itself says so
-        return False
-    return bool(origin) and origin["weights_hash"] != now
+    starts = (found.get("init_from") or {}, origin or {})
+    if starts[0].get("weights_hash") != starts[1].get("weights_hash"):
+        old, new = (f"{x['ref']} ({x['weights_hash']})" if x else "nothing" for x in starts)
+        what = f"{folder} is stale: it was trained from {old}, and would start from {new} now"
+        raise UserError(f"{what}. {START_OVER} (it is kept until the new one has saved)")
 
 
 def is_done(
@@ -141,17 +122,57 @@ def is_done(
     """
     folder, found = loop.out_dir, None
     paths = [os.path.join(folder, name) for name in files]
-    if not loop.force and read_state(folder) == "done" and all(map(os.path.exists, paths)):
+    begun = loop.force or os.path.isdir(os.path.join(folder, NEW))
+    if not begun and read_state(folder) == "done" and all(map(os.path.exists, paths)):
         found = newest_checkpoint(folder, world.log, whole=False)
         if found and checkpoint_files(folder) and found[1]["step"] < loop.max_steps:
             found = None  # its last checkpoint was taken away
     if world.any(not found):
         return False
-    saved = found[1]
-    check_same_run(folder, parts, saved["model_config"] | saved["train_config"])
-    check_same_start(folder, saved, origin)
+    check_same_run(folder, parts, found[1], origin)
     world.log(f"{folder} is done: nothing to do")
     return True
+
+
+@contextmanager
+def lock(folder: str) -> Iterator[None]:
+    """Hold a folder for this process; a second one waits a while, then is told who is there.
+
+    The lock dies with its process.
+    """
+    path = os.path.join(folder, ".lock")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(path, "a"):
+            pass
+    except OSError as error:
+        what = f"cannot use {folder} as run folder ({error})"
+        raise UserError(f"{what}: choose another --out_dir") from None
+    with open(path, "a+") as f:
+        owner, end = holder(f), time.monotonic() + WAIT
+        if owner:
+            print(f"{folder} is in use by {owner}: waiting {WAIT:.0f} s for it", flush=True)
+        while owner and time.monotonic() < end:
+            time.sleep(0.1)
+            owner = holder(f)
+        if owner:
+            what = f"{folder} is in use by {owner}"
+            raise UserError(f"{what}: wait for it, or choose another --out_dir")
+        f.truncate(0)
+        job = os.environ.get("SLURM_JOB_ID")
+        where = f"{os.uname().nodename}{f', job {job}' if job else ''}"
+        f.write(f"process {os.getpid()} on {where}, since {time.ctime()}")
+        f.flush()
+        yield
+
+
+def holder(f: TextIO) -> str | None:
+    """Lock an open file, or say who has locked it."""
+    try:
+        return fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        f.seek(0)
+        return f.read().strip() or "another process"
 
 
 class RunFolder:
@@ -168,11 +189,21 @@ class RunFolder:
         return os.path.join(self.folder, name)
 
     def __enter__(self) -> Self:
+        new = self.path(NEW)
         if self.world.main:
             self.stack.enter_context(lock(self.folder))
+            replace_run(self.folder)
+            begun = os.path.isdir(new)
             requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"  # then without --force
-            settle_replaced(self.folder, self.loop.force or requeued, self.world.log)
+            if self.loop.force or (begun and requeued):
+                shutil.rmtree(new, ignore_errors=True)
+                os.mkdir(new)
+            elif begun:
+                self.world.log(f"{self.folder}: what --force began had not saved and is dropped")
+                shutil.rmtree(new)
         self.world.barrier()
+        if os.path.isdir(new):
+            self.folder = new
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
@@ -184,16 +215,14 @@ class RunFolder:
 
     def resume(self, model: nn.Module, optimizers: list) -> int:
         """Load the newest checkpoint that can be read, if there is one. -> the first step to do"""
-        found = None if self.loop.force else newest_checkpoint(self.folder, self.world.log)
+        found = newest_checkpoint(self.folder, self.world.log)
         if not found:
             return 0
         path, saved = found
-        check_same_run(self.folder, self.parts, saved["model_config"] | saved["train_config"])
-        check_same_start(self.folder, saved, self.task.extra.get("init_from"))
+        check_same_run(self.folder, self.parts, saved, self.task.extra.get("init_from"))
         if saved["format"] < FORMAT:
             what = f"{path} is of format {saved['format']} (this code writes {FORMAT})"
-            use = "A run cannot go on from it; its weights can be used: --init_from in align.py"
-            raise UserError(f"{what}. {use}. {START_OVER}")
+            raise UserError(f"{what}: its weights serve as --init_from alone. {START_OVER}")
         if saved["data"] != self.task.fingerprint:
             change = f"{saved['data']} -> {self.task.fingerprint}"
             what = f"the data of {self.folder} has changed since {path} was written ({change})"
@@ -208,8 +237,6 @@ class RunFolder:
     def begin(self, model: nn.Module, tokens_per_step: int, *lines: str) -> None:
         """Clean up what a killed run left, say what will be done, start the clock."""
         if self.world.main:
-            if self.loop.force:
-                set_aside(self.folder)
             for name in os.listdir(self.folder):
                 if name.endswith(".tmp"):  # of a save that was killed; we hold the lock
                     remove_if_there(self.path(name))
@@ -223,10 +250,6 @@ class RunFolder:
         self.diary = Diary(self, model, tokens_per_step)
         self.stack.enter_context(self.diary.bar)
         self.clock = self.diary.clock
-
-    @property
-    def stop_requested(self) -> bool:
-        return self.stop.signal is not None
 
     def validated(self, step: int, values: dict[str, float]) -> None:
         """Take the validation metrics of a step; the first of them decides which is best."""
@@ -252,12 +275,14 @@ class RunFolder:
         checkpoint |= {"train_config": settings, "step": step, "best": self.best}
         checkpoint |= {"task": self.task.name, "data": self.task.fingerprint}
         checkpoint |= {"rng": torch.get_rng_state(), "optimizers": moments, **self.task.extra}
-        path = self.path(f"ckpt_{step:07d}.pt")
+        name = f"ckpt_{step:07d}.pt"
         if step == self.best_step:  # first: after a kill between the two it comes again
             save_checkpoint(self.path("best.pt"), checkpoint)
-        self.result["weights_hash"] = save_checkpoint(path, checkpoint)
-        drop_replaced(self.folder)
-        up_to_now = [p for p in checkpoint_files(self.folder) if p <= path]
+        self.result["weights_hash"] = save_checkpoint(self.path(name), checkpoint)
+        if self.folder != self.loop.out_dir:  # --force
+            replace_run(self.loop.out_dir)
+            self.folder = self.loop.out_dir
+        up_to_now = [p for p in checkpoint_files(self.folder) if p <= self.path(name)]
         for old in up_to_now[self.loop.keep :]:  # only now, when the new one is safe
             os.remove(old)
 
@@ -268,15 +293,13 @@ class RunFolder:
             return True
         self.bad_steps, self.skipped = self.bad_steps + 1, self.skipped + 1
         counts = f"{self.bad_steps} in a row, {self.skipped} in all"
-        name = f"{self.task.name} step {step:05d}"
-        self.world.log(f"{name}: non-finite gradient, step skipped ({counts})")
+        what = f"{self.task.name} step {step:05d}: non-finite gradient, step skipped ({counts})"
+        self.world.log(what)
         if self.bad_steps == self.loop.max_bad_steps:
-            path = self.path(f"bad_batch_{self.world.rank}.pt")
+            path = os.path.join(self.loop.out_dir, f"bad_batch_{self.world.rank}.pt")
             torch.save({"step": step, "batches": batches}, path)
-            what = f"{self.bad_steps} steps in a row had non-finite gradients"
-            advice = "Lower learning_rate and muon_lr, or look at that batch"
-            kept = f"the last batch is in {path}, the last good checkpoint is intact"
-            raise UserError(f"{what}; {kept}. {advice}")
+            advice = "Lower learning_rate and muon_lr, or look at the last batch"
+            raise UserError(f"{what}. {advice}, in {path}; the last good checkpoint is intact")
         return False
 
     def log(self, step: int, sums: dict, units: float, norm: float, lr_share: float) -> None:
@@ -296,10 +319,11 @@ class RunFolder:
         state = "preempted" if preempted else "done"
         self.result |= {"state": state, "step": step, "seconds": seconds}
         self.result["process_seconds"] = time.perf_counter() - BEGAN
-        line = f"{state} at step {step} after {seconds:.0f} s, {self.folder}"
+        line = f"{state} at step {step} after {seconds:.0f} s, {self.loop.out_dir}"
         self.world.log(f"{self.task.name}: {line}")
         if preempted:
-            self.world.log(f"{self.task.name}: go on with: {command(self.world.size)}")
+            force = " --force" * (self.folder != self.loop.out_dir)  # nothing is saved yet
+            self.world.log(f"{self.task.name}: go on with: {command(self.world.size)}{force}")
         self.world.barrier()
         if self.world.main:
             write_json(self.path("state.json"), {**self.result, **provenance()})

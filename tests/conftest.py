@@ -7,7 +7,7 @@ import torch
 from corpus_helpers import real
 
 from corpus.tokenizer import load_tokenizer
-from runtime import lock
+from runtime import run_folder
 
 torch.set_num_threads(1)
 
@@ -21,7 +21,7 @@ def gpt2():
 @pytest.fixture(autouse=True)
 def no_patience(monkeypatch):
     """A folder in use is refused at once; only the test of the waiting waits."""
-    monkeypatch.setattr(lock, "WAIT", 0.0)
+    monkeypatch.setattr(run_folder, "WAIT", 0.0)
 
 
 @pytest.fixture

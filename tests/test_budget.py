@@ -77,6 +77,23 @@ def test_memory_is_asked_for_what_the_run_needs(monkeypatch):
     check_fits(cfg, 256, sharded, world)
 
 
+@pytest.mark.parametrize("kind", ["0::", "9:name=systemd:/\n4:memory:/x\n0::"])
+def test_slurm_and_containers_leave_less_memory(tmp_path, monkeypatch, kind):
+    """The smallest limit above this process counts; "max" is none, and a missing file is none."""
+    (tmp_path / "slurm/job_1/step_0").mkdir(parents=True)
+    (tmp_path / "slurm/memory.max").write_text("max\n")
+    (tmp_path / "slurm/job_1/memory.max").write_text("4000\n")
+    (tmp_path / "slurm/job_1/step_0/memory.max").write_text("8000\n")
+    (tmp_path / "cgroup").write_text(f"{kind}/slurm/job_1/step_0\n")
+    monkeypatch.setattr(budget, "GROUPS", str(tmp_path))
+    monkeypatch.setattr(budget, "OWN_GROUP", str(tmp_path / "cgroup"))
+    assert budget.memory_here(World("cpu")) == 4000
+    (tmp_path / "slurm/job_1/memory.max").unlink()
+    assert budget.memory_here(World("cpu")) == 8000
+    (tmp_path / "cgroup").unlink()
+    assert budget.memory_here(World("cpu")) > 10**6
+
+
 def test_the_estimate_of_a_small_model_passes_on_this_machine():
     """No recipe of the toy world may be refused."""
     cfg = ModelConfig(vocab_size=380, seq_len=128, n_layer=4, n_head=4, d_model=128)
@@ -90,6 +107,7 @@ def test_a_gpu_without_a_known_peak_is_named_once(tmp_path, monkeypatch):
     world = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, size=1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "RTX A1000")
-    optimizers = train.make_optimizers(model, loop())
-    text = budget.preflight(model, optimizers, (16, 160), world, 1, (str(tmp_path), 4))
+    settings = loop(out_dir=str(tmp_path))
+    optimizers = train.make_optimizers(model, settings)
+    text = budget.preflight(model, optimizers, (16, 160), settings, world)
     assert "the peak of RTX A1000 is not known" in text

@@ -18,17 +18,17 @@ from configurator import UserError
 from model import GPT, ModelConfig
 from runtime.checkpoint import (
     FORMAT,
+    NEW,
+    SAVED,
     beside,
     checkpoint_files,
-    drop_replaced,
     load_checkpoint,
     model_from,
     newest_checkpoint,
     open_start,
     read_checkpoint,
+    replace_run,
     save_checkpoint,
-    set_aside,
-    settle_replaced,
     weights_hash,
 )
 
@@ -579,19 +579,16 @@ def old_run(folder) -> dict:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def begin_new_run(folder) -> None:
-    for name in ("metrics.jsonl", "config.json", "state.json"):
-        (folder / name).write_text(f"new {name}")
-
-
 def forced_run(folder) -> None:
     """Do what a run under --force does to its folder, up to its first checkpoint."""
-    settle_replaced(folder, True, print)
-    set_aside(folder)
-    begin_new_run(folder)
-    save_checkpoint(str(folder / "best.pt"), content(9))
-    write(folder, 9)
-    drop_replaced(folder)
+    replace_run(folder)
+    shutil.rmtree(folder / NEW, ignore_errors=True)
+    (folder / NEW).mkdir()
+    for name in ("metrics.jsonl", "config.json", "state.json"):
+        (folder / NEW / name).write_text(f"new {name}")
+    save_checkpoint(str(folder / NEW / "best.pt"), content(9))
+    write(folder / NEW, 9)
+    replace_run(folder)
 
 
 CHANGES = ("rename", "remove", "mkdir", "rmdir", "replace")
@@ -621,26 +618,30 @@ def dies_after(n: int, call) -> bool:
     return False
 
 
-@pytest.mark.parametrize("then_force", [False, True])
-def test_a_kill_at_any_moment_of_force_loses_no_run(tmp_path, then_force):
+def test_a_kill_at_any_moment_of_force_loses_no_run(tmp_path):
     """After any change of the file system, and after any of the repair, one whole run is there.
 
-    It is the old one until the new one has saved. A start under --force keeps the old one as well.
+    It is the old one until the new one has saved, and then the new one with all its files.
     """
     outcomes, before = set(), old_run(tmp_path / "old")
-    for first in range(25):
-        for second in range(first % 5, 15, 5):
+    after = {"notes.txt": before["notes.txt"]}
+    for first in range(35):
+        for second in range(first % 5, 20, 5):
             folder = tmp_path / f"{first}_{second}"
             shutil.copytree(tmp_path / "old", folder)
             died = dies_after(first, lambda folder=folder: forced_run(folder))
-            dies_after(second, lambda folder=folder: settle_replaced(folder, then_force, print))
             assert load_checkpoint(str(folder))["step"] in (2, 9)
-            settle_replaced(folder, False, print)
-            files = {path.name: path.read_bytes() for path in folder.iterdir()}
+            dies_after(second, lambda folder=folder: replace_run(folder))
+            assert load_checkpoint(str(folder))["step"] in (2, 9)
+            replace_run(folder)
+            files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
             saved = "ckpt_0000009.pt" in files
             if saved:
-                assert not {"ckpt_0000001.pt", "ckpt_0000002.pt", ".replaced"} & set(files)
-            else:  # but for what a killed save left, which begin() removes
-                assert {name: files[name] for name in files if "tmp" not in name} == before
+                assert not os.path.exists(folder / NEW) and not os.path.exists(folder / SAVED)
+                assert files.pop("best.pt") and files.pop("ckpt_0000009.pt")
+                logs = ("metrics.jsonl", "config.json", "state.json")
+                assert files == after | {name: f"new {name}".encode() for name in logs}
+            else:
+                assert files == before
             outcomes.add((died, saved))
     assert outcomes == {(True, False), (True, True), (False, True)}

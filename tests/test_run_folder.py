@@ -6,10 +6,12 @@ import signal
 import sys
 import time
 
+import pytest
 import torch
 from helpers import fails, fork, wait
 
 from configurator import UserError
+from runtime import run_folder
 from runtime.run_folder import lock, provenance, read_state
 
 
@@ -68,6 +70,45 @@ def test_a_run_folder_that_is_a_file_is_one_clear_line(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     fails(lambda: lock(str(tmp_path / "notes.txt")).__enter__(), "notes.txt")
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def holder(folder, seconds: float) -> int:
+    """Return the process id of a child that holds a folder for so long."""
+    ready, go = os.pipe()
+
+    def child():
+        with lock(folder):
+            os.write(go, b"x")
+            time.sleep(seconds)
+
+    pid = fork(child)
+    os.read(ready, 1)
+    return pid
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_a_start_waits_for_a_process_that_is_ending_and_says_for_whom(
+    tmp_path, monkeypatch, capsys, kill
+):
+    """After kill -9 of a job its processes take a moment to go: no reason to fail."""
+    monkeypatch.setattr(run_folder, "WAIT", 20.0)
+    pid = holder(tmp_path, 60 if kill else 0.4)
+    if kill:
+        os.kill(pid, signal.SIGKILL)
+    with lock(tmp_path):
+        said = capsys.readouterr().out
+        assert kill or said.count(f"in use by process {pid} ") == 1
+    wait(pid)
+
+
+def test_a_process_that_stays_is_refused_after_the_wait(tmp_path, monkeypatch):
+    """It waits as long as it said, and no longer."""
+    monkeypatch.setattr(run_folder, "WAIT", 0.5)
+    pid, began = holder(tmp_path, 30), time.monotonic()
+    fails(lambda: lock(tmp_path).__enter__(), f"in use by process {pid} ", "--out_dir")
+    assert 0.5 <= time.monotonic() - began < 5
+    os.kill(pid, signal.SIGKILL)
+    wait(pid)
 
 
 def test_state_is_read_or_none(tmp_path):

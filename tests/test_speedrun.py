@@ -21,7 +21,7 @@ import speedrun
 from corpus import toy
 from corpus.shards import write_shard
 from corpus.tokenizer import load_tokenizer
-from runtime.checkpoint import load_checkpoint, set_aside
+from runtime.checkpoint import load_checkpoint
 from runtime.files import read_jsonl, read_log, write_json, write_jsonl
 
 TOY = load_tokenizer("toy")
@@ -237,7 +237,7 @@ def test_a_stage_whose_start_was_trained_anew_is_made_again(tmp_path, programs, 
     save_stage(out / "sft", 3, first)
     assert forced() == [False, False, True, False]
     assert f"{out / 'dpo'} is stale" in capfd.readouterr().out
-    set_aside(str(out / "dpo"))  # and killed before its first checkpoint
+    (out / "dpo/.new").mkdir()  # and killed before its first checkpoint
     assert forced() == [False, False, True, False]
 
 

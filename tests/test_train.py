@@ -626,8 +626,7 @@ def test_the_preflight_line_counts_weights_gradients_and_optimizer(tmp_path, cap
     cfg = config(tmp_path, optimizer="adamw")
     model = tiny(cfg)
     optimizers = train.make_optimizers(model, cfg.loop)
-    disk = (str(tmp_path), cfg.loop.keep + 2)
-    text = budget.preflight(model, optimizers, (4 * T, 6 * 8 * T), World("cpu"), 1, disk)
+    text = budget.preflight(model, optimizers, (4 * T, 6 * 8 * T), cfg.loop, World("cpu"))
     wanted = 16 * model.num_params() + budget.activation_bytes(model.cfg, 4 * T, 4, False)
     assert (
         f"about {wanted / 1e9:.2f} GB of memory" in text
@@ -1045,10 +1044,10 @@ def test_the_micro_batch_of_a_run_with_experts_is_kept(tmp_path, fields):
     free = {**fields, "balance_coef": 0.0}
     cfg = preempted(tmp_path / "free", **free)
     assert go(config(cfg.out_dir, micro_batch=8, **free))["state"] == "done"
-    saved = vars(cfg.loop) | {"n_expert": 4, "balance_coef": 0.1}
-    now = config(cfg.out_dir, micro_batch=8).loop
-    fails(lambda: check_same_run(cfg.out_dir, (now,), saved), "micro_batch: 4 -> 8")
-    check_same_run(cfg.out_dir, (now,), saved | {"n_expert": 0})
+    parts = (config(cfg.out_dir, micro_batch=8).loop,)
+    tuned = {"train_config": vars(cfg.loop), "model_config": {"n_expert": 4, "balance_coef": 0.1}}
+    fails(lambda: check_same_run(cfg.out_dir, parts, tuned, None), "micro_batch: 4 -> 8")
+    check_same_run(cfg.out_dir, parts, tuned | {"model_config": {"n_expert": 0}}, None)
 
 
 def test_force_starts_over(tmp_path):
@@ -1088,7 +1087,7 @@ def test_force_keeps_the_old_run_until_the_new_one_has_saved(tmp_path, six):
     assert finals == [six.outcome["weights"]] * 2
     assert find_checkpoint(old.out_dir)[1]["weights_hash"] == six.outcome["weights"]
     assert go(old)["state"] == "done" and outcome(old.out_dir) == six.outcome
-    assert go(forced)["state"] == "done" and os.listdir(old.out_dir).count(".replaced") == 0
+    assert go(forced)["state"] == "done" and not os.path.exists(f"{old.out_dir}/.new")
     assert newest_checkpoint(old.out_dir)[1]["train_config"]["seed"] == 7
 
 
@@ -1099,6 +1098,8 @@ def test_a_forced_run_that_fails_its_checks_touches_nothing(tmp_path, six, monke
     before = kept(old.out_dir)
     monkeypatch.setattr(budget.shutil, "disk_usage", lambda path: SimpleNamespace(free=-(10**9)))
     fails(lambda: go(config(old.out_dir, force=True)), "free")
+    assert read_state(f"{old.out_dir}/.new") == "failed" and read_state(old.out_dir) == "done"
+    shutil.rmtree(f"{old.out_dir}/.new")
     assert kept(old.out_dir) == before
 
 
@@ -1453,7 +1454,7 @@ def test_bad_steps_in_a_row_end_the_run_with_the_batch_saved(tmp_path):
     good = go(config(tmp_path / "good", max_steps=9), Rows(at_step(3, send())))
     text = fails(
         lambda: go(cfg, Rows(spoil=lambda first, nll: nan_loss(nll) if first >= 4 * 8 else nll)),
-        "2 steps in a row",
+        "2 in a row",
         "learning_rate",
     )
     path = next(word.rstrip(",;") for word in text.split() if "bad_batch" in word)
