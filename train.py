@@ -2,33 +2,31 @@
 
     python train.py config/smoke.py                                  # one process, CPU or GPU
     torchrun --nproc_per_node=4 train.py config/h100_pretrain.py     # the same batches on 4 GPUs
-    python train.py config/smoke.py --init_from=out/smoke --out_dir=out/more  # goes on from there
+    python train.py --init_from=out/smoke --data=mine --out_dir=out/more  # its weights, trained on
 
-The model must be named, by a config file or by --n_layer. Started again in the same out_dir, a run
+The model must be named, by a config file, --n_layer or --init_from. Started again in the same out_dir, a run
 goes on from its newest good checkpoint, bitwise; a finished run is left alone. Schedule: WSD, arXiv
 2404.06395. Muon: fast/muon.py.
 """
 
 import math
 import os
-import re
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from configurator import UserError, load, require  # first, for Ctrl-C is quiet from here on
-
-# isort: split
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+import configurator
+from configurator import UserError, require
 from corpus.folders import ensure_toy
 from corpus.shards import Mixture
 from corpus.tokenizer import Tokenizer, load_tokenizer
 from fast.muon import Muon, full_tensor
 from model import GPT, ModelConfig
 from runtime.budget import check_memory, expert_notes, preflight
-from runtime.checkpoint import check_shape, model_from, open_start
+from runtime.checkpoint import model_from, open_start, sizes_of_start
 from runtime.program import run
 from runtime.run_folder import PREEMPTED, RunFolder, is_done
 from runtime.world import World, distribute, sync_gradients
@@ -87,8 +85,8 @@ class LoopConfig:
 class PretrainConfig:
     """Pretraining."""
 
-    init_from: str | None = None  # go on from these weights: run folder, checkpoint or run name
-    tokenizer: str = "toy"  # toy, byte, gpt2, or the path of a .tiktoken ranks file
+    init_from: str | None = None  # go on from a run folder, checkpoint or run name, in its sizes
+    tokenizer: str = "toy"  # toy, byte, gpt2, or a .tiktoken file; with init_from the checkpoint's
     headerless: bool = False  # the shards are nanoGPT's .bin files, plain uint16 without a header
 
 
@@ -347,28 +345,33 @@ class Pretrain:
 
 def main(argv: list[str]) -> int:
     quiet = os.environ.get("RANK", "0") != "0"
-    kinds = (ModelConfig, LoopConfig, PretrainConfig)
-    if not any(arg[:2] != "--" or re.match("--(n.layer|d.model|help)", arg) for arg in argv):
+    files = [arg for arg in argv if not arg.startswith("-")]
+    given = {configurator.read_flag(arg)[0] for arg in argv if arg.startswith("--")}
+    given |= {key for path in files for key, *_ in configurator.read_file(path)}
+    if "-h" not in argv and not given & {"n_layer", "d_model", "init_from", "help"}:
         usage = "python train.py config/smoke.py [--key=value ...]; --help lists the keys"
         raise UserError(f"no model is named, by a config file or by --n_layer. Usage: {usage}")
-    sizes, loop, pretrain = parts = load(argv, *kinds, quiet=quiet)
+    parts = configurator.load(argv, ModelConfig, LoopConfig, PretrainConfig, quiet=quiet)
+    sizes, loop, pretrain = parts
     ensure_toy(loop.data, loop.data_dir)
-    ref, start, origin = pretrain.init_from, None, None
-    if ref:
-        start, origin = open_start(ref, loop.out_dir, loop.force)
-    tokenizer = load_tokenizer(pretrain.tokenizer, loop.data_dir, start and start["tokenizer"])
+    name, start, origin = pretrain.tokenizer, None, None
+    if pretrain.init_from:
+        start, origin = open_start(pretrain.init_from, loop.out_dir, loop.force)
+        sizes = sizes_of_start(start, sizes, given, pretrain.init_from)
+        name = name if "tokenizer" in given else start["tokenizer"]["name"]
+    tokenizer = load_tokenizer(name, loop.data_dir, start and start["tokenizer"])
     cfg = replace(sizes, vocab_size=tokenizer.vocab_size)
-    if start:
-        check_shape(start, cfg, ref)
+    parts = (sizes, loop, replace(pretrain, tokenizer=name))
     with World(loop.device, loop.dtype) as world:
         if is_done(loop, parts, world, origin):
             return 0
         check_memory((GPT, make_optimizers), cfg, cfg.seq_len, loop, world)
         torch.manual_seed(loop.seed)
         model = model_from(start, seq_len=cfg.seq_len) if start else GPT(cfg)
-        task = Pretrain(loop, sizes.seq_len, tokenizer, pretrain.headerless)
+        task = Pretrain(loop, cfg.seq_len, tokenizer, pretrain.headerless)
         if origin:
             task.extra["init_from"] = origin
+            ref = pretrain.init_from
             world.log(f"pretrain: from {ref}; optimizer, schedule and data order begin anew")
         result = train(loop, task, model, world, parts)
         return PREEMPTED if result["state"] == "preempted" else 0

@@ -6,12 +6,12 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from configurator import UserError
+from configurator import UserError, as_dict
 from model import GPT, ModelConfig
 from runtime.files import write_atomic
 
@@ -148,15 +148,19 @@ def beside(ref: str, name: str) -> str:
     return os.path.normpath(os.path.join(run, "..", name))
 
 
-def check_shape(start: dict, cfg: ModelConfig, ref: str) -> None:
-    """Raise UserError where a checkpoint's weights are not those of such a model."""
-    saved = start["model_config"]
-    if saved.get("score_head"):
+def sizes_of_start(start: dict, sizes: ModelConfig, given: set[str], ref: str) -> ModelConfig:
+    """Return the sizes of a checkpoint's model, with the seq_len that is given.
+
+    Raises UserError where another of the given keys differs.
+    """
+    saved = ModelConfig(**start["model_config"])
+    if saved.score_head:
         raise UserError(f"{ref} is a verifier; pretraining goes on from a language model")
-    keys = [key for key, value in asdict(cfg).items() if saved.get(key, value) != value]
-    differ = [f"--{key}={saved[key]}" for key in keys if key != "seq_len"]
+    own = {key: value for key, value in as_dict(saved).items() if key in given - {"seq_len"}}
+    differ = [f"--{key}={value}" for key, value in own.items() if getattr(sizes, key) != value]
     if differ:
-        raise UserError(f"{ref} is a model of another shape: give {' '.join(differ)}")
+        raise UserError(f"{ref} is a model of another shape: {' '.join(differ)}, or leave it out")
+    return replace(saved, seq_len=sizes.seq_len) if "seq_len" in given else saved
 
 
 def model_from(checkpoint: dict, **changes: object) -> GPT:

@@ -1172,7 +1172,7 @@ def test_a_start_that_does_not_fit_is_refused_in_words(smoke, tmp_path, data_dir
     run = str(tmp_path / "run")
     main = train.main
     shape = ("--n_layer=2", "--d_model=64", "another shape")
-    larger = ("--n_layer=3", "--d_model=128")
+    larger = ("--n_layer=12", "--d_model=128")  # 12 is the default; it is given all the same
     fails(lambda: main(more_argv(run, data_dir, smoke, *larger)), *shape)
     fails(lambda: main(more_argv(run, data_dir, smoke, "--tokenizer=byte")), "tokenizer")
     fails(lambda: main(more_argv(run, data_dir, "no/such/run")), "no checkpoint at")
@@ -1181,6 +1181,20 @@ def test_a_start_that_does_not_fit_is_refused_in_words(smoke, tmp_path, data_dir
         assert "--force" not in text
     assert not os.path.exists(run)
     assert main(more_argv(run, data_dir, smoke, "--seq_len=256", "--max_steps=1")) == 0
+
+
+def test_the_sizes_of_a_model_come_from_the_checkpoint(smoke, tmp_path, data_dir):
+    """Nobody need name a recipe; config.json has the sizes, and a start without them goes on."""
+    folder = tmp_path / "more"
+    argv = [f"--init_from={smoke}", f"--out_dir={folder}", f"--data_dir={data_dir}"]
+    argv += ["--device=cpu", "--max_steps=1", "--batch_tokens=256", "--eval_rows=2"]
+    assert train.main(argv) == 0
+    start, saved = newest_checkpoint(str(smoke))[1], newest_checkpoint(str(folder))[1]
+    assert saved["model_config"] == start["model_config"]
+    assert saved["train_config"]["n_layer"] == start["model_config"]["n_layer"]
+    before = snapshot(folder)
+    assert train.main(argv) == 0 and train.main([*argv, "--n_layer=2"]) == 0
+    assert snapshot(folder) == before
 
 
 def test_a_run_whose_start_was_trained_anew_is_stale(smoke, tmp_path, data_dir):
