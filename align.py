@@ -362,7 +362,9 @@ def sampled_pairs(setup: Setup, split: str) -> list[dict]:
 def tune(task: SFT | DPO | Verifier, setup: Setup, parts: list, files: list[str]) -> int:
     """Train, and say what that did to the answers, in files too. -> exit code"""
     model, tokenizer, world, loop, align = setup[:5]
-    prompts = [ids for ids in task.prompts if len(ids) < model.cfg.seq_len]
+    limits = (lambda ids: len(ids) + 1, model.cfg.seq_len)  # an answer has one token or more
+    prompts = task.prompts if files else []
+    prompts = chat.drop_too_long(prompts, *limits, f"{align.mode} prompts", world.log, needed=False)
     prompts = prompts[: align.n_answers]
 
     def measure() -> dict[str, float]:
@@ -370,7 +372,7 @@ def tune(task: SFT | DPO | Verifier, setup: Setup, parts: list, files: list[str]
         return {key: sum(values) / len(values) for key, values in stats.items()}
 
     before, notes = {}, []
-    if files and prompts and world.main:
+    if prompts and world.main:
         model.to(world.device)
         before = measure()
     result = train(loop, task, model, world, parts)

@@ -15,12 +15,10 @@ import sys
 import time
 from dataclasses import dataclass
 
-from configurator import UserError, load, require  # first, for Ctrl-C is quiet from here on
-
-# isort: split
 import torch
 
-from runtime.checkpoint import is_stale
+from configurator import UserError, load, require
+from runtime.checkpoint import NEW, is_stale
 from runtime.files import write_json
 from runtime.program import run
 from runtime.run_folder import PREEMPTED, command, lock, read_state
@@ -81,28 +79,22 @@ class Programs:
             signal.signal(number, self.stop)
 
     def stop(self, number: int, frame: object) -> None:
-        """Pass on the first request, as SIGTERM: torchrun dies of SIGUSR1, or of a second one.
-
-        Ctrl-C once more is meant: it ends the program, which torchrun's processes do not outlive.
-        """
-        if self.process:
-            if not self.stopping:
-                self.process.send_signal(signal.SIGTERM)
-            elif number == signal.SIGINT:
-                self.process.kill()
+        """Pass on the first request, as SIGTERM: torchrun dies of SIGUSR1. Ctrl-C again kills."""
+        if self.process and not self.stopping:
+            self.process.send_signal(signal.SIGTERM)
+        elif self.process and number == signal.SIGINT:
+            self.process.kill()
         self.stopping = True
 
     def run(self, arguments: list[str]) -> int:
-        """Run a Python program and return its exit code, or PREEMPTED when it was to stop.
-
-        In a process group of its own, so that Ctrl-C in a terminal reaches this process alone.
-        """
+        """Run a Python program and return its exit code, or PREEMPTED when it was to stop."""
         if self.stopping:
             return PREEMPTED
         path = f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
         env = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "240", **KEEP_MEMORY, **os.environ}
         env |= {"PYTHONPATH": path, "SPEEDRUN_PID": str(os.getpid())}
         how = {"env": env, "preexec_fn": die_with_parent, "process_group": 0}
+        # the group keeps Ctrl-C in a terminal for this process alone
         self.process = subprocess.Popen([sys.executable, *arguments], **how)
         if self.stopping:  # asked a moment ago
             self.process.send_signal(signal.SIGTERM)
@@ -120,7 +112,8 @@ class Programs:
         stale = start is not None and is_stale(folder, start)
         if stale and not cfg.force:
             print(f"{folder} is stale: {start} has other weights now; made again", flush=True)
-        program += ["--force"] if cfg.force or stale else []
+        begun = os.path.isdir(os.path.join(folder, NEW))  # --force, and nothing saved so far
+        program += ["--force"] if cfg.force or stale or begun else []
         if cfg.nproc == 1:
             return self.run(program)
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cfg.nproc}"]
@@ -131,8 +124,7 @@ class Programs:
         out_dir, keep = f"--out_dir={cfg.out_dir}", "--force" if cfg.force else "--no_overwrite"
         program = [os.path.join(HERE, "eval.py"), out_dir, f"--data_dir={cfg.data_dir}", keep]
         code = self.run(program + [cfg.eval] * bool(cfg.eval))
-        if is_outdated(cfg.out_dir):
-            keep = "--force"
+        keep = "--force" if is_outdated(cfg.out_dir) else keep
         return code or self.run(["-P", "-m", "evals.report", out_dir, keep])
 
     def run_stages(self, cfg: SpeedrunConfig) -> int:
@@ -167,12 +159,10 @@ def main(argv: list[str]) -> int:
         finally:
             state = {0: "done", PREEMPTED: "preempted"}.get(code, "failed")
             write_json(state_path, {"state": state})
-    again = "run the same command again" + ", without --force" * cfg.force
-    advice = f"to go on, {again}: {command()}"
+    advice = f"{'mend that, and ' * (state == 'failed')}go on with: {command()}"
     if state == "done":
-        advice = f"stage {cfg.stage} is in {cfg.out_dir}"
-        if cfg.stage in ("all", "eval"):
-            advice = f"read {os.path.join(cfg.out_dir, 'report.md')}"
+        has_report = cfg.stage in ("all", "eval")
+        advice = f"read {os.path.join(cfg.out_dir, 'report.md' if has_report else cfg.stage)}"
     print(f"\nspeedrun: {state} after {(time.perf_counter() - began) / 60:.1f} min; {advice}")
     return code
 

@@ -4,9 +4,9 @@
     torchrun --nproc_per_node=4 train.py config/h100_pretrain.py     # the same batches on 4 GPUs
     python train.py --init_from=out/smoke --data=mine --out_dir=out/more  # its weights, trained on
 
-The model must be named, by a config file, --n_layer or --init_from. Started again in the same out_dir, a run
-goes on from its newest good checkpoint, bitwise; a finished run is left alone. Schedule: WSD, arXiv
-2404.06395. Muon: fast/muon.py.
+The model must be named, by a config file, --n_layer or --init_from. Started again in its out_dir, a
+run goes on from its newest good checkpoint, bitwise; a finished one is left alone. Schedule: WSD,
+arXiv 2404.06395. Muon: fast/muon.py.
 """
 
 import math
@@ -158,7 +158,9 @@ def train(loop: LoopConfig, task: Task, model: GPT, world: World, parts: tuple) 
             batches = [world.to_device(task.batch("train", *rows)) for rows in plan.rows_of(step)]
             units, tokens = sizes_of(task, batches, world)
             sums = accumulate(module, batches, (units, tokens), world)
-            norm = clip_gradients(model, loop.grad_clip)
+            largest = loop.grad_clip or math.inf
+            norm = nn.utils.clip_grad_norm_(model.parameters(), largest)
+            norm = float(full_tensor(norm))
             lr_share = lr_at(step, loop)
             if run.accepts(step, norm, batches):
                 take_step(optimizers, lr_share)
@@ -297,11 +299,6 @@ def lr_at(step: int, loop: LoopConfig) -> float:
     else:
         share = min(1.0, (loop.max_steps - step) / max(1, decay))
     return loop.final_lr_frac + (1 - loop.final_lr_frac) * share
-
-
-def clip_gradients(model: GPT, largest: float) -> float:
-    """Scale the gradients down to a norm of `largest` (0 = never). -> their norm before"""
-    return float(full_tensor(nn.utils.clip_grad_norm_(model.parameters(), largest or math.inf)))
 
 
 def take_step(optimizers: list[torch.optim.Optimizer], lr_share: float) -> None:

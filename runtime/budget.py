@@ -76,16 +76,16 @@ def state_bytes(model: nn.Module, optimizers: list) -> int:
     numbers = model.num_params()
     for optimizer in optimizers:
         moments = 2 if isinstance(optimizer, torch.optim.AdamW) else 1
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        numbers += moments * sum(p.numel() for p in parameters)
+        for group in optimizer.param_groups:
+            numbers += moments * sum(p.numel() for p in group["params"])
     return 4 * numbers
 
 
 def free_disk(folder: str, need: int, checkpoint: int) -> int:
     """Return a disk's free bytes; raise UserError where `need` more than a run has do not fit."""
     free = shutil.disk_usage(folder).free
-    paths = [os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".pt")]
-    if need > free + sum(map(os.path.getsize, paths)):
+    own = sum(path.stat().st_size for path in Path(folder).glob("*.pt"))
+    if need > free + own:
         what = f"{need // checkpoint} checkpoints of {checkpoint / 1e9:.2f} GB"
         needs = f"{folder} has {free / 1e9:.2f} GB free; {what} need {need / 1e9:.2f} GB"
         raise UserError(f"{needs}: free some space, or choose another --out_dir")
@@ -115,11 +115,10 @@ def memory_here(world: World) -> int:
 def check_memory(makers: tuple, cfg: Any, seq_len: int, loop: Any, world: World) -> None:
     """Raise UserError where a model is too large to be trained here, before it is built.
 
-    makers: of a model and of its optimizers; they work on the meta device, which keeps no numbers.
-    The estimate of activations is rough, so that half of it is enough to refuse.
+    makers: of a model and of its optimizers. Only half of the activations count: they are rough.
     """
     make_model, make_optimizers = makers
-    with torch.device("meta"):
+    with torch.device("meta"):  # which keeps no numbers
         model = make_model(cfg)
     optimizers = make_optimizers(model, loop)
     at_once = seq_len * max(1, min(loop.micro_batch, loop.batch_tokens // seq_len))

@@ -82,10 +82,7 @@ def checkpoint_files(folder: str) -> list[str]:
 def newest_checkpoint(
     folder: str, log: Callable = print, whole: bool = True
 ) -> tuple[str, dict] | None:
-    """Return path and content of the newest checkpoint that can be read; None without a file.
-
-    Where none is left but best.pt, it is that.
-    """
+    """Return path and content of the newest that can be read, else of best.pt; None without any."""
     best = os.path.join(folder, "best.pt")
     files = checkpoint_files(folder) + [best] * os.path.isfile(best)
     for path in files:
@@ -116,10 +113,7 @@ def load_checkpoint(ref: str) -> dict:
 
 
 def open_start(ref: str, folder: str, force: bool) -> tuple[dict, dict]:
-    """Return the checkpoint that a run in this folder starts from, and its name and hash.
-
-    Raises UserError where the run would replace it.
-    """
+    """Return what a run starts from, and its name and hash; UserError if the run replaces it."""
     source, start = find_checkpoint(ref)
     target = os.path.realpath(folder)
     homes = [os.path.dirname(os.path.realpath(source)), os.path.realpath(os.path.dirname(source))]
@@ -149,10 +143,7 @@ def beside(ref: str, name: str) -> str:
 
 
 def sizes_of_start(start: dict, sizes: ModelConfig, given: set[str], ref: str) -> ModelConfig:
-    """Return the sizes of a checkpoint's model, with the seq_len that is given.
-
-    Raises UserError where another of the given keys differs.
-    """
+    """Return a model's sizes, with a seq_len that is given; UserError where another key differs."""
     saved = ModelConfig(**start["model_config"])
     if saved.score_head:
         raise UserError(f"{ref} is a verifier; pretraining goes on from a language model")

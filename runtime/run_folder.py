@@ -66,9 +66,8 @@ def git(*args: str) -> str | None:
 
 def command(n_ranks: int = 1, **changes: object) -> str:
     """Return the command line of this program without --force, and with these keys changed."""
-    keys = {"force", *changes}
-    old = [arg for arg in sys.argv if arg.startswith("--") and read_flag(arg)[0] in keys]
-    kept = [arg for arg in sys.argv if arg not in old]
+    flags = {arg: read_flag(arg)[0] for arg in sys.argv if arg.startswith("--")}
+    kept = [arg for arg in sys.argv if flags.get(arg) not in ("force", *changes)]
     new = [f"--{key}={value}" for key, value in changes.items()]
     launcher = ["torchrun", f"--nproc_per_node={n_ranks}"] if n_ranks > 1 else ["python"]
     return shlex.join([*launcher, *kept, *new])
@@ -116,18 +115,15 @@ def check_same_run(folder: str, parts: tuple, found: dict, origin: dict | None) 
 def is_done(
     loop: Any, parts: tuple, world: World, origin: dict | None = None, files: list | tuple = ()
 ) -> bool:
-    """Say whether this very run is finished; raise UserError where another run is there.
-
-    files: what it must have left beside its checkpoint. All ranks return the same.
-    """
+    """Say whether this very run is finished, with these files; UserError where another is there."""
     folder, found = loop.out_dir, None
-    paths = [os.path.join(folder, name) for name in files]
+    complete = all(os.path.exists(os.path.join(folder, name)) for name in files)
     begun = loop.force or os.path.isdir(os.path.join(folder, NEW))
-    if not begun and read_state(folder) == "done" and all(map(os.path.exists, paths)):
+    if not begun and complete and read_state(folder) == "done":
         found = newest_checkpoint(folder, world.log, whole=False)
         if found and checkpoint_files(folder) and found[1]["step"] < loop.max_steps:
             found = None  # its last checkpoint was taken away
-    if world.any(not found):
+    if world.any(not found):  # on any rank
         return False
     check_same_run(folder, parts, found[1], origin)
     world.log(f"{folder} is done: nothing to do")
@@ -136,10 +132,7 @@ def is_done(
 
 @contextmanager
 def lock(folder: str) -> Iterator[None]:
-    """Hold a folder for this process; a second one waits a while, then is told who is there.
-
-    The lock dies with its process.
-    """
+    """Hold a folder while this process lives; a second one waits, then is told who is there."""
     path = os.path.join(folder, ".lock")
     try:
         os.makedirs(folder, exist_ok=True)
@@ -150,17 +143,17 @@ def lock(folder: str) -> Iterator[None]:
         raise UserError(f"{what}: choose another --out_dir") from None
     with open(path, "a+") as f:
         owner, end = holder(f), time.monotonic() + WAIT
+        used = f"{folder} is in use by {owner}"
         if owner:
-            print(f"{folder} is in use by {owner}: waiting {WAIT:.0f} s for it", flush=True)
+            print(f"{used}: waiting {WAIT:.0f} s for it", flush=True)
         while owner and time.monotonic() < end:
             time.sleep(0.1)
             owner = holder(f)
         if owner:
-            what = f"{folder} is in use by {owner}"
-            raise UserError(f"{what}: wait for it, or choose another --out_dir")
+            raise UserError(f"{used}: wait for it, or choose another --out_dir")
         f.truncate(0)
-        job = os.environ.get("SLURM_JOB_ID")
-        where = f"{os.uname().nodename}{f', job {job}' if job else ''}"
+        job = os.environ.get("SLURM_JOB_ID", "none")
+        where = f"{os.uname().nodename}, job {job}"
         f.write(f"process {os.getpid()} on {where}, since {time.ctime()}")
         f.flush()
         yield
@@ -221,7 +214,7 @@ class RunFolder:
         path, saved = found
         check_same_run(self.folder, self.parts, saved, self.task.extra.get("init_from"))
         if saved["format"] < FORMAT:
-            what = f"{path} is of format {saved['format']} (this code writes {FORMAT})"
+            what = f"{path} is of format {saved['format']}, not {FORMAT}"
             raise UserError(f"{what}: its weights serve as --init_from alone. {START_OVER}")
         if saved["data"] != self.task.fingerprint:
             change = f"{saved['data']} -> {self.task.fingerprint}"

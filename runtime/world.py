@@ -162,8 +162,7 @@ def sync_gradients(module: nn.Module, on: bool) -> None:
 class StopFlag:
     """SIGTERM, SIGUSR1 or Ctrl-C asks the loop to save and stop; a second one ends it at once.
 
-    A warning to a whole job comes twice within milliseconds: torchrun sends it on. A second one is
-    what comes 2 s later; Ctrl-C in a program of one process counts twice sooner.
+    The first may come twice within 2 s, for torchrun sends it on; to one process Ctrl-C does not.
     """
 
     def __init__(self):

@@ -1167,7 +1167,7 @@ def test_done_means_with_the_comparison_of_answers(tmp_path, mode):
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_a_stage_without_answers_to_compare_is_done_too(tmp_path):
+def test_a_stage_without_answers_to_compare_is_done_too(tmp_path, capsys):
     """n_answers=0 asks for none, and where no prompt fits there are none: neither runs for ever."""
     world(tmp_path / "data", chats=[chat("long " * 5, "b")] * 4)
     save_start(tmp_path / "start", tiny(seq_len=24))
@@ -1175,6 +1175,8 @@ def test_a_stage_without_answers_to_compare_is_done_too(tmp_path):
         out = tmp_path / name
         argv = flags(tmp_path, "sft", out_dir=out, n_answers=n, seq_len=64)
         assert align.main(argv) == 0 and (out / "answers.json").exists() == bool(n)
+        dropped = "sft prompts: 4 of 4 are longer than seq_len=24"
+        assert (dropped in capsys.readouterr().out) == bool(n)
         before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
         assert align.main(argv) == 0
         assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before

@@ -149,7 +149,7 @@ def test_a_failed_stage_ends_the_loop_with_its_exit_code(tmp_path, programs, cap
     assert speedrun.main([f"--out_dir={tmp_path / 'run'}"]) == 3
     assert len(read_log(str(tmp_path / "log"))) == 1
     assert speedrun.read_state(str(tmp_path / "run")) == "failed"
-    assert "run the same command again" in capfd.readouterr().out
+    assert "mend that, and go on with: python " in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -237,8 +237,10 @@ def test_a_stage_whose_start_was_trained_anew_is_made_again(tmp_path, programs, 
     save_stage(out / "sft", 3, first)
     assert forced() == [False, False, True, False]
     assert f"{out / 'dpo'} is stale" in capfd.readouterr().out
-    (out / "dpo/.new").mkdir()  # and killed before its first checkpoint
-    assert forced() == [False, False, True, False]
+    assert forced() == [False, False, True, False]  # until it has saved
+    save_stage(out / "dpo", 4, save_stage(out / "sft", 3, first))
+    (out / "verifier/.new").mkdir(parents=True)  # a --force that was killed before it saved
+    assert forced() == [False, False, False, True]
 
 
 def test_a_report_is_made_again_when_a_stage_or_a_result_is_newer(tmp_path, programs):
