@@ -12,12 +12,10 @@ import os
 from dataclasses import astuple, dataclass
 from typing import ClassVar, NamedTuple
 
-from configurator import UserError, load, require  # first, for Ctrl-C is quiet from here on
-
-# isort: split
 import torch
 from torch import Tensor
 
+from configurator import UserError, load, require
 from corpus import chat, folders, records, shards
 from corpus.tokenizer import Tokenizer, load_tokenizer
 from inference import answers, scoring

@@ -21,8 +21,6 @@ COMMENT = r"^\s+(\w+): [^#\n]*?#\s*(.*)$"  # behind a field of a dataclass
 PATHS = ("out_dir", "data_dir", "local_dir", "checkpoint", "out")  # these must not be empty
 ADVICE = "write --key=value (a number is 0, or 1e-30 to 9e18 in size), and see --help"
 WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-# Ctrl-C while the libraries are still being imported shows no traceback
-sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
 
 
 class UserError(ValueError):

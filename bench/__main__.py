@@ -22,12 +22,10 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from subprocess import PIPE, Popen
 
-from configurator import UserError, load, require  # first, for Ctrl-C is quiet from here on
-
-# isort: split
 import torch
 
 from bench.worker import SYSTEMS, model_fields
+from configurator import UserError, load, require
 from model import GPT, ModelConfig
 from runtime.budget import device_peak_flops, flops_per_token
 from runtime.program import run

@@ -227,17 +227,6 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(PROGRAMS.keys() - {"report"}))  # which needs no torch
-@pytest.mark.parametrize("error, quiet", [("KeyboardInterrupt", True), ("ImportError", False)])
-def test_an_interrupt_shows_no_traceback_while_libraries_are_imported(tmp_path, name, error, quiet):
-    """torch alone takes seconds, and most who press Ctrl-C do so at once."""
-    (tmp_path / "torch.py").write_text(f"raise {error}")
-    env = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, *PROGRAMS[name]]
-    done = subprocess.run(command, capture_output=True, cwd=ROOT, env=env)
-    assert (done.stderr == b"") == quiet and done.returncode == (-2 if quiet else 1)
-
-
 @pytest.mark.parametrize("command", PROGRAMS.values(), ids=PROGRAMS.keys())
 def test_every_program_begins_and_ends_so(command):
     """The last line of each is run(main), from here."""
