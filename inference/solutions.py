@@ -4,7 +4,9 @@ A problem is {question, answer}; its answer ends in "#### " and a number (GSM8K,
 Two rules compare answers: the strict one as GSM8K does, by characters; the other by value.
 """
 
+import ast
 import hashlib
+import operator
 import re
 import time
 from collections.abc import Callable
@@ -19,7 +21,15 @@ from inference.sampling import Ids, Sampling, generate
 from model import GPT
 
 BATCH = 512  # solutions that are sampled at once
-NOT_ARITHMETIC = r"[^\d.+*/() -]|\*\*|[\d.)] ?\(|\) ?[\d.]"  # letters, a power, 2(3), (2)3
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.UAdd: operator.pos,
+    ast.USub: operator.neg,
+}
 # The start of a number with all that is written into it, so that no part is taken for the whole
 NUMBER = re.compile(
     r"(?:(?<![\w)])[-−+])?[$€£¥₹]?(?:\.?\d|[½¼¾])"  # the dash of 10-15 is no minus
@@ -74,19 +84,33 @@ def label_by_value(rows: list[dict]) -> list[dict]:
     return rows
 
 
+def value_of(node: ast.expr) -> float:
+    """Return the value of a parsed expression. Raises LookupError where it is no arithmetic."""
+    match node:
+        case ast.Constant(int() | float() as value):
+            return float(value)
+        case ast.UnaryOp(sign, operand):
+            return OPERATORS[type(sign)](value_of(operand))
+        case ast.BinOp(left, sign, right):
+            return OPERATORS[type(sign)](value_of(left), value_of(right))
+    raise LookupError(node)
+
+
 def arithmetic(text: str) -> float | None:
     """Return the value of an expression of + - * / // ( ) and decimal numbers.
 
     It is None for anything else, for more than 64 characters, for a division by zero and for 10^15
     or more: nothing that a model can write is run, hangs or raises.
     """
-    short = " ".join(text.replace(",", "").split())  # any white space separates
-    if len(text) > 64 or re.search(NOT_ARITHMETIC, short):
+    if len(text) > 64:
         return None
-    short = re.sub(r"(?<![\d.])0+(?=\d)", "", short)  # 007 is a number, though not in Python
+    text = " ".join(text.replace(",", "").split())  # any white space separates
+    if not re.fullmatch(r"[\d.+\-*/() ]+", text):
+        return None
+    text = re.sub(r"(?<![\d.])0+(?=\d)", "", text)  # 007 is a number, though not in Python
     try:
-        value = float(eval(short))
-    except (SyntaxError, TypeError, ZeroDivisionError):
+        value = value_of(ast.parse(text, mode="eval").body)
+    except (SyntaxError, LookupError, ZeroDivisionError):
         return None
     return value if abs(value) < 1e15 else None
 
