@@ -36,7 +36,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 TASKS = {  # task -> the systems that can do it
     "train": tuple(SYSTEMS),
     "generate": tuple(name for name in SYSTEMS if "Muon" not in name),
-    **dict.fromkeys(("tokenize", "load", "race"), ("ours", "nanoGPT")),
+    **dict.fromkeys(("tokenize", "load", "start", "race"), ("ours", "nanoGPT")),
 }
 
 
@@ -65,7 +65,7 @@ SHAPES = {
 class BenchConfig:
     """The benchmark."""
 
-    tasks: tuple[str, ...] = ("train", "generate")  # train, generate, tokenize, load, race
+    tasks: tuple[str, ...] = ("train", "generate")  # train, generate, tokenize, load, start, race
     shapes: tuple[str, ...] = ("char", "gpt2")  # char, gpt2, tiny, small, h100, h100_recipe
     systems: tuple[str, ...] = ()  # ours and peers by name; none = all that can do the task
     baseline: str | None = None  # the system that ratios refer to; None = the first peer
@@ -73,7 +73,7 @@ class BenchConfig:
     nanogpt: str | None = None  # path of a checkout
     nanochat: str | None = None  # path of a checkout
     transformers: bool = False  # Llama and Qwen3 from the installed transformers
-    text: str | None = None  # tokenize, race: a file (.txt, .jsonl, .parquet, also .gz)
+    text: str | None = None  # tokenize, start, race: a file (.txt, .jsonl, .parquet, also .gz)
     tokenizer: str = "gpt2"  # tokenize: gpt2 or the path of a ranks file
     data_dir: str = "data"  # where gpt2's ranks are
     rounds: int = 9  # measurements of each system; race: seeds
@@ -93,8 +93,8 @@ class BenchConfig:
         if unknown:
             known = f"shapes: {', '.join(SHAPES)}; tasks: {', '.join(TASKS)}"
             raise UserError(f"unknown {', '.join(sorted(unknown))}; {known}")
-        if not self.text and {"tokenize", "race"} & set(self.tasks):
-            raise UserError("tokenize and race need a text: --text=FILE")
+        if not self.text and {"tokenize", "start", "race"} & set(self.tasks):
+            raise UserError("tokenize, start and race need a text: --text=FILE")
 
 
 @dataclass
@@ -239,7 +239,7 @@ def main(argv: list[str]) -> int:
     os.makedirs(os.path.dirname(cfg.out) or ".", exist_ok=True)
     for task in cfg.tasks:
         rows = []
-        for name in ("tiny",) if task == "tokenize" else cfg.shapes:
+        for name in ("tiny",) if task in ("tokenize", "start") else cfg.shapes:
             for batch in cfg.batches or (SHAPES[name].batch,):
                 case = Case(task, name, replace(SHAPES[name], batch=batch))
                 print(f"{task}, {name}: {case.shape}", flush=True)

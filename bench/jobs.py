@@ -1,16 +1,15 @@
-"""A worker for more than a model: tokenize, load, race, of this checkout or of nanoGPT."""
+"""A worker for more than a model: tokenize, load, start, race, of this checkout or of nanoGPT."""
 
 import os
 import pickle
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
-from subprocess import DEVNULL, PIPE, STDOUT
+from subprocess import DEVNULL, PIPE, STDOUT, Popen
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
@@ -28,6 +27,7 @@ from runtime.checkpoint import load_checkpoint, model_from
 
 ROOT = Path(__file__).resolve().parent.parent
 RACE_STEPS = {"tiny": 2000, "small": 250}  # of nanoGPT; ours: config/race_<shape>.py
+FIRST_STEP = {"ours": "step 00000/[0-9]+ . loss", "nanoGPT": "iter 0: loss"}  # what train.py prints
 
 
 def tokenize(cfg: SimpleNamespace) -> Iterator[dict]:
@@ -133,22 +133,23 @@ class Race:
             numbers[part].astype(np.uint16).tofile(folder / f"{split}.bin")
         (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(symbols)}))
 
-    def run(self, seed: int) -> float:
-        """Return the seconds that train.py takes."""
+    def run(self, seed: int, until: str | None = None) -> float:
+        """Return the seconds of train.py until it prints a line that matches `until`, or ends."""
         shape, name = self.shape, self.cfg.shape_name
         if self.cfg.system == "ours":
             command = [f"{ROOT}/train.py", f"{ROOT}/config/race_{name}.py", f"--seed={seed}"]
             command += ["--data=race", "--tokenizer=byte", f"--data_dir={self.home}"]
-            return timed([*command, f"--out_dir={self.home}/{seed}"], ROOT)
+            return timed([*command, f"--out_dir={self.home}/{seed}"], ROOT, until)
         path = self.nanogpt / "train.py"
         path.write_text(re.sub(r"manual_seed\(\d+", f"manual_seed({seed}", path.read_text()))
         command = "train.py config/train_shakespeare_char.py --device=cpu --compile=False"
         command += f" --block_size={shape.seq_len} --batch_size={shape.batch} --eval_iters=1"
         command += f" --n_embd={shape.d_model} --n_layer={shape.n_layer} --n_head={shape.n_head}"
-        steps = RACE_STEPS[name]
-        command += f" --max_iters={steps} --lr_decay_iters={steps} --eval_interval={steps}"
-        command += " --log_interval=100 --dropout=0.0"
-        return timed(command.split(), self.nanogpt)
+        if not until:
+            steps = RACE_STEPS[name]
+            command += f" --max_iters={steps} --lr_decay_iters={steps} --eval_interval={steps}"
+            command += " --log_interval=100 --dropout=0.0"
+        return timed(command.split(), self.nanogpt, until)
 
     def judge(self, seed: int) -> dict[str, float]:
         """Return the loss of the last checkpoint, its parameters, and the tokens it has seen."""
@@ -180,22 +181,31 @@ class Race:
 
 
 def race(cfg: SimpleNamespace) -> Iterator[dict]:
-    """Measure whole runs."""
+    """Measure whole runs; with task=start, until the first training step, at the shape tiny."""
     contest = Race(cfg)
+    until = FIRST_STEP[cfg.system] if cfg.task == "start" else None
     yield {}
     for seed in count(1):
-        yield {"seconds": contest.run(seed), **contest.judge(seed)}
+        seconds = contest.run(seed, until)
+        yield {"first_step": seconds} if until else {"seconds": seconds, **contest.judge(seed)}
 
 
-def timed(command: list[str], folder: Path) -> float:
-    """Return the seconds that a Python program takes."""
-    began, command = time.perf_counter(), [sys.executable, *command]
+def timed(command: list[str], folder: Path, until: str | None) -> float:
+    """Return the seconds until a Python program prints a line that matches `until`, or ends."""
+    began, lines = time.perf_counter(), []
+    command = [sys.executable, "-u", *command]
     pipes = {"stdin": DEVNULL, "stdout": PIPE, "stderr": STDOUT}
-    done = subprocess.run(command, cwd=folder, text=True, **pipes)
-    if done.returncode:
-        raise UserError(f"{' '.join(command)} failed: {done.stdout[-1000:]}")
+    with Popen(command, cwd=folder, text=True, **pipes) as process:
+        for text in process.stdout:
+            lines.append(text)
+            if until and re.search(until, text):
+                seconds = time.perf_counter() - began
+                process.kill()
+                return seconds
+    if process.returncode or until:
+        raise UserError(f"{' '.join(command)} failed: {''.join(lines[-15:])}")
     return time.perf_counter() - began
 
 
 if __name__ == "__main__":
-    serve({"tokenize": tokenize, "load": load, "race": race})
+    serve({"tokenize": tokenize, "load": load, "start": race, "race": race})

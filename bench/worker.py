@@ -24,13 +24,14 @@ from torch import Tensor
 
 class Ours:
     def __init__(self, cfg: SimpleNamespace, optimizer: str = "adamw", **fields: object) -> None:
-        from inference.sampling import generate
         from model import GPT, ModelConfig
-        from runtime.world import World
         from train import LoopConfig, make_optimizers
 
-        World(cfg.device, cfg.dtype)  # its settings of torch are part of the system
-        self.sample = generate
+        flat = importlib.util.find_spec("inference") is None  # a checkout from before the folders
+        self.sampling = importlib.import_module("sample" if flat else "inference.sampling")
+        world = importlib.import_module("ranks" if flat else "runtime.world")
+        start = world.Ranks if flat else world.World
+        start(cfg.device, cfg.dtype)  # its settings of torch are part of the system
         self.model = GPT(ModelConfig(**model_fields(cfg.shape) | fields)).to(cfg.device)
         self.optimizers = make_optimizers(self.model, LoopConfig(optimizer=optimizer))
 
@@ -39,7 +40,7 @@ class Ours:
         return (self.model(idx, targets) + self.model.balance_loss() * n) / n
 
     def generate(self, prompts: Tensor, n: int) -> None:
-        self.sample(self.model.eval(), prompts.tolist(), n)
+        self.sampling.generate(self.model.eval(), prompts.tolist(), n)
 
 
 class NanoGPT:
@@ -224,8 +225,6 @@ def serve(jobs: dict[str, Callable]) -> None:
         while sys.stdin.readline() == "round\n":
             print(json.dumps(next(job)), file=answers)
         print(json.dumps(peak_memory(cfg) - before), file=answers)
-    except KeyboardInterrupt:  # the terminal's Ctrl-C reaches every process; the bench says so
-        pass
     except Exception as error:  # whatever goes wrong in one system, the others are measured
         print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=answers)
 

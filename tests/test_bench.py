@@ -129,7 +129,7 @@ def test_a_system_that_cannot_run_is_left_out_aloud(tmp_path, capsys):
 def test_another_checkout_is_measured_with_its_own_modules(tmp_path, capsys):
     """Whatever this checkout holds, `other` is made from the files of the other one."""
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "inference.py").write_text("raise OSError('the other model')")
+    (tmp_path / "other" / "model.py").write_text("raise OSError('the other model')")
     flags = ["--tasks=train", "--shapes=tiny", f"--other={tmp_path}/other", "--systems=ours,other"]
     rows = rows_of(tmp_path, *flags)
     assert [row["system"] for row in rows] == ["ours"]
