@@ -327,7 +327,7 @@ def sampled_solutions(setup: Setup, split: str) -> list[dict]:
     loop, cfg, world = setup.loop, setup.sampling, setup.world
     problems = records.load_records(loop.data, loop.data_dir, "problems", split)
     problems = problems[: cfg.n_problems]
-    problems = with_room(setup.model, setup.tokenizer, problems, world.log, needed=True)
+    problems = with_room(setup.model, setup.tokenizer, problems, world.log)
     settings = (cfg.n_samples, cfg.temperature, setup.align.max_new_tokens, cfg.calculator)
     attempts = Attempts(*settings, loop.seed)
     weights = setup.model.state_dict()

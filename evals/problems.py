@@ -10,7 +10,6 @@ from itertools import pairwise
 
 import numpy as np
 
-from configurator import UserError
 from corpus.chat import drop_too_long
 from corpus.tokenizer import Tokenizer
 from evals.base import VERSION, EvalConfig, Row, Subject, judged, task
@@ -25,6 +24,7 @@ from inference.solutions import (
     is_same,
     last_value,
     solve,
+    with_room,
 )
 from model import GPT
 from runtime.files import digest, read_jsonl, write_jsonl
@@ -46,10 +46,9 @@ def solutions(subject: Subject, stage: str, cfg: EvalConfig, greedy: bool) -> li
         problems = subject.records("problems", cfg.problems)[: cfg.n_problems]
         attempts = Attempts(n, temperature, cfg.max_new_tokens, cfg.calculator, seed)
         log = partial(print, f"eval {stage}:", flush=True)
-        rows = solve(subject.model(stage), subject.tokenizers[stage], problems, attempts, log)
-        if not rows:
-            raise UserError(f"no problem of {cfg.problems} leaves room for an answer in seq_len")
-        write_jsonl(path, rows)
+        model, tokenizer = subject.model(stage), subject.tokenizers[stage]
+        problems = with_room(model, tokenizer, problems, log)
+        write_jsonl(path, solve(model, tokenizer, problems, attempts, log))
     return read_jsonl(path)
 
 

@@ -151,15 +151,13 @@ def checked(ids: Ids, answer: str, tokenizer: Tokenizer) -> dict:
     return {"ids": ids, "text": text, "stopped": ids[-1] in stops(tokenizer), "correct": correct}
 
 
-def with_room(
-    model: GPT, tokenizer: Tokenizer, problems: list[dict], log: Callable, needed: bool = False
-) -> list[dict]:
+def with_room(model: GPT, tokenizer: Tokenizer, problems: list[dict], log: Callable) -> list[dict]:
     """Return the problems whose prompts leave room for an answer; log how many do not."""
 
     def length(problem: dict) -> int:
         return len(render_prompt(user_turn(problem["question"]), tokenizer)) + 1
 
-    return drop_too_long(problems, length, model.cfg.seq_len, "problems", log, needed)
+    return drop_too_long(problems, length, model.cfg.seq_len, "problems", log)
 
 
 def solve(
@@ -172,10 +170,9 @@ def solve(
     """Sample solutions of every problem. -> [{question, answer, solutions: [...]}], see checked().
 
     Prompts of similar length share a batch. The solutions of a problem depend on it and the seed
-    alone, not on the other problems or on the processes that share them. Problems that leave no
-    room for an answer are left out, and an answer ends where the context does.
+    alone, not on the other problems or on the processes that share them. Every prompt must have
+    room, see with_room(); an answer ends where the context does.
     """
-    problems = with_room(model, tokenizer, problems, log)
     rows = [{**problem, "solutions": []} for problem in problems]
     prompts = [render_prompt(user_turn(row["question"]), tokenizer) for row in rows]
     hashes = [hashlib.sha256(row["question"].encode()).hexdigest() for row in rows]

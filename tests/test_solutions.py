@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import BYTE, END, REAL, tiny
+from helpers import BYTE, END, REAL, fails, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +24,7 @@ from inference.solutions import (
     label_by_value,
     last_value,
     solve,
+    with_room,
 )
 from runtime.files import read_jsonl
 
@@ -214,14 +215,15 @@ def test_a_prompt_that_fills_the_context_is_left_out_and_counted():
     model, said = tiny(seq_len=20), []
     frame = len(render_prompt(user_turn(""), BYTE))
     rows = [{"question": "?" * n, "answer": "#### 2"} for n in (1, 19 - frame, 20 - frame, 60)]
-    solved = solve(model, BYTE, rows, Attempts(2, 0.8, 50), said.append)
+    kept = with_room(model, BYTE, rows, said.append)
+    solved = solve(model, BYTE, kept, Attempts(2, 0.8, 50), said.append)
     assert [len(row["question"]) for row in solved] == [1, 19 - frame]
     assert said[0].startswith("problems: 2 of 4 are longer than seq_len=20 tokens and dropped")
     for row in solved:
         for solution in row["solutions"]:
             n = frame + len(row["question"]) + len(solution["ids"])
             assert n == 20 or solution["stopped"]
-    assert solve(model, BYTE, rows[2:], Attempts(2, 0.8, 50), said.append) == []
+    fails(lambda: with_room(model, BYTE, rows[2:], said.append), "all 2 are longer", "--seq_len=")
     alone = solve(model, BYTE, rows[:1], Attempts(2, 0.8, 50), said.append)
     assert alone == solved[:1]
 
