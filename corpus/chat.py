@@ -5,6 +5,7 @@ before. Ids are concatenated and never searched for in text, so no text can spea
 """
 
 import bisect
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -82,13 +83,12 @@ def encode_pair(record: dict, tokenizer: Tokenizer) -> Pair:
 
 def show_supervised(ids: list[int], targets: list[int], tokenizer: Tokenizer) -> str:
     """Return the text of some ids as a literal, with the supervised stretches in [[ ]]."""
-    text, inside = "", False
-    for token, target in zip(ids, targets, strict=True):
-        if (target >= 0) != inside:
-            text += "]]" if inside else "[["
-            inside = not inside
-        text += tokenizer.decode([token])
-    return repr(text + "]]" * inside)
+    text = ""
+    tokens = zip(ids, targets, strict=True)
+    for is_supervised, group in itertools.groupby(tokens, lambda token: token[1] >= 0):
+        part = tokenizer.decode([token for token, _ in group])
+        text += f"[[{part}]]" if is_supervised else part
+    return repr(text)
 
 
 def drop_too_long(

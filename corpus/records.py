@@ -151,12 +151,12 @@ def refuse_evaluation_problems(rows: list[dict], spec: str, data_dir: str) -> No
     held_out = {}
     for path in sorted(glob.glob(os.path.join(glob.escape(data_dir), "*", "*test.jsonl"))):
         try:
-            found = [row.get("question") for row in read_jsonl(path) if isinstance(row, dict)]
+            questions = [row.get("question") for row in read_jsonl(path) if isinstance(row, dict)]
         except UserError as error:  # a set that the run does not name must not end it
             print(f"no look for leaks: {error}")
             continue
-        texts = [question for question in found if isinstance(question, str)]
-        held_out |= {plain(text): os.path.dirname(path) for text in texts}
+        texts = filter(lambda question: isinstance(question, str), questions)
+        held_out |= dict.fromkeys(map(plain, texts), os.path.dirname(path))
     leaked = [question for question in map(question_of, rows) if plain(question) in held_out]
     if leaked:
         folder = held_out[plain(leaked[0])]

@@ -61,13 +61,12 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Return the ids of each text, by threads: tiktoken works outside the interpreter lock."""
-        cores = os.cpu_count()
-        size = -(-len(texts) // (8 * cores)) or 1  # a job for each short text would cost too much
+        size = 16  # texts of a job: a job for each short text would cost too much
 
         def encode_part(start: int) -> list[np.ndarray]:
             return [self.encode_array(text) for text in texts[start : start + size]]
 
-        with ThreadPoolExecutor(cores) as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             parts = pool.map(encode_part, range(0, len(texts), size))
             return [ids for part in parts for ids in part]
 

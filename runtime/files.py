@@ -152,10 +152,9 @@ def read_jsonl(path: str) -> list:
             line = text.count("\n", 0, place) + 1  # of a list the fault's, else the record's
             raise UserError(f"{path}:{line} is no JSON: {error}") from None
         values.append(value)
-    if len(values) == 1 and isinstance(values[0], list):
-        are_records = all(isinstance(value, dict) for value in values[0])
-        values = values[0] if are_records else values
-    return values
+    is_list = len(values) == 1 and isinstance(values[0], list)
+    are_records = is_list and all(isinstance(value, dict) for value in values[0])
+    return values[0] if are_records else values
 
 
 def file_kind(path: str) -> str:
@@ -225,12 +224,8 @@ def read_log(path: str) -> list[dict]:
     if not os.path.exists(path):
         return []
     rows = []
-    with open(path, encoding="utf-8", errors="replace") as f:
-        for text in f:
-            try:
-                rows.append(json.loads(text))
-            except ValueError:
-                break
+    with open(path, encoding="utf-8", errors="replace") as f, contextlib.suppress(ValueError):
+        rows.extend(map(json.loads, f))  # what stands before the torn line is kept
     return rows
 
 

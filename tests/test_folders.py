@@ -127,7 +127,7 @@ def test_a_changed_source_file_is_prepared_again(tmp_path):
     assert BYTE.decode(tokens_of(tmp_path / "out/mine/train_000.bin")).startswith("new one ")
 
 
-def test_a_folder_that_was_made_by_other_rules_is_made_again(tmp_path, monkeypatch):
+def test_a_folder_that_was_made_by_other_rules_is_made_again(tmp_path, monkeypatch, capsys):
     """Records that were read before a field was honoured are not what this code would make."""
     (tmp_path / "x.txt").write_text("text " * 50)
     cfg = request(tmp_path, "pretrain/mine=x.txt")
@@ -141,6 +141,7 @@ def test_a_folder_that_was_made_by_other_rules_is_made_again(tmp_path, monkeypat
     for _ in range(2):
         prepare(cfg)
         assert json.loads(manifest.read_text())["request"]["rules"] == data.RULES
+    assert capsys.readouterr().out.count("is made again: ") == 1
 
 
 def test_a_smaller_preparation_leaves_no_shards_of_the_larger_one(tmp_path, monkeypatch):
