@@ -53,7 +53,7 @@ def make_folder(folder: str, stage: str, request: dict, write: Callable[[str], d
     if complete and old_request == request:
         print(f"data: {folder} ({stage}) is there already")
         return
-    if old_request:
+    if old_request not in (None, request):
         print(f"data: {folder} ({stage}) is made again: by another request, or older rules")
     made = unfinished(folder, "part")  # the files move over when all of them are there
     shutil.rmtree(made, ignore_errors=True)  # of a dead process that had our number

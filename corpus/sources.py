@@ -160,12 +160,11 @@ def record_texts(rows: Iterable, where: str, end: str) -> Iterator[str]:
 def cut_at_marks(lines: Iterable[str]) -> Iterator[str | None]:
     """Yield the lines of a text, and None for each <|endoftext|>, which cuts a line."""
     for line in lines:
-        first, *others = line.split(SPECIAL[0])
-        if first.strip() or not others:
-            yield first
-        for text in others:
-            yield None
-            if text.strip():
+        texts = line.split(SPECIAL[0])
+        for place, text in enumerate(texts):
+            if place:
+                yield None
+            if text.strip() or len(texts) == 1:
                 yield text
 
 
