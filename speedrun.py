@@ -7,13 +7,13 @@
 Finished stages are skipped: after a kill the same command goes on, after the end it does nothing.
 """
 
-import glob
 import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -141,11 +141,10 @@ class Programs:
 
 def is_outdated(out_dir: str) -> bool:
     """Say whether a stage or a result is newer than the report."""
-    report = os.path.join(out_dir, "report.md")
-    sources = glob.glob("*/metrics.jsonl", root_dir=out_dir)
-    sources += glob.glob("results*.jsonl", root_dir=out_dir)
-    times = [os.path.getmtime(os.path.join(out_dir, name)) for name in sources]
-    return os.path.exists(report) and max(times, default=0) > os.path.getmtime(report)
+    report, folder = Path(out_dir, "report.md"), Path(out_dir)
+    sources = [*folder.glob("*/metrics.jsonl"), *folder.glob("results*.jsonl")]
+    newest = max((path.stat().st_mtime for path in sources), default=0)
+    return report.exists() and newest > report.stat().st_mtime
 
 
 def main(argv: list[str]) -> int:

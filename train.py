@@ -18,8 +18,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-import configurator
-from configurator import UserError, require
+from configurator import UserError, load, read_file, read_flag, require
 from corpus.folders import ensure_toy
 from corpus.shards import Mixture
 from corpus.tokenizer import Tokenizer, load_tokenizer
@@ -129,8 +128,7 @@ class TrainStep(nn.Module):
 def train(loop: LoopConfig, task: Task, model: GPT, world: World, parts: tuple) -> dict:
     """Train a model on a task in loop.out_dir: resume, save, stop on signals.
 
-    parts: all settings of the run, for config.json. -> the last metrics, with "state": done or
-    preempted. Raises UserError for what the user can mend.
+    parts: all settings of the run. -> the last metrics, with "state": done or preempted.
     """
     with RunFolder(loop, task, world, parts) as run:
         plan = Plan(loop, task, world)
@@ -140,7 +138,7 @@ def train(loop: LoopConfig, task: Task, model: GPT, world: World, parts: tuple) 
         module = distribute(step_module, world, compiled, loop.fsdp)
         optimizers = make_optimizers(model, loop)
         first = run.resume(model, optimizers)
-        needs = preflight(model, optimizers, plan.tokens, loop, world)
+        needs = preflight(model, optimizers, task.tokens_per_row, loop, world)
         run.begin(model, plan.tokens_per_step, needs, plan.in_words(model, compiled))
 
         for step in range(first, loop.max_steps + 1):  # one more: the last validation and save
@@ -176,21 +174,15 @@ class Plan:
     def __init__(self, loop: LoopConfig, task: Task, world: World):
         self.loop, self.task, self.world = loop, task, world
         self.rows_per_step = max(1, round(loop.batch_tokens / task.tokens_per_row))
+        rows = f"batch_tokens={loop.batch_tokens} is {self.rows_per_step} rows"
         if self.rows_per_step < world.size:
-            given = f"{self.rows_per_step} rows of {task.tokens_per_row} tokens"
             needed = f"use at least {world.size * task.tokens_per_row}"
-            what = f"batch_tokens={loop.batch_tokens} is {given}, too few for {world.size} ranks"
-            raise UserError(f"{what}: {needed}")
+            raise UserError(f"{rows}, too few for {world.size} ranks: {needed}")
         if loop.fsdp and world.size == 1:
-            start = "torchrun --nproc_per_node=2 or more"
-            raise UserError(f"--fsdp shares a model out among ranks; there is one: use {start}")
+            raise UserError("--fsdp needs several ranks: use torchrun --nproc_per_node=2 or more")
         if loop.fsdp and self.rows_per_step % world.size:
-            what = f"{self.rows_per_step} rows a step do not divide by {world.size} ranks"
-            raise UserError(f"--fsdp: {what}: change batch_tokens={loop.batch_tokens}")
+            raise UserError(f"--fsdp: {rows}, which do not divide by {world.size} ranks: change it")
         self.tokens_per_step = self.rows_per_step * task.tokens_per_row
-        rows_of_rank = round(loop.batch_tokens / task.tokens_per_row / world.size)
-        at_once = max(1, min(loop.micro_batch, rows_of_rank)) * task.tokens_per_row
-        self.tokens = (at_once, loop.max_steps * loop.batch_tokens)  # at once on a rank, in all
 
     def rows_of(self, step: int) -> list[tuple[int, int]]:
         """Return (first, end) of this rank's micro-steps; ranks get near-equal shares."""
@@ -214,7 +206,7 @@ class Plan:
 
 def evaluate(module: nn.Module, task: Task, loop: LoopConfig, world: World) -> dict[str, float]:
     """Return the task's metrics over the validation rows: sums over all ranks, then divided."""
-    totals, units = {}, 0
+    totals, units = dict.fromkeys(task.metrics, 0.0), 0
     rows = min(task.n_val_rows, loop.eval_rows or task.n_val_rows)
     for start in range(0, rows, world.size * loop.micro_batch):
         first = start + world.rank * loop.micro_batch
@@ -227,13 +219,12 @@ def evaluate(module: nn.Module, task: Task, loop: LoopConfig, world: World) -> d
             break
         units += int(task.units(batch))
         for key, value in sums.items():
-            totals[key] = totals.get(key, 0.0) + float(value)
-    *sums, units = world.sum([*(totals.get(key, 0.0) for key in task.metrics), units])
-    return {key: value / max(1, units) for key, value in zip(task.metrics, sums, strict=True)}
+            totals[key] += float(value)
+    *sums, units = world.sum([*totals.values(), units])
+    return {key: value / max(1, units) for key, value in zip(totals, sums, strict=True)}
 
 
-def n_tokens(batch: dict[str, Tensor]) -> Tensor | int:
-    """Return how many ids of a batch are no padding."""
+def n_tokens(batch: dict[str, Tensor]) -> Tensor | int:  # that are no padding
     docs = batch.get("docs")
     return batch["idx"].numel() if docs is None else (docs >= 0).sum()
 
@@ -342,14 +333,13 @@ class Pretrain:
 
 def main(argv: list[str]) -> int:
     quiet = os.environ.get("RANK", "0") != "0"
-    files = [arg for arg in argv if not arg.startswith("-")]
-    given = {configurator.read_flag(arg)[0] for arg in argv if arg.startswith("--")}
-    given |= {key for path in files for key, *_ in configurator.read_file(path)}
+    given = {read_flag(arg)[0] for arg in argv if arg.startswith("--")}
+    for path in (arg for arg in argv if not arg.startswith("-")):
+        given |= {key for key, *_ in read_file(path)}
     if "-h" not in argv and not given & {"n_layer", "d_model", "init_from", "help"}:
         usage = "python train.py config/smoke.py [--key=value ...]; --help lists the keys"
         raise UserError(f"no model is named, by a config file or by --n_layer. Usage: {usage}")
-    parts = configurator.load(argv, ModelConfig, LoopConfig, PretrainConfig, quiet=quiet)
-    sizes, loop, pretrain = parts
+    sizes, loop, pretrain = load(argv, ModelConfig, LoopConfig, PretrainConfig, quiet=quiet)
     ensure_toy(loop.data, loop.data_dir)
     name, start, origin = pretrain.tokenizer, None, None
     if pretrain.init_from:
@@ -360,7 +350,7 @@ def main(argv: list[str]) -> int:
     cfg = replace(sizes, vocab_size=tokenizer.vocab_size)
     parts = (sizes, loop, replace(pretrain, tokenizer=name))
     with World(loop.device, loop.dtype) as world:
-        if is_done(loop, parts, world, origin):
+        if is_done(loop, parts, world, origin, []):
             return 0
         check_memory((GPT, make_optimizers), cfg, cfg.seq_len, loop, world)
         torch.manual_seed(loop.seed)
@@ -368,8 +358,8 @@ def main(argv: list[str]) -> int:
         task = Pretrain(loop, cfg.seq_len, tokenizer, pretrain.headerless)
         if origin:
             task.extra["init_from"] = origin
-            ref = pretrain.init_from
-            world.log(f"pretrain: from {ref}; optimizer, schedule and data order begin anew")
+            what = "optimizer, schedule and data order begin anew"
+            world.log(f"pretrain: from {pretrain.init_from}; {what}")
         result = train(loop, task, model, world, parts)
         return PREEMPTED if result["state"] == "preempted" else 0
 

@@ -23,17 +23,12 @@ def device_peak_flops() -> float | None:
     """Return the peak of this machine's GPU, or None where there is none that is known."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     words = set(re.findall(r"\w+", name.upper()))
-    if "MIG" in words:  # a slice of a GPU
-        return None
-    known = (flops for key, flops in PEAK_FLOPS.items() if words >= set(key.split()))
-    return next(known, None)
+    known = [flops for key, flops in PEAK_FLOPS.items() if words >= set(key.split())]
+    return known[0] if known and "MIG" not in words else None  # MIG: a slice of a GPU
 
 
 def flops_per_token(model: nn.Module) -> float:
-    """Return forward + backward FLOPs of a token: 6 per active weight, 12 L H D T of attention.
-
-    As PaLM counts them (arXiv 2204.02311, appendix B): with both halves of a causal attention.
-    """
+    """Return forward + backward FLOPs of a token, as PaLM counts (arXiv 2204.02311, appendix B)."""
     cfg = model.cfg
     weights = sum(p.numel() for p in model.param_groups()["muon"])
     weights += cfg.padded_vocab * cfg.d_model
@@ -41,6 +36,7 @@ def flops_per_token(model: nn.Module) -> float:
         idle = cfg.n_expert - cfg.n_expert_active
         weights -= cfg.n_layer * idle * 3 * cfg.d_expert * cfg.d_model
     span = min(cfg.seq_len, cfg.sliding_window or cfg.seq_len)
+    # the second term is attention, with both halves of its triangle
     return 6.0 * weights + 12.0 * cfg.n_layer * cfg.n_head * cfg.d_head * span
 
 
@@ -92,11 +88,13 @@ def free_disk(folder: str, need: int, checkpoint: int) -> int:
     return free
 
 
-def memory_bytes(model: Any, optimizers: list, tokens: int, loop: Any, world: World) -> tuple:
-    """Return what a rank holds: weights, gradients and optimizer state; activations of `tokens`."""
+def memory_bytes(model: Any, optimizers: list, width: int, loop: Any, world: World) -> tuple:
+    """Return a rank's bytes of weights, gradients and optimizer, of activations; tokens at once."""
     states = state_bytes(model, optimizers) + 4 * model.num_params()
-    activations = activation_bytes(model.cfg, tokens, world.dtype.itemsize, loop.recompute)
-    return states / (world.size if loop.fsdp else 1), activations
+    rows_of_rank = round(loop.batch_tokens / width / world.size)
+    at_once = width * max(1, min(loop.micro_batch, rows_of_rank))
+    activations = activation_bytes(model.cfg, at_once, world.dtype.itemsize, loop.recompute)
+    return states / (world.size if loop.fsdp else 1), activations, at_once
 
 
 def memory_here(world: World) -> int:
@@ -121,8 +119,7 @@ def check_memory(makers: tuple, cfg: Any, seq_len: int, loop: Any, world: World)
     with torch.device("meta"):  # which keeps no numbers
         model = make_model(cfg)
     optimizers = make_optimizers(model, loop)
-    at_once = seq_len * max(1, min(loop.micro_batch, loop.batch_tokens // seq_len))
-    states, activations = memory_bytes(model, optimizers, at_once, loop, world)
+    states, activations, at_once = memory_bytes(model, optimizers, seq_len, loop, world)
     there = memory_here(world)
     if states + activations / 2 > there:
         what = f"{model.num_params() / 1e6:,.0f}M parameters: weights, gradients and optimizer"
@@ -131,18 +128,17 @@ def check_memory(makers: tuple, cfg: Any, seq_len: int, loop: Any, world: World)
         raise UserError(f"{what} need {parts}; a rank has {there / 1e9:.1f} GB here: {advice}")
 
 
-def preflight(model: nn.Module, optimizers: list, tokens: tuple, loop: Any, world: World) -> str:
-    """Say in one line what a run will need; raise UserError where its checkpoints do not fit.
-
-    tokens: at once on a rank, and of the whole run.
-    """
-    at_once, in_all = tokens
-    memory = sum(memory_bytes(model, optimizers, at_once, loop, world))
+def preflight(model: nn.Module, optimizers: list, width: int, loop: Any, world: World) -> str:
+    """Say in one line what a run will need; raise UserError where its checkpoints do not fit."""
+    *memory, at_once = memory_bytes(model, optimizers, width, loop, world)
+    in_all = loop.max_steps * loop.batch_tokens
     checkpoint = state_bytes(model, optimizers)
     need = (loop.keep + 2) * checkpoint  # the newest, the best, and the one being written
     free = free_disk(loop.out_dir, need, checkpoint)
     flops, peak = flops_per_token(model), device_peak_flops()
-    memory_note = f"about {memory / 1e9:.2f} GB of memory per rank ({at_once:,} tokens at once)"
+    memory_note = (
+        f"about {sum(memory) / 1e9:.2f} GB of memory per rank ({at_once:,} tokens at once)"
+    )
     disk_note = f"{need / 1e9:.2f} GB of disk ({free / 1e9:,.0f} GB free)"
     flops_note = f"{flops:.2e} FLOPs a token, {flops * in_all:.2e} in all"
     if peak:

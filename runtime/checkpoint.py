@@ -52,14 +52,9 @@ def read_checkpoint(path: str, whole: bool = True) -> dict:
     """
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not notice a flipped byte
-            damaged = archive.testzip() if whole else None
-        if damaged:
-            raise UserError(f"checkpoint {path} is damaged (bad CRC in {damaged})")
+            if damaged := archive.testzip() if whole else None:
+                raise ValueError(f"it is damaged, bad CRC in {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=not whole)
-    except FileNotFoundError:
-        raise UserError(f"checkpoint {path} does not exist") from None
-    except UserError:
-        raise
     except Exception as error:  # whatever the libraries raise at a foreign file
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
         raise UserError(f"{path} is no readable checkpoint ({reason})") from None
@@ -79,9 +74,7 @@ def checkpoint_files(folder: str) -> list[str]:
     return sorted(glob.glob(os.path.join(glob.escape(folder), "ckpt_*.pt")), reverse=True)
 
 
-def newest_checkpoint(
-    folder: str, log: Callable = print, whole: bool = True
-) -> tuple[str, dict] | None:
+def newest_checkpoint(folder: str, log: Callable = print, whole: bool = True) -> tuple | None:
     """Return path and content of the newest that can be read, else of best.pt; None without any."""
     best = os.path.join(folder, "best.pt")
     files = checkpoint_files(folder) + [best] * os.path.isfile(best)
@@ -136,9 +129,9 @@ def is_stale(folder: str, start: str) -> bool:
 
 def beside(ref: str, name: str) -> str:
     """Return the folder of this name beside the run that load_checkpoint(ref) would read."""
-    run = os.path.dirname(ref) if os.path.isfile(ref) else ref
-    if not os.path.exists(ref):
-        run = os.path.join("out", ref)
+    run = ref if os.path.exists(ref) else os.path.join("out", ref)
+    if os.path.isfile(run):
+        run = os.path.dirname(run)
     return os.path.normpath(os.path.join(run, "..", name))
 
 

@@ -39,19 +39,16 @@ class Diary:
     """The log of one run from its first step on; only rank 0 writes."""
 
     def __init__(self, run: Any, model: nn.Module, tokens_per_step: int):
-        loop, first = run.loop, run.first
-        self.task, self.world, self.first = run.task, run.world, first
-        self.max_steps, self.tokens_per_step = loop.max_steps, tokens_per_step
-        self.intervals = {"validation": loop.eval_interval, "save": loop.save_interval}
-        self.path, self.flops_per_token = run.path, flops_per_token(model)
-        hidden = not (self.world.main and sys.stderr.isatty())
-        steps = {"total": self.max_steps, "initial": first}
-        self.bar = tqdm(desc=self.task.name, leave=False, disable=hidden, **steps)
+        self.run, self.loop, self.task, self.world = run, run.loop, run.task, run.world
+        self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token(model)
         self.clock, self.timed_steps = Clock(), 0
+        hidden = not (self.world.main and sys.stderr.isatty())
+        steps = {"total": self.loop.max_steps, "initial": run.first}
+        self.bar = tqdm(desc=self.task.name, leave=False, disable=hidden, **steps)
 
     def record(self, row: dict) -> None:
         if self.world.main:
-            with open(self.path("metrics.jsonl"), "a") as f:
+            with open(self.run.path("metrics.jsonl"), "a") as f:
                 f.write(json.dumps(row) + "\n")
 
     def validation(self, step: int, values: dict[str, float]) -> dict:
@@ -77,16 +74,17 @@ class Diary:
         self.record(row | ({"skipped": skipped} if skipped else {}))
         if self.bar.disable:
             self.world.log(self.line(row))
-        else:
-            self.bar.set_postfix_str(f"loss {means[self.task.metrics[0]]:.3f}")
+        self.bar.set_postfix_str(f"loss {means[self.task.metrics[0]]:.3f}")
 
     def seconds_left(self, step: int, step_s: float) -> float:
         """Estimate the time from a step to the end, with the validations and saves to come."""
-        left = (self.max_steps - step - 1) * step_s
-        for what, interval in self.intervals.items():
+        last = self.loop.max_steps
+        left = (last - step - 1) * step_s
+        intervals = {"validation": self.loop.eval_interval, "save": self.loop.save_interval}
+        for what, interval in intervals.items():
             ends = step // interval  # of intervals, up to now
-            before = self.first - (what == "validation")  # there is one before the first step
-            to_come = math.ceil(self.max_steps / interval) - ends
+            before = self.run.first - (what == "validation")  # there is one before the first step
+            to_come = math.ceil(last / interval) - ends
             left += to_come * self.clock.pauses[what] / max(1, ends - before // interval)
         return left
 
@@ -100,4 +98,4 @@ class Diary:
         return " | ".join([*parts, f"eta {row['eta_s']:.0f} s"])
 
     def heading(self, step: int) -> str:
-        return f"{self.task.name} step {step:05d}/{self.max_steps:05d}"
+        return f"{self.task.name} step {step:05d}/{self.loop.max_steps:05d}"

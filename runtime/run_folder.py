@@ -112,9 +112,7 @@ def check_same_run(folder: str, parts: tuple, found: dict, origin: dict | None) 
         raise UserError(f"{what}. {START_OVER} (it is kept until the new one has saved)")
 
 
-def is_done(
-    loop: Any, parts: tuple, world: World, origin: dict | None = None, files: list | tuple = ()
-) -> bool:
+def is_done(loop: Any, parts: tuple, world: World, origin: dict | None, files: list) -> bool:
     """Say whether this very run is finished, with these files; UserError where another is there."""
     folder, found = loop.out_dir, None
     complete = all(os.path.exists(os.path.join(folder, name)) for name in files)
@@ -152,8 +150,8 @@ def lock(folder: str) -> Iterator[None]:
         if owner:
             raise UserError(f"{used}: wait for it, or choose another --out_dir")
         f.truncate(0)
-        job = os.environ.get("SLURM_JOB_ID", "none")
-        where = f"{os.uname().nodename}, job {job}"
+        job = os.environ.get("SLURM_JOB_ID")
+        where = os.uname().nodename + f", job {job}" * bool(job)
         f.write(f"process {os.getpid()} on {where}, since {time.ctime()}")
         f.flush()
         yield
@@ -257,10 +255,8 @@ class RunFolder:
 
     def save(self, step: int, model: nn.Module, optimizers: list) -> None:
         """Write a checkpoint, then remove those that are no longer kept."""
-        if not (self.world.main or self.loop.fsdp):
-            return
-        # under FSDP all ranks give their share, and rank 0 gets the whole
-        weights, moments = full.get_state_dict(model, optimizers, options=FULL_STATE)
+        if self.world.main or self.loop.fsdp:  # whose ranks all give their share to rank 0
+            weights, moments = full.get_state_dict(model, optimizers, options=FULL_STATE)
         if not self.world.main:
             return
         settings = json.loads(json.dumps(as_dict(*self.parts)))
@@ -313,10 +309,10 @@ class RunFolder:
         self.result |= {"state": state, "step": step, "seconds": seconds}
         self.result["process_seconds"] = time.perf_counter() - BEGAN
         line = f"{state} at step {step} after {seconds:.0f} s, {self.loop.out_dir}"
-        self.world.log(f"{self.task.name}: {line}")
         if preempted:
             force = " --force" * (self.folder != self.loop.out_dir)  # nothing is saved yet
-            self.world.log(f"{self.task.name}: go on with: {command(self.world.size)}{force}")
+            line += f"; go on with: {command(self.world.size)}{force}"
+        self.world.log(f"{self.task.name}: {line}")
         self.world.barrier()
         if self.world.main:
             write_json(self.path("state.json"), {**self.result, **provenance()})

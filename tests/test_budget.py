@@ -109,5 +109,5 @@ def test_a_gpu_without_a_known_peak_is_named_once(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "RTX A1000")
     settings = loop(out_dir=str(tmp_path))
     optimizers = train.make_optimizers(model, settings)
-    text = budget.preflight(model, optimizers, (16, 160), settings, world)
+    text = budget.preflight(model, optimizers, 16, settings, world)
     assert "the peak of RTX A1000 is not known" in text

@@ -626,7 +626,7 @@ def test_the_preflight_line_counts_weights_gradients_and_optimizer(tmp_path, cap
     cfg = config(tmp_path, optimizer="adamw")
     model = tiny(cfg)
     optimizers = train.make_optimizers(model, cfg.loop)
-    text = budget.preflight(model, optimizers, (4 * T, 6 * 8 * T), cfg.loop, World("cpu"))
+    text = budget.preflight(model, optimizers, T, cfg.loop, World("cpu"))
     wanted = 16 * model.num_params() + budget.activation_bytes(model.cfg, 4 * T, 4, False)
     assert (
         f"about {wanted / 1e9:.2f} GB of memory" in text
