@@ -18,7 +18,7 @@ import typing
 from dataclasses import fields
 
 COMMENT = r"^\s+(\w+): [^#\n]*?#\s*(.*)$"  # behind a field of a dataclass
-PATHS = ("out_dir", "data_dir", "local_dir", "checkpoint", "out")  # these must not be empty
+PATHS = ("out_dir", "data_dir", "local_dir", "checkpoint", "init_from", "out")  # never empty
 ADVICE = "write --key=value (a number is 0, or 1e-30 to 9e18 in size), and see --help"
 WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -48,7 +48,6 @@ def require(cfg: object, ranges: dict[str, str], choices: dict[str, tuple] | Non
     for key, known in (choices or {}).items():
         if getattr(cfg, key) not in known:
             faults.append(f"{key} must be one of {', '.join(known)}, got {getattr(cfg, key)!r}")
-    faults += [f"{key} is empty: give a path" for key in PATHS if getattr(cfg, key, None) == ""]
     if faults:
         raise UserError("; ".join(faults))
 
@@ -95,7 +94,8 @@ def load(argv: list[str], *parts: type, choose: tuple | None = None, quiet: bool
 
 def build(parts: tuple, values: dict, origin: dict[str, str], quiet: bool) -> object:
     """Return the instances, and print what differs from the defaults with its origin."""
-    made, faults = [], []
+    made = []
+    faults = [f"{key} is empty: give a path" for key in PATHS if values.get(key) == ""]
     for part in parts:
         try:
             made.append(part(**{key: values[key] for key in key_types(part) if key in values}))

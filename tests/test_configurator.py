@@ -42,6 +42,7 @@ class Config:
     tasks: tuple[str, ...] = ()  # which tasks
     betas: tuple[float, ...] = (0.9, 0.95)  # of AdamW
     derived: int | None = None  # None = 2 n_layer
+    text: str | None = None  # of a prompt
 
     def __post_init__(self):
         if self.derived is None:
@@ -113,9 +114,8 @@ def test_a_bare_flag_is_true_and_a_dash_is_an_underscore():
         ("--window=", "window", None),
         ("--window=8", "window", 8),
         ("--init_from=None", "init_from", "None"),
-        ("--init_from=", "init_from", ""),
+        ("--text=", "text", ""),
         ("--init_from=a", "init_from", "a"),
-        ("--out_dir=", "out_dir", ""),
         ("--out_dir=None", "out_dir", "None"),
         ("--out_dir=7", "out_dir", "7"),
         ("--out_dir=a=b=c", "out_dir", "a=b=c"),
@@ -161,7 +161,7 @@ def test_a_file_assigns_python_values(file, line, key, value):
 @given(st.text())
 def test_any_text_survives_the_command_line(text):
     """Paths with spaces, =, quotes, unicode or -- reach the program as typed."""
-    assert load([f"--out_dir={text}"], Config).out_dir == text
+    assert load([f"--text={text}"], Config).text == text
 
 
 SIZES = st.floats(1e-30, 9e18) | st.floats(-9e18, -1e-30) | st.just(0.0)
@@ -383,6 +383,7 @@ def test_help_lists_every_key_with_type_default_and_comment(capsys, flag):
         ("tasks", "()", "tuple[str, ...]", "which tasks"),
         ("betas", "(0.9, 0.95)", "tuple[float, ...]", "of AdamW"),
         ("auto", "None", "bool | None", "None = decide later"),
+        ("text", "None", "str | None", "of a prompt"),
     ):
         assert re.fullmatch(
             rf"\s*--{key}={re.escape(default)}\s+{re.escape(kind)}\s+{re.escape(comment)}",
@@ -452,13 +453,16 @@ FOLDERS = [
     for parts in (*PROGRAMS.values(), OTHERS)
     for part in parts
     for key in configurator.key_types(part)
-    if key in ("out_dir", "data_dir", "local_dir", "checkpoint", "out")
+    if key in ("out_dir", "data_dir", "local_dir", "checkpoint", "init_from", "out")
 ]
 
 
 @pytest.mark.parametrize("part, key", FOLDERS)
 def test_an_empty_path_is_refused(part, key, file):
-    """--out_dir=$UNSET must neither fill the working directory nor end in a traceback."""
+    """--out_dir=$UNSET must neither fill the working directory nor end in a traceback.
+
+    And --init_from=$UNSET must not begin from initial weights.
+    """
     assert {key for _, key in FOLDERS} == set(configurator.PATHS)
     needed = {"--stage=dpo"} if part is SpeedrunConfig else set()
     for argv in ([f"--{key}="], [file(f"{key} = ''")]):
