@@ -78,8 +78,7 @@ def by_model(results: list[dict], measures: dict[str, dict]) -> str:
     columns = [name for name in models if name in judged | {row["stage"] for row in shown}]
     rows = []
     for heading, wanted in measures.items():
-        found = {name: newest(shown, model=name, **wanted) for name in models}
-        found = {name: row for name, row in found.items() if row}
+        found = {row["model"]: row for row in shown if matches(row, **wanted)}  # the newest
         sizes = sorted({row["n"] for row in found.values()})
         n = "-".join(map(str, dict.fromkeys([sizes[0], sizes[-1]])))
         trivial = [f"{format_value(found[x])} ({x})" for x in found if x not in columns]
