@@ -219,10 +219,6 @@ def untrained(checkpoint: dict) -> dict:
     return {"model": state, "weights_hash": weights_hash(state), **about}
 
 
-def all_policies(subject: Subject, cfg: EvalConfig) -> list[str]:
-    return subject.policies
-
-
 def judged(subject: Subject, cfg: EvalConfig) -> list[str]:
     """Return the verifiers; each judges the solutions of a policy."""
     return list(subject.judges)
@@ -243,9 +239,10 @@ TASKS: dict[str, Task] = {}
 
 
 def task(
-    name: str, data: str, files: str = "", settings: str = "", stages: Callable = all_policies
+    name: str, data: str, files: str = "", settings: str = "", stages: Callable | None = None
 ) -> Callable:
-    """Register the decorated function as a task; in data, files and settings blanks separate."""
+    """Register a function as a task, of all policies; blanks separate data, files and settings."""
+    stages = stages or (lambda subject, cfg: subject.policies)
 
     def register(run: Callable) -> Callable:
         TASKS[name] = Task(name, run, data.split(), files.split(), settings.split(), stages)

@@ -214,9 +214,8 @@ def cost(run: Run) -> list[str]:
     """Show what training took, step by step and in all, and what the evaluation took."""
     lines, total = [], 0.0
     for name, log in run.logs.items():
-        steps = [row for row in log if "tokens" in row]
-        if steps:
-            last = steps[-1]
+        last = next((row for row in reversed(log) if "tokens" in row), None)
+        if last:
             n_steps = last["step"] + 1
             took = last["step_ms"] * n_steps / 1e3
             # A run that went on after a stop knows the seconds of its last part alone.
