@@ -253,9 +253,10 @@ class DPO:
         with torch.no_grad(), world.autocast():
             policy = sequence_logprobs(setup.model.to(world.device), batch)
             loss = preference_loss(policy, batch["reference"], batch["lengths"], self.cfg)
-        distance = abs(loss.mean().item() - math.log(2))
+        loss, ln2 = loss.mean().item(), math.log(2)
+        world.log(f"dpo: loss {loss:.4f} before the first step (ln 2 = {ln2:.4f})")
         limit = 1e-3 if world.dtype == torch.float32 else 3e-2
-        assert distance < limit, f"DPO starts {distance} from ln 2, and not at ln 2"
+        assert abs(loss - ln2) < limit, f"DPO starts at {loss}, not at ln 2"
 
     def tensors(self, split: str, numbers: list | range) -> dict[str, Tensor]:
         """Return idx and targets (2B, T) of pairs, chosen answers first; lengths (2, B)."""

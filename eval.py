@@ -81,8 +81,8 @@ def evaluate(
         same = functools.partial(matches, **key)
         if cfg.no_overwrite and any(map(same, existing)):
             continue
-        subject.model(name)  # weights that do not fit end the evaluation, whatever is left out
         began = time.perf_counter()
+        subject.model(name)  # weights that do not fit end the evaluation, whatever is left out
         about = {"items": items_path(path, key)}
         try:
             rows = task.run(subject, name, cfg)

@@ -16,6 +16,7 @@ from configurator import UserError, require
 from corpus.folders import ensure_toy
 from corpus.records import load_records, to_records
 from corpus.shards import SPLITS, parse_mixture, split_files
+from corpus.sources import how_to_make
 from corpus.tokenizer import Tokenizer, load_tokenizer
 from evals.results import STAGES, run_folders, trained_weights
 from evals.stats import Estimate
@@ -278,7 +279,10 @@ def read_records(data_dir: str, kind: str, name: str) -> list[dict]:
     """Return the records of a test set; those that cannot be measured are counted aloud."""
     if kind == "problems":
         return to_records(load_records(name, data_dir, kind, "test", kind), kind, name)
-    return to_records(read_jsonl(os.path.join(data_dir, name, "test.jsonl")), kind, name)
+    path = os.path.join(data_dir, name, "test.jsonl")
+    if not os.path.isfile(path):
+        raise UserError(f"there are no {kind} at {path}: {how_to_make('eval', name)}")
+    return to_records(read_jsonl(path), kind, name)
 
 
 def data_files(specs: list[str], patterns: list[str], data_dir: str) -> list[str]:

@@ -110,6 +110,23 @@ def plot_calibration(rows: list[dict], folder: str, label: str = "") -> str | No
     return save(figure, folder, f"calibration{label}.png")
 
 
+def plot_tradeoff(points: dict[str, tuple[dict, dict]], folder: str) -> str | None:
+    """Plot points: model -> (loss on held-out answers, perplexity of plain text)."""
+    if len(points) < 3:
+        return None
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for name, (answers, text) in points.items():
+        place = (text["value"], answers["value"])
+        axes.errorbar(*place, error_bars([answers]), fmt="o", ms=5, capsize=2)
+        axes.annotate(name, place, xytext=(6, 4), textcoords="offset points", fontsize=8)
+    axes.margins(x=0.15)
+    axes.set_title("What tuning gains and what it forgets (95 % intervals)")
+    axes.set_xlabel(f"perplexity of {text['split']}, {text['protocol']}")
+    axes.set_ylabel("loss on held-out answers, nats/token")
+    axes.plot([], [], " ", label="down and left is better")
+    return save(figure, folder, "tradeoff.png")
+
+
 def plot_streaming(results: list[dict], folder: str) -> str:
     """Plot what a stream costs and what every head gives to the sink and to the first token."""
     rows = [row for row in results if row["task"] == "streaming"]

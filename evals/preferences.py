@@ -42,21 +42,19 @@ def reward(
 ) -> dict[str, np.ndarray]:
     """Return the implicit reward of a DPO run, up to its beta, under "reward" if it is known.
 
-    It is relative to the weights that the run started from; SimPO has no reference. For IPO and
-    SimPO it is a mean per token, as in the loss. logp, lengths: (n, 2).
+    It is relative to the weights that the run started from. SimPO's has no reference and is a mean
+    per token; IPO's is a sum, as TRL logs it. logp, lengths: (n, 2).
     """
     run = subject.checkpoints[stage]
-    loss_type = run.get("train_config", {}).get("loss_type", "sigmoid")
     if run.get("task") != "dpo":
         return {}
-    if loss_type == "simpo":
+    if run["train_config"].get("loss_type") == "simpo":
         return {"reward": logp / lengths}
     start = subject.start_model(stage)
     if start is None:
         print(f"eval: the reward of {stage} is left out: the weights it started from are gone")
         return {}
-    total = logp - pair_logprobs(start, pairs)
-    return {"reward": total / lengths if loss_type == "ipo" else total}
+    return {"reward": logp - pair_logprobs(start, pairs)}
 
 
 def tuned_on_toy(subject: Subject, cfg: EvalConfig) -> list[str]:

@@ -20,14 +20,21 @@ from evals.tables import format_value, table
 from runtime.files import read_jsonl, read_log, write_atomic
 from runtime.program import run
 
-N_SAMPLES = 4  # test problems shown with every stage's answer
 DETAILS = {  # task -> heading of the section with all of its numbers
-    "rerank": "How far scores tell right solutions from wrong ones",
     "published": "Published solutions of GSM8K's test problems, judged",
     "problems": "Word problems, greedily: right answers and kinds of error",
     "sst2": "SST-2 by prompt",
     "dialogsum": "DialogSum",
     "text_perplexity": "Perplexity by protocol",
+}
+SEPARATION = {  # of right solutions from wrong ones: metric and protocol -> words
+    "auc likelihood": "AUC of the likelihood",
+    "auc best_of": "AUC of the verifier",
+    "auc best_of_same_form": "AUC of the verifier among solutions that stop and have an answer",
+    "auc form_alone": "AUC of form alone",
+    "auc last_number_alone": "AUC of the verifier shown the final answer alone",
+    "brier verifier": "Brier score of the verifier",
+    "calibration_error verifier": "expected calibration error",
 }
 GAINS_NOTE = """\
 Paired, item by item; bold where the interval excludes 0 and p < 0.05; p by McNemar's exact test \
@@ -38,9 +45,7 @@ majority: the most common answer; likelihood: the solution that the model itself
 weighted: votes weighted by the verifier; best_of: the verifier's first choice; oracle: solved \
 when any sample is right, which no choice among them can beat."""
 SCORES_NOTE = """\
-auc: how often a right solution scores higher than a wrong one; best_of: by the verifier; \
-same_form: among solutions that stop and have an answer; form_alone: by whether they do; \
-last_number_alone: the verifier sees nothing but the final answer."""
+auc: how often a right solution scores higher than a wrong one; best_of: by the verifier."""
 COST_NOTE = """\
 Seconds in all: of a training with what it samples, validates and saves, or of the tasks of an \
 evaluation; starting the programs and preparing data are not in them."""
@@ -57,6 +62,10 @@ class ReportConfig:
     out_dir: str = "out/toy"  # folder of a pipeline, or of any runs
     force: bool = False  # replace an existing report
     no_overwrite: bool = False  # keep an existing report and say so
+    n_samples: int = 4  # test problems shown with every stage's answer
+
+    def __post_init__(self) -> None:
+        configurator.require(self, {"[0, inf)": "n_samples"})
 
 
 @dataclass
@@ -67,6 +76,7 @@ class Run:
     stages: dict[str, dict]  # their weights, and where these come from
     logs: dict[str, list[dict]]  # metrics.jsonl of every stage
     states: dict[str, dict]  # state.json of every stage
+    n_samples: int
 
 
 def heading(run: Run) -> list[str]:
@@ -114,7 +124,7 @@ def verifier(run: Run) -> list[str]:
 
 
 def rerank_table(folder: str, rows: list[dict], greedy: dict | None) -> str:
-    """Return the ways to choose among most samples, beside one greedy answer."""
+    """Return the ways to choose among most samples, then how scores separate right from wrong."""
     k = max(int(row["protocol"].partition("@")[2] or 0) for row in rows)
     lines = [["greedy, exact match", format_value(greedy), "", str(greedy["n"])]] if greedy else []
     for how in RERANKERS:
@@ -123,6 +133,11 @@ def rerank_table(folder: str, rows: list[dict], greedy: dict | None) -> str:
         if row:
             words = f"{how}, samples = {k}, exact match"
             lines.append([words, format_value(row), against, str(row["n"])])
+    for key, words in SEPARATION.items():
+        metric, protocol = key.split()
+        row = newest(rows, metric=metric, protocol=protocol)
+        if row:
+            lines.append([words, format_value(row), "", f"{row['n']} solutions"])
     return table(["", "", "against greedy, paired", "n"], lines)
 
 
@@ -133,7 +148,7 @@ def details(run: Run) -> list[str]:
     for task, title in DETAILS.items():
         if newest(rows, task=task):
             parts += [f"## {title}", tables.details(rows, task)]
-            parts += [SCORES_NOTE] if task in ("rerank", "published") else []
+            parts += [SCORES_NOTE] if task == "published" else []
             parts += [mistakes(run.results)] if task == "problems" else []
     return parts
 
@@ -167,8 +182,17 @@ def sinks(run: Run) -> list[str]:
 
 
 def curves(run: Run) -> list[str]:
-    """Show losses against steps."""
-    images = []
+    """Show losses against steps, and what tuning gains and forgets."""
+    measures = {"task": "text_perplexity", "metric": "perplexity"}
+    last = newest(run.results, **measures) or {}
+    measures |= {key: last.get(key) for key in ("split", "protocol")}  # of one text
+    points = {}
+    for model in dict.fromkeys(row["model"] for row in run.results):
+        answers = newest(run.results, model=model, task="chats", metric="response_loss")
+        text = newest(run.results, model=model, **measures)
+        if answers and text and model != "untrained":
+            points[model] = (answers, text)
+    images = [plots.plot_tradeoff(points, run.target)]
     for name, log in run.logs.items():
         images += [plots.plot_loss(log, run.target, name), plots.plot_dpo(log, run.target, name)]
     return ["## Curves", *images] if any(images) else []
@@ -187,7 +211,7 @@ def samples(run: Run) -> list[str]:
     first = next(iter(answers.values()), {})
     shared = [asked for asked in first if all(asked in own for own in answers.values())]
     blocks = []
-    for asked in shared[:N_SAMPLES]:
+    for asked in shared[: run.n_samples]:
         lines = [f"**`{shorten(asked, 400)}`** (right: `{shorten(first[asked]['answer'])}`)"]
         for stage, own in answers.items():
             lines.append(f"- **{stage}**: `{shorten(own[asked]['solutions'][0]['text'])}`")
@@ -240,7 +264,7 @@ def cost(run: Run) -> list[str]:
 SECTIONS = (heading, stages, verifier, details, sinks, curves, samples, cost)
 
 
-def write_report(folder: str, target: str) -> str:
+def write_report(folder: str, target: str, n_samples: int) -> str:
     """Write the report of a folder to another, or the same, and return the path of report.md."""
     results, stages = current(folder)
     places = {name: os.path.join(folder, name) for name in run_folders(folder, "metrics.jsonl")}
@@ -250,7 +274,7 @@ def write_report(folder: str, target: str) -> str:
         raise UserError(f"{folder} holds no results: run eval.py --out_dir={folder} first")
     logs = {name: read_log(os.path.join(place, "metrics.jsonl")) for name, place in places.items()}
     states = {name: read_json(os.path.join(place, "state.json")) for name, place in places.items()}
-    run = Run(folder, target, results, stages, logs, states)
+    run = Run(folder, target, results, stages, logs, states, n_samples)
     parts = []
     for section in SECTIONS:
         parts += [part for part in section(run) if part]
@@ -271,7 +295,7 @@ def main(argv: list[str]) -> int:
     target = cfg.out_dir
     if exists and not cfg.force:
         target = os.path.join(cfg.out_dir, time.strftime("report_%Y%m%d_%H%M%S"))
-    print(f"report: {write_report(cfg.out_dir, target)}")
+    print(f"report: {write_report(cfg.out_dir, target, cfg.n_samples)}")
     return 0
 
 

@@ -53,8 +53,12 @@ def read_checkpoint(path: str, whole: bool = True) -> dict:
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not notice a flipped byte
             if damaged := archive.testzip() if whole else None:
-                raise ValueError(f"it is damaged, bad CRC in {damaged}")
+                raise UserError(f"checkpoint {path} is damaged (bad CRC in {damaged})")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=not whole)
+    except FileNotFoundError:
+        raise UserError(f"checkpoint {path} does not exist") from None
+    except UserError:
+        raise
     except Exception as error:  # whatever the libraries raise at a foreign file
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
         raise UserError(f"{path} is no readable checkpoint ({reason})") from None

@@ -67,7 +67,8 @@ def write_atomic(path: str, write: Callable[[BinaryIO], Any], need: int = 0) -> 
     except (OSError, RuntimeError) as error:
         advice = "choose a place that you may write to"
         if getattr(error, "errno", errno.ENOSPC) in DISK_FULL:  # torch gives no number
-            room = f"about {need / 1e6:.1f} MB needed"
+            free = shutil.disk_usage(folder).free if os.path.isdir(folder) else 0
+            room = f"about {need / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free"
             advice = f"free some space ({room}), then run the same command again"
         what = f"could not write {path} ({type(error).__name__}: {error})"
         raise UserError(f"{what}. The file that was there is untouched; {advice}") from None

@@ -167,7 +167,7 @@ DAMAGE = {
     "zeros at the end": "no readable",
     "one flipped bit": "damaged",
     "text": "no readable",
-    "missing": "No such file",
+    "missing": "does not exist",
     "folder": "no readable",
     "pickle bomb": "no readable",
     "old pickle bomb": "no readable",

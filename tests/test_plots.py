@@ -4,7 +4,7 @@ import re
 
 import matplotlib.image
 import numpy as np
-from report_helpers import hand_made, metrics_rows, text_of, write_run
+from report_helpers import hand_made, metrics_rows, row, text_of, write_run
 
 from evals import report
 from runtime.files import write_jsonl
@@ -28,8 +28,35 @@ def test_every_image_in_the_report_exists_and_shows_something(tmp_path):
     assert all((tmp_path / name).read_bytes() != content for name, content in before.items())
 
 
-def test_a_plot_of_any_run_can_be_linked(tmp_path):
-    """A name with blanks and commas would end the link."""
+def test_a_sweep_gets_its_trade_off_curve(tmp_path):
+    """Three runs with answers and plain text get a point each, and the plot follows the numbers."""
+    rows = [
+        row("chats", model, "response_loss", "teacher", 6 + i / 10, stage=model)
+        for i, model in enumerate(("lr1", "lr2", "lr 3, replay"))
+    ]
+    rows += [
+        row(
+            "text_perplexity",
+            model,
+            "perplexity",
+            "per_line",
+            2000 + 100 * i,
+            split="wiki",
+            stage=model,
+        )
+        for i, model in enumerate(("lr1", "lr2", "lr 3, replay"))
+    ]
     write_jsonl(str(tmp_path / "lr 3, replay" / "metrics.jsonl"), metrics_rows())
-    assert "![](loss_lr_3_replay.png)" in text_of(write_run(tmp_path))
-    assert (tmp_path / "loss_lr_3_replay.png").exists()
+    assert (
+        "![](loss_lr_3_replay.png)" in text_of(write_run(tmp_path, rows))
+        and (tmp_path / "loss_lr_3_replay.png").exists()
+    )
+    (tmp_path / "report.md").unlink()
+    assert "![](tradeoff.png)" in text_of(write_run(tmp_path, rows))
+    before = (tmp_path / "tradeoff.png").read_bytes()
+    rows[-1]["value"] *= 2
+    write_run(tmp_path, rows)
+    assert (
+        report.main([f"--out_dir={tmp_path}", "--force"]) == 0
+        and (tmp_path / "tradeoff.png").read_bytes() != before
+    )

@@ -31,7 +31,7 @@ def test_the_report_shows_the_values_of_the_files(tmp_path, no_plots):
         "33.10 [33.05, 33.12]",
         "71.70 [71.65, 71.73]",
         "1.8340 [1.7840, 1.8590]",
-        "| auc, best_of | 45 |  | 0.692 [0.642, 0.717] |",
+        "| AUC of the verifier | 0.692 [0.642, 0.717] |  | 45 solutions |",
         "0.641 [0.591, 0.666]",
         "43.9 % [38.9, 46.4]",
         "How many?",
@@ -267,7 +267,8 @@ def test_every_verifier_has_its_own_table_and_plots(tmp_path):
     text = text_of(write_run(tmp_path, rows + others))
     assert "## The verifier: dpo, \n" in text and "## The verifier: dpo judged by v|2, \n" in text
     assert text.count("best_of, samples = 4") == 2
-    assert "| auc, best_of | 45 |  | 0.692 [0.642, 0.717] | 0.346 [0.642, 0.717] |" in text
+    assert "| AUC of the verifier | 0.692 [0.642, 0.717] |  | 45 solutions |" in text
+    assert "| AUC of the verifier | 0.346 [0.642, 0.717] |  | 45 solutions |" in text
     for name in re.findall(r"!\[\]\((best_of_n.*?)\)", text):
         assert (tmp_path / name).stat().st_size > 5000
     assert len(re.findall(r"!\[\]\((best_of_n.*?)\)", text)) == 2
