@@ -16,7 +16,15 @@ import time
 from configurator import UserError, load
 from evals import language, preferences, problems, sinks, tables, transfer
 from evals.base import NEEDS, VERSION, EvalConfig, Row, Subject, Task, chosen_tasks, inputs_of
-from evals.results import append_results, is_finite, item_key, matches, read_results, read_stages
+from evals.results import (
+    append_results,
+    is_finite,
+    item_key,
+    matches,
+    read_json,
+    read_results,
+    read_stages,
+)
 from runtime.files import digest, write_json
 from runtime.program import run
 from runtime.run_folder import provenance
@@ -84,10 +92,12 @@ def evaluate(
         began = time.perf_counter()
         subject.model(name)  # weights that do not fit end the evaluation, whatever is left out
         about = {"items": items_path(path, key)}
+        subject.kept = None
         try:
             rows = task.run(subject, name, cfg)
             about["seconds"] = round(time.perf_counter() - began, 2)
             about["date"] = time.strftime("%Y-%m-%d %H:%M:%S")
+            about |= {"kept": subject.kept} if subject.kept else {}
             step = {"step": checkpoint.get("step", 0)}
             results, items = as_results(rows, key | step, about | origin)
         except UserError as error:
@@ -121,7 +131,9 @@ def main(argv: list[str]) -> int:
     existing = read_results(cfg.out_dir)
     path = results_path(cfg, existing)
     subject = Subject(cfg)
-    write_json(os.path.join(cfg.out_dir, "stages.json"), subject.lineage(cfg.out_dir))
+    stages, kept = subject.lineage(cfg.out_dir), os.path.join(cfg.out_dir, "stages.json")
+    if stages != read_json(kept):  # a report that is as new as its results stays
+        write_json(kept, stages)
     for name, stage in read_stages(cfg.out_dir, existing).items():
         if stage["stale"]:
             print(f"eval: NOTE {name} is stale: {stage['stale']}")

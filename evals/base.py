@@ -129,6 +129,7 @@ class Subject:
         self.overlaps = {}  # of texts, see language.py
         self.records = functools.cache(functools.partial(read_records, cfg.data_dir))
         self.log_once = functools.cache(print)  # print, each text once
+        self.kept = None  # of the task that runs: a hash of what it kept, if not all
         self.sha256 = functools.cache(sha256)  # of a file that several tasks read
 
     def model(self, stage: str) -> GPT:
@@ -136,6 +137,12 @@ class Subject:
             model = model_from(self.checkpoints[stage])
             self.models[stage] = model.to(self.device, self.dtype).eval()
         return self.models[stage]
+
+    def note_kept(self, rows: list, kept: list) -> None:
+        """Remember which rows were not left out: only the same ones can be compared in pairs."""
+        there = set(map(str, kept))
+        numbers = [number for number, row in enumerate(map(str, rows)) if row in there]
+        self.kept = digest(numbers) if len(numbers) < len(rows) else None
 
     def add(self, name: str, model: torch.nn.Module, tokenizer: Tokenizer) -> None:
         """Add a model that is no stage of ours, with a tokenizer of its own."""

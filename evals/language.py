@@ -98,9 +98,9 @@ def chats(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
         prompts.append(prompt)
         windows.append(Window(prompt + answer, len(answer)))
     what = f"eval: conversations of {cfg.chats}"
-    windows = drop_too_long(
-        windows, lambda w: len(w.ids), model.cfg.seq_len, what, subject.log_once
-    )
+    every, space = windows, model.cfg.seq_len
+    windows = drop_too_long(every, lambda w: len(w.ids), space, what, subject.log_once)
+    subject.note_kept(every, windows)
     windows = windows[:512]
     loss = ratio(windows_nll(model, windows), [window.n_scored for window in windows])
     prompts = [prompt for prompt in prompts if len(prompt) < model.cfg.seq_len][: cfg.n_chats]

@@ -21,9 +21,10 @@ def preference(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     split = "test" if has_test else "val"
     records = load_records(cfg.pairs, cfg.data_dir, "dpo", split, "pairs")
     tokenizer, space = subject.tokenizers[stage], subject.model(stage).cfg.seq_len
-    pairs = [encode_pair(record, tokenizer) for record in records]
+    every = [encode_pair(record, tokenizer) for record in records]
     what = f"eval: pairs of {cfg.pairs}"
-    pairs = drop_too_long(pairs, lambda pair: pair.longest, space, what, subject.log_once)
+    pairs = drop_too_long(every, lambda pair: pair.longest, space, what, subject.log_once)
+    subject.note_kept(every, pairs)
     logp = pair_logprobs(subject.model(stage), pairs)  # (n, 2)
     lengths = np.array([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
     values = {"logprob": logp, "logprob_per_token": logp / lengths}

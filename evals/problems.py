@@ -42,14 +42,16 @@ def solutions(subject: Subject, stage: str, cfg: EvalConfig, greedy: bool) -> li
     settings += [cfg.calculator, str(subject.dtype)]
     weights = subject.checkpoints[stage]["weights_hash"]
     path = f"{cfg.out_dir}/generations/{stage}_{weights}_{digest(settings)[:8]}.jsonl"
+    problems = subject.records("problems", cfg.problems)[: cfg.n_problems]
     if not os.path.exists(path):
-        problems = subject.records("problems", cfg.problems)[: cfg.n_problems]
         attempts = Attempts(n, temperature, cfg.max_new_tokens, cfg.calculator, seed)
         log = partial(print, f"eval {stage}:", flush=True)
         model, tokenizer = subject.model(stage), subject.tokenizers[stage]
-        problems = with_room(model, tokenizer, problems, log)
-        write_jsonl(path, solve(model, tokenizer, problems, attempts, log))
-    return read_jsonl(path)
+        fit = with_room(model, tokenizer, problems, log)
+        write_jsonl(path, solve(model, tokenizer, fit, attempts, log))
+    rows = read_jsonl(path)
+    subject.note_kept([row["question"] for row in problems], [row["question"] for row in rows])
+    return rows
 
 
 @task("problems", data="problems", files="problems_test.jsonl", settings=ANSWERS)
@@ -92,7 +94,9 @@ def published(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
 
     what = f"eval: problems of {cfg.published}, with their solutions,"
     space = min(subject.model(name).cfg.seq_len for name in (stage, policy))
-    rows = drop_too_long(rows, longest, space, what, subject.log_once)
+    every = rows
+    rows = drop_too_long(every, longest, space, what, subject.log_once)
+    subject.note_kept(every, rows)
     results = judge(subject, stage, rows)
     results += [accuracy(rows, how, how) for how in (*CHOSEN_BY, "oracle")]
     # Sources differ in style and in accuracy.

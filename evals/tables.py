@@ -153,6 +153,8 @@ def paired_cell(before: dict | None, after: dict | None, folder: str, other: str
     """
     if before is None or after is None or before.get("data_hash") != after.get("data_hash"):
         return ""
+    if before.get("kept") != after.get("kept"):  # some did not fit a context, and not the same
+        return ""
     old, new = items_of(folder, before), items_of(other or folder, after)
     if old is None or new is None:
         return ""

@@ -329,3 +329,4 @@ def test_a_stage_of_a_smaller_context_measures_what_fits_it(tmp_path, capsys):
     rows = results_of(tmp_path / "run", "problems")
     sizes = {row["stage"]: row["n"] for row in rows if row["metric"] == "exact_match"}
     assert sizes == {**dict.fromkeys(("untrained", "pretrain", "sft", "dpo"), 4), "small": 1}
+    assert {row["stage"] for row in rows if "kept" in row} == {"small"}

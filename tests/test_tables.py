@@ -51,6 +51,20 @@ def test_the_report_says_which_differences_are_real(tmp_path, no_plots):
     assert "Which differences are real" not in text_of(write_run(tmp_path, rows))
 
 
+@pytest.mark.parametrize("kept, compared", [((None, None), True), (("a", "a"), True)])
+@pytest.mark.parametrize("swap", [False, True])
+def test_items_are_paired_only_where_the_same_ones_were_kept(
+    tmp_path, no_plots, kept, compared, swap
+):
+    """Two contexts may leave out equally many problems, and not the same: item 7 is another one."""
+    items = {"pretrain": [0] * 50, "sft": [1] * 50}
+    rows = [row("problems", model, "exact_match", "greedy", 0) for model in items]
+    with_items(tmp_path, rows, items)
+    for one, digest in zip(rows, ("b", kept[1]) if swap else kept, strict=True):
+        one |= {"kept": digest} if digest else {}
+    assert ("p < 0.001" in text_of(write_run(tmp_path, rows))) == (compared and not swap)
+
+
 def test_runs_are_compared_item_by_item(tmp_path, capsys):
     """eval.py --compare shows both values, and the paired difference where the data are the same.
 
