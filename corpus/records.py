@@ -132,18 +132,36 @@ def load_records(spec: str, data_dir: str, kind: str, split: str, key: str = "da
     for name, _ in parse_mixture(spec):
         paths = [os.path.join(data_dir, name, f"{first}_{split}.jsonl") for first in kinds]
         existing = list(filter(os.path.isfile, paths))
+        stage = "verifier" if kind == "problems" else kind
+        hint = how_to_make("eval" if split == "test" else stage, name)
         if not existing:
             what = f"--{key}={spec}: there are no {kind} records at {paths[0]}"
-            stage = "verifier" if kind == "problems" else kind
-            hint = how_to_make("eval" if split == "test" else stage, name)
             raise UserError(f"{what}: {hint}")
         found = read_jsonl(existing[0])
-        if kind == "sft" and not all("messages" in row for row in found):
+        if kind == "sft" and not all(is_prepared(row, kind) for row in found):
             found = to_records(found, "sft", existing[0])
+        for number, row in enumerate(found, 1):
+            if not is_prepared(row, kind):
+                what = f"{existing[0]}, record {number} has not the form that data.py writes"
+                raise UserError(f"{what} ({describe(row)}): {hint}")
         rows += found
     if split in ("train", "verifier"):
         refuse_evaluation_problems(rows, spec, data_dir)
     return rows
+
+
+def is_prepared(row: object, kind: str) -> bool:
+    """Say whether a row has the form that data.py writes for a kind."""
+    if not isinstance(row, dict):
+        return False
+    texts = {"sft": [], "dpo": ["chosen", "rejected"]}.get(kind, ["question", "answer"])
+    values = [row.get(name) for name in texts]
+    if kind in ("sft", "dpo"):
+        turns = row.get("messages" if kind == "sft" else "prompt")
+        turns = turns if isinstance(turns, list) and turns else [None]
+        values += [turn.get("content") if isinstance(turn, dict) else None for turn in turns]
+        values += [turn.get("role") if isinstance(turn, dict) else None for turn in turns]
+    return all(isinstance(value, str) for value in values)
 
 
 def refuse_evaluation_problems(rows: list[dict], spec: str, data_dir: str) -> None:

@@ -994,3 +994,27 @@ def test_gsm8k_converts_whole(capsys, name, n):
         and all("#### " in record["answer"] for record in records)
         and capsys.readouterr().out == ""
     )
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "problems"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        *(
+            7,
+            [1, 2],
+            {},
+            {"messages": 3, "prompt": 3, "question": 3},
+            {"messages": [], "prompt": []},
+        ),
+        {"messages": [7], "prompt": [7]},
+    ],
+)
+def test_a_file_that_data_py_did_not_write_is_refused_by_record(tmp_path, kind, row):
+    """Somebody puts a file of their own into the data folder: its third record is at fault."""
+    good = {"messages": chat("a", "b"), "question": "a", "answer": "b"}
+    good |= {"prompt": user_turn("a"), "chosen": "b", "rejected": "c"}
+    write_jsonl(str(tmp_path / "mine" / f"{kind}_val.jsonl"), [good, good, row])
+    fails(lambda: load_records("mine", str(tmp_path), kind, "val"), f"{kind}_val.jsonl", "record 3")
+    write_jsonl(str(tmp_path / "mine" / f"{kind}_val.jsonl"), [good, good])
+    assert load_records("mine", str(tmp_path), kind, "val") == [good, good]
