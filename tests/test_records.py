@@ -1005,9 +1005,8 @@ def test_gsm8k_converts_whole(capsys, name, n):
             [1, 2],
             {},
             {"messages": 3, "prompt": 3, "question": 3},
-            {"messages": [], "prompt": []},
+            {"messages": [7], "prompt": []},
         ),
-        {"messages": [7], "prompt": [7]},
     ],
 )
 def test_a_file_that_data_py_did_not_write_is_refused_by_record(tmp_path, kind, row):
