@@ -52,17 +52,17 @@ class ModelConfig:
     score_head: bool = field(default=False, metadata={"key": False})  # a verifier's scalar head
 
     def __post_init__(self):
-        counts = "vocab_size seq_len n_layer n_head n_kv_head d_model d_ff n_expert_active d_expert"
-        ranges = {"[1, inf)": f"{counts} sliding_window", "[2, inf)": "d_head"}
-        require(self, ranges | {"[0, inf)": "n_expert balance_coef", "(0, inf)": "rope_base"})
+        counts = "vocab_size seq_len n_head n_kv_head d_model d_ff n_expert_active d_expert"
+        ranges = {"[1, inf)": f"{counts} sliding_window", "[1, 1e3]": "n_layer"}
+        ranges |= {"[0, inf)": "n_expert balance_coef", "(0, inf)": "rope_base"}
+        require(self, ranges | {"[2, inf)": "d_head"})
         width, heads = f"d_model={self.d_model}", f"n_head={self.n_head}"
         if self.d_head is None and self.d_model % self.n_head:
             raise UserError(f"{width} must be a multiple of {heads}, or give d_head")
         self.n_kv_head = self.n_kv_head or self.n_head
         self.d_head = self.d_head or self.d_model // self.n_head
         self.d_ff = self.d_ff or -(-8 * self.d_model // (3 * 64)) * 64
-        in_eights = self.d_ff // self.n_expert_active // 8 * 8  # as the grouped kernels want it
-        self.d_expert = self.d_expert or max(8, in_eights)
+        self.d_expert = self.d_expert or max(8, self.d_ff // self.n_expert_active // 8 * 8)
         if self.n_head % self.n_kv_head:
             raise UserError(f"{heads} must be a multiple of n_kv_head={self.n_kv_head}")
         if self.d_head < 2 or self.d_head % 2:

@@ -48,7 +48,7 @@ class Config:
         if self.derived is None:
             self.derived = 2 * self.n_layer
         if self.n_layer < 1:
-            raise UserError(f"n_layer must be at least 1, got {self.n_layer}")
+            raise UserError(f"n_layer must be in [1, 1e3], got {self.n_layer}")
 
 
 @pytest.fixture
@@ -352,7 +352,7 @@ def test_what_the_dataclass_refuses_is_shown_with_the_settings_given(file):
     path = file("n_layer = 0")
     message = refusal([path, "--seed=5"])
     assert (
-        "n_layer must be at least 1, got 0" in message
+        "n_layer must be in [1, 1e3], got 0" in message
         and f"n_layer=0 ({path})" in message
         and "seed=5 (command line)" in message
     )
@@ -527,7 +527,7 @@ def test_faults_of_all_parts_are_listed_at_once():
     with pytest.raises(UserError) as error:
         load(["--max_steps=0", "--n_layer=0"], train.LoopConfig, train.ModelConfig)
     assert "max_steps must be at least 1" in str(error.value)
-    assert "n_layer must be at least 1" in str(error.value)
+    assert "n_layer must be in [1, 1e3]" in str(error.value)
 
 
 def test_help_groups_the_keys_by_part_and_names_the_choice():
