@@ -115,13 +115,17 @@ def perplexity(
     The figures are GPT-2 small's; README.md says whose they are. words and bpb are lm-eval's task
     wikitext, and compare models of any tokenizer.
     """
-    rows, length, ids = [], model.cfg.seq_len, tokenizer.encode(text)
-    windows = {"per_line": lines_alone(text, tokenizer, min(512, length))}
-    windows |= {"tokens": disjoint(ids, length), "strided": strided(ids, length, length // 2)}
+    rows, windows = [], {}
+    length = model.cfg.seq_len
+    if "per_line" in protocols:
+        windows["per_line"] = lines_alone(text, tokenizer, min(512, length))
+    if "tokens" in protocols:
+        windows["tokens"] = disjoint(tokenizer.encode(text), length)
+    if "strided" in protocols:
+        windows["strided"] = strided(tokenizer.encode(text), length, length // 2)
     for protocol, own in windows.items():
-        if protocol in protocols:
-            loss = ratio(windows_nll(model, own), [window.n_scored for window in own], "exp")
-            rows.append(Row("perplexity", protocol, loss))
+        loss = ratio(windows_nll(model, own), [window.n_scored for window in own], "exp")
+        rows.append(Row("perplexity", protocol, loss))
     articles = articles_of(text) if {"words", "bpb"} & set(protocols) else []
     ids = [tokenizer.encode(detokenize(article)) for article in articles]
     nll = [sum(windows_nll(model, rolling(own, length, tokenizer.eos))) for own in ids]
