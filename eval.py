@@ -21,11 +21,10 @@ from evals.results import (
     is_finite,
     item_key,
     matches,
-    read_json,
     read_results,
     read_stages,
 )
-from runtime.files import digest, write_json
+from runtime.files import digest, read_json, write_json
 from runtime.program import run
 from runtime.run_folder import provenance
 

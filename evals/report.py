@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import configurator
 from configurator import UserError
 from evals import plots, tables
-from evals.results import RERANKERS, current, matches, newest, read_json, run_folders
+from evals.results import RERANKERS, current, matches, newest, run_folders
 from evals.tables import format_value, table
-from runtime.files import read_jsonl, read_log, write_atomic
+from runtime.files import read_json, read_jsonl, read_log, write_atomic
 from runtime.program import run
 
 DETAILS = {  # task -> heading of the section with all of its numbers

@@ -3,7 +3,6 @@
 Reading them needs neither torch nor a checkpoint.
 """
 
-import contextlib
 import fcntl
 import glob
 import json
@@ -11,7 +10,7 @@ import os
 from collections.abc import Callable
 
 from evals.stats import Items
-from runtime.files import read_log, write_jsonl
+from runtime.files import read_json, read_log, write_jsonl
 
 STAGES = ("pretrain", "sft", "dpo", "verifier")  # of a pipeline, in their order
 RERANKERS = ("majority", "likelihood", "weighted", "best_of", "oracle")  # see problems.choose
@@ -37,15 +36,6 @@ def is_finite(row: dict) -> bool:
     except ValueError:
         return False
     return True
-
-
-def read_json(path: str) -> dict:
-    """Return the object in a JSON file; {} where it is missing or damaged."""
-    with contextlib.suppress(OSError, ValueError):
-        with open(path) as f:
-            value = json.load(f)
-        return value if isinstance(value, dict) else {}
-    return {}
 
 
 def trained_weights(folder: str, stage: str) -> str | None:
@@ -142,7 +132,6 @@ def item_key(row: dict) -> str:
 def items_of(folder: str, row: dict) -> Items | None:
     """Return the items of a row, or None where they are not kept."""
     try:
-        with open(os.path.join(folder, row["items"])) as f:
-            return Items(**json.load(f)[item_key(row)])
-    except (OSError, KeyError, ValueError, TypeError):
+        return Items(**read_json(os.path.join(folder, row["items"]))[item_key(row)])
+    except (KeyError, TypeError):
         return None

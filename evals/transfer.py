@@ -6,6 +6,7 @@ import numpy as np
 
 from configurator import UserError
 from corpus.chat import render_prompt, user_turn
+from corpus.schemas import SUMMARIES
 from corpus.tokenizer import Tokenizer
 from evals.base import EvalConfig, Row, Subject, task
 from evals.stats import mean, proportion
@@ -18,7 +19,6 @@ ORDERS = 4  # draws of few-shot examples: they decide more than the model
 SST2_PROMPT = "{}\nQuestion: Is this sentence positive or negative?\nAnswer:"  # of lm-eval
 LABELS = (" negative", " positive")
 SUMMARIZE = "Summarize this dialogue in one or two sentences.\n"
-REFERENCES = ("summary", "summary1", "summary2", "summary3")  # fields of a record
 
 
 @task("sst2", data="sst2 shots", files="test.jsonl", settings="n_problems")
@@ -106,7 +106,7 @@ def dialogsum(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
         summaries["longest turn"] = [max(part, key=len) for part in turns]
     n_cut = sum(len(ids) > room for ids in dialogues)
     extra = {"budget_tokens": room, "share_cut": n_cut / len(records)}
-    references = [[record[key] for key in REFERENCES if record.get(key)] for record in records]
+    references = [[record[key] for key in SUMMARIES if record.get(key)] for record in records]
     results = []
     for name, texts in summaries.items():
         for metric, values in rouge(texts, references).items():

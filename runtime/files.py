@@ -81,6 +81,15 @@ def remove_if_there(path: str) -> None:
         os.remove(path)
 
 
+def read_json(path: str) -> dict:
+    """Return the object in a JSON file; {} where it is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        with open(path) as f:
+            value = json.load(f)
+        return value if isinstance(value, dict) else {}
+    return {}
+
+
 def write_json(path: str, value: object) -> None:
     write_atomic(path, lambda f: f.write(json.dumps(value, indent=1).encode() + b"\n"))
 

@@ -32,7 +32,7 @@ from runtime.checkpoint import (
     save_checkpoint,
 )
 from runtime.diary import Diary
-from runtime.files import read_log, remove_if_there, write_json, write_jsonl
+from runtime.files import read_json, read_log, remove_if_there, write_json, write_jsonl
 from runtime.world import StopFlag, World
 
 BEGAN = time.perf_counter()  # when this process had read its imports
@@ -75,11 +75,7 @@ def command(n_ranks: int = 1, **changes: object) -> str:
 
 def read_state(folder: str) -> str | None:
     """Return running, preempted, done or failed; None where no run has been."""
-    try:
-        with open(os.path.join(folder, "state.json")) as f:
-            return json.load(f)["state"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
+    return read_json(os.path.join(folder, "state.json")).get("state")
 
 
 def check_same_run(folder: str, parts: tuple, found: dict, origin: dict | None) -> None:
