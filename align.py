@@ -227,7 +227,7 @@ class DPO:
     def reference_logprobs(self, setup: Setup, start: str) -> dict[str, Tensor]:
         """Return {split: (2, n)} log-probs under the starting weights, from the file or new."""
         loop, model, world = setup.loop, setup.model, setup.world
-        key = digest([start, self.fingerprint, chat.TEMPLATE, self.width])
+        key = digest([start, self.fingerprint, setup.tokenizer.template.name, self.width])
         path = os.path.join(loop.out_dir, f"reference_{key}.pt")
         world.log(f"dpo: log-probs of the reference in {path}")
         if os.path.exists(path):
@@ -406,9 +406,11 @@ def main(argv: list[str]) -> int:
     start, origin = open_start(align.init_from, loop.out_dir, loop.force)
     spec = start["tokenizer"]
     tokenizer = load_tokenizer(align.tokenizer or spec["name"], loop.data_dir, spec)
-    chat.check_template(start, align.init_from)
+    chat.check_template(start, tokenizer, align.init_from)
     if align.mode == "sft" and mode.replay and mode.replay_data is None:
-        mode.replay_data = start["train_config"]["data"]  # before it is compared with the run's
+        mode.replay_data = start["train_config"].get("data")  # before it is compared with the run's
+        if mode.replay_data is None:
+            raise UserError(f"{align.init_from} does not say its data: give --replay_data=NAME")
     # one rank alone cannot ask a sharded model, and a verifier does not answer
     compared = align.n_answers and align.mode != "verifier" and not loop.fsdp
     files = ["answers.json"] if compared else []
@@ -422,7 +424,8 @@ def main(argv: list[str]) -> int:
         os.makedirs(loop.out_dir, exist_ok=True)
         setup = Setup(model_from(start, **head), tokenizer, world, *parts)
         task = TASKS[align.mode](setup)
-        task.extra = {"tokenizer": tokenizer.spec(), "template": chat.TEMPLATE, "init_from": origin}
+        task.extra = {"tokenizer": tokenizer.spec(), "init_from": origin}
+        task.extra["template"] = tokenizer.template.name
         return tune(task, setup, parts, files)
 
 

@@ -10,6 +10,7 @@ import ast
 import difflib
 import inspect
 import json
+import keyword
 import os
 import re
 import sys
@@ -140,7 +141,8 @@ def read_file(path: str) -> list[tuple[str, object, str]]:
 def read_flag(arg: str) -> tuple[str, object, str]:
     """Return (key, text, "command line") of --key=text; a bare flag has the value True."""
     key, equals, text = arg[2:].partition("=")  # at the first "=": the text may hold others
-    return key.replace("-", "_"), text if equals else True, "command line"
+    key = key.replace("-", "_") + "_" * keyword.iskeyword(key)  # the field of --from is from_
+    return key, text if equals else True, "command line"
 
 
 def key_types(*parts: type) -> dict[str, type]:
@@ -198,8 +200,8 @@ def help_text(parts: tuple, choose: tuple | None) -> str:
         lines += ["", part.__doc__.partition("\n")[0] + of]
         notes = dict(re.findall(COMMENT, inspect.getsource(part), re.M))
         for key, kind in key_types(part).items():
-            flag, name = f"  --{key}={getattr(part, key)!r}", inspect.formatannotation(kind)
-            lines.append(f"{flag:<34} {name:<14} {notes.get(key, '')}")
+            flag = f"  --{key.rstrip('_')}={getattr(part, key)!r}"
+            lines.append(f"{flag:<34} {inspect.formatannotation(kind):<14} {notes.get(key, '')}")
     return "\n".join(lines)
 
 

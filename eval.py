@@ -74,7 +74,7 @@ def evaluate(
 ) -> int:
     """Run a task on its stages and append its results. -> how many are new"""
     read = inputs_of(task, subject, cfg)
-    names = task.stages(subject, cfg)
+    names = [x for x in task.stages(subject, cfg) if x in (cfg.stages or [x])]
     n_new, left_out = 0, {}
     for name in names:
         stage = subject.judges.get(name, name)  # a verifier judges a policy's solutions

@@ -23,7 +23,6 @@ from configurator import UserError, require
 from fast import cpu, loss
 from fast.attention import Mask, block_mask, kernel_for
 
-EPS = 1e-6  # of RMSNorm
 Maybe = Tensor | None
 
 
@@ -40,6 +39,7 @@ class ModelConfig:
     d_head: int | None = None  # width of a head, even; None = d_model / n_head
     d_ff: int | None = None  # hidden width of the MLP; None = 8/3 d_model rounded up to 64
     rope_base: float = 10000.0  # RoPE: wavelengths run from 2 pi to 2 pi * rope_base tokens
+    rms_eps: float = 1e-6  # added to the mean square in RMSNorm
     qk_norm: bool = True  # RMSNorm on queries and keys, per head, before RoPE
     sinks: bool = True  # one learned logit per head in the softmax denominator
     sliding_window: int | None = None  # tokens a query sees, itself included; None = all before it
@@ -54,7 +54,7 @@ class ModelConfig:
     def __post_init__(self):
         counts = "vocab_size seq_len n_head n_kv_head d_model d_ff n_expert_active d_expert"
         ranges = {"[1, inf)": f"{counts} sliding_window", "[1, 1e3]": "n_layer"}
-        ranges |= {"[0, inf)": "n_expert balance_coef", "(0, inf)": "rope_base"}
+        ranges |= {"[0, inf)": "n_expert balance_coef", "(0, inf)": "rope_base rms_eps"}
         require(self, ranges | {"[2, inf)": "d_head"})
         width, heads = f"d_model={self.d_model}", f"n_head={self.n_head}"
         if self.d_head is None and self.d_model % self.n_head:
@@ -79,13 +79,13 @@ class ModelConfig:
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, over the last dimension."""
 
-    def __init__(self, d: int):
+    def __init__(self, d: int, eps: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(d))
+        self.weight, self.eps = nn.Parameter(torch.ones(d)), eps
 
     def forward(self, x: Tensor) -> Tensor:  # (..., d) -> (..., d)
         # CUDA's autocast makes the norm float32, and flash attention wants the dtype of x
-        return cpu.rms_norm(x, self.weight.to(x.dtype), EPS).to(x.dtype)
+        return cpu.rms_norm(x, self.weight.to(x.dtype), self.eps).to(x.dtype)
 
 
 def rotary_angles(pos: Tensor, d_head: int, base: float, dtype: torch.dtype) -> tuple:
@@ -170,8 +170,8 @@ class Attention(nn.Module):
         self.sizes = [n * cfg.d_head for n in (cfg.n_head, cfg.n_kv_head, cfg.n_kv_head)]
         self.qkv = Linear(cfg.d_model, sum(self.sizes))
         self.out = Linear(cfg.n_head * cfg.d_head, cfg.d_model)
-        self.q_norm = RMSNorm(cfg.d_head) if cfg.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(cfg.d_head) if cfg.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(cfg.d_head, cfg.rms_eps) if cfg.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(cfg.d_head, cfg.rms_eps) if cfg.qk_norm else nn.Identity()
         self.sinks = nn.Parameter(torch.zeros(cfg.n_head)) if cfg.sinks else None
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -251,8 +251,8 @@ class Block(nn.Module):
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
-        self.attn_norm, self.attn = RMSNorm(cfg.d_model), Attention(cfg, layer)
-        self.mlp_norm = RMSNorm(cfg.d_model)
+        self.attn_norm, self.attn = RMSNorm(cfg.d_model, cfg.rms_eps), Attention(cfg, layer)
+        self.mlp_norm = RMSNorm(cfg.d_model, cfg.rms_eps)
         self.mlp = MoE(cfg) if cfg.n_expert else SwiGLU(cfg.d_model, cfg.d_ff)
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:  # args: those of Attention
@@ -268,7 +268,7 @@ class GPT(nn.Module):
         self.cfg = cfg
         self.embed = nn.Embedding(cfg.padded_vocab, cfg.d_model)
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
-        self.norm = RMSNorm(cfg.d_model)
+        self.norm = RMSNorm(cfg.d_model, cfg.rms_eps)
         self.head = Linear(cfg.d_model, cfg.padded_vocab)
         if cfg.tied:
             self.head.weight = self.embed.weight
@@ -279,7 +279,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Fill every parameter: normal with these deviations, or constant."""
+        """Fill every parameter: normal with these deviations, or constant; V's padding is 0."""
         C = self.cfg.d_model
         # a tied head must not predict its own input: the embedding is small
         normal = {"embed": min(0.02, 4 / C), "head": 0.02, "router": 0.02}
@@ -294,6 +294,7 @@ class GPT(nn.Module):
             else:
                 assert kind in constant, f"no initialisation rule for parameter {name}"
                 nn.init.constant_(p, constant[kind])
+        self.embed.weight[self.cfg.vocab_size :] = self.head.weight[self.cfg.vocab_size :] = 0
 
     def hidden(
         self, idx: Tensor, docs: Maybe = None, cache: Any = None, pads: Maybe = None
@@ -329,14 +330,13 @@ class GPT(nn.Module):
         """Return the sum of -log p(target) over targets (B, T) >= 0, for hidden states x."""
         if fast.ENABLED:
             return loss.cross_entropy(x, self.head.weight, targets, self.cfg.vocab_size)
-        logits = self.logits(x).flatten(0, -2)  # (N, vocab_size)
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum")
+        return -self.logprobs(x, targets).sum()
 
     def logprobs(self, x: Tensor, targets: Tensor) -> Tensor:
         """Return log p(target) at every position (B, T); 0 where target < 0."""
         if fast.ENABLED:
             return loss.logprobs(x, self.head.weight, targets, self.cfg.vocab_size)
-        logits = self.logits(x).flatten(0, -2)
+        logits = self.logits(x).flatten(0, -2)  # (N, vocab_size)
         nll = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none")
         return -nll.view(targets.shape)
 

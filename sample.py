@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from configurator import UserError, load, require
 from corpus.chat import check_template, render_prompt, user_turn
 from corpus.tokenizer import load_tokenizer
-from inference.answers import answer_text, stops
+from inference.answers import answer_text
 from inference.sampling import Sampling, stream
 from inference.solutions import Calculator
 from runtime.checkpoint import load_checkpoint, model_from
@@ -60,7 +60,7 @@ class Sampler:  # a checkpoint that is ready to answer
         self.tokenizer = load_tokenizer(spec["name"], cfg.data_dir, spec)
         self.chat = cfg.chat if cfg.chat is not None else "template" in saved
         if self.chat:
-            check_template(saved, cfg.checkpoint)
+            check_template(saved, self.tokenizer, cfg.checkpoint)
         self.n_prompts = 0
 
     def answer(self, ids: list[int]) -> str:
@@ -73,7 +73,7 @@ class Sampler:  # a checkpoint that is ready to answer
         seeds = [(cfg.seed, self.n_prompts, number) for number in range(cfg.n_samples)]
         self.n_prompts += 1
         prompts = [ids] * cfg.n_samples
-        end = stops(tokenizer)
+        end = tokenizer.stops
         sampling = Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p)
         tool = Calculator(tokenizer) if cfg.calculator else None
         # a character whose bytes are spread over several tokens waits for the last of them
@@ -84,7 +84,7 @@ class Sampler:  # a checkpoint that is ready to answer
             for row, token in step.items():
                 rows[row].append(token)
                 if cfg.n_samples == 1 and token not in end:
-                    data = tokenizer.bpe.decode_single_token_bytes(token)
+                    data = tokenizer.token_bytes(token)
                     print(decoder.decode(data), end="", flush=True)
         n_tokens = sum(map(len, rows))
         speed = n_tokens / (time.perf_counter() - began)
@@ -122,8 +122,8 @@ def main(argv: list[str]) -> int:
         ids = render_prompt(user_turn(text), sampler.tokenizer)
     else:
         print(text, end="")
-        # a document begins after the end of another
-        ids = [sampler.tokenizer.eos, *sampler.tokenizer.encode(text)]
+        tokenizer = sampler.tokenizer
+        ids = [*tokenizer.prefix, *tokenizer.encode(text)] or [tokenizer.bos]
     sampler.answer(ids)
     print()
     return 0

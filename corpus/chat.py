@@ -1,7 +1,7 @@
-"""Chats, solutions and pairs as ids: the template, packing, and what align.py trains on.
+"""Chats, solutions and pairs as ids: rendering, packing, and what align.py trains on.
 
-The template is <|user|>...<|end|><|assistant|>...<|end|> with an optional <|system|>...<|end|>
-before. Ids are concatenated and never searched for in text, so no text can speak as another role.
+The tokenizer has the template: the ids around the text of each role. Ids are concatenated and never
+searched for in text, so no text can speak as another role.
 """
 
 import bisect
@@ -16,27 +16,33 @@ from configurator import UserError
 from corpus.shards import shuffled_index
 from corpus.tokenizer import Tokenizer
 
-TEMPLATE = "chat-1"
 
-
-def check_template(checkpoint: dict, ref: str) -> None:
-    template = checkpoint.get("template", TEMPLATE)
-    if template != TEMPLATE:
-        raise UserError(f"{ref} was tuned with chat template {template}, this code has {TEMPLATE}")
+def check_template(checkpoint: dict, tokenizer: Tokenizer, ref: str) -> None:
+    own = tokenizer.template.name
+    if (template := checkpoint.get("template", own)) != own:
+        raise UserError(f"{ref} was tuned with chat template {template}, its tokenizer has {own}")
 
 
 def render(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Return ids and which are supervised: the assistant's words and the <|end|> after them.
+    """Return ids and which are supervised: the assistant's words and the id that ends them.
 
     An answer with "train": false is context alone.
     """
     check_turns(messages)
-    ids, supervised = [], []
+    template = tokenizer.template
+    ids = [] if messages[0]["role"] == "system" else list(template.start)
+    supervised = [False] * len(ids)
     for message in messages:
+        if message["role"] not in template.roles:
+            raise UserError(f"chat template {template.name} has no {message['role']} turn")
+        before, after = template.roles[message["role"]]
         text = tokenizer.encode(message["content"])
-        is_answer = message["role"] == "assistant" and message.get("train", True)
-        ids += [getattr(tokenizer, message["role"]), *text, tokenizer.end]
-        supervised += [False, *[is_answer] * len(text), is_answer]
+        ids += [*before, *text, *after]
+        n_answer = 0
+        if message["role"] == "assistant" and message.get("train", True):
+            n_answer = len(text) + 1  # with the id that ends it
+        n_other = len(text) + len(after) - n_answer
+        supervised += [False] * len(before) + [True] * n_answer + [False] * n_other
     return ids, supervised
 
 
@@ -54,7 +60,7 @@ def check_turns(messages: list[dict]) -> None:
 
 def render_prompt(messages: list[dict], tokenizer: Tokenizer) -> list[int]:
     """Return the ids of a conversation that the assistant is to continue."""
-    return render(messages, tokenizer)[0] + [tokenizer.assistant]
+    return render(messages, tokenizer)[0] + tokenizer.template.roles["assistant"][0]
 
 
 def user_turn(text: str) -> list[dict]:

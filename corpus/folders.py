@@ -120,7 +120,8 @@ def write_text_shards(source: Source, folder: str, tokenizer: Tokenizer) -> dict
     train.flush()
     val.flush()
     n_tokens = {"train": train.n_tokens, "val": val.n_tokens}
-    return {"documents": n_documents, "tokens": n_tokens, "tokenizer": tokenizer.spec()}
+    made_by = {key: getattr(tokenizer, key) for key in ("name", "hash", "vocab_size")}
+    return {"documents": n_documents, "tokens": n_tokens, "tokenizer": made_by}
 
 
 @dataclass(frozen=True)

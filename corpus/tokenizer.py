@@ -1,6 +1,7 @@
 """Tokenizers: plain bytes, the toy world's words, or BPE with GPT-2's split pattern.
 
-A BPE is given by a ranks file (.tiktoken): one token in base64 and its rank on each line.
+A BPE is given by a ranks file (.tiktoken): one token in base64 and its rank on each line. The
+tokenizer of an imported model is in foreign.py.
 """
 
 import base64
@@ -15,7 +16,8 @@ import tiktoken
 
 from configurator import UserError
 from corpus import toy
-from runtime.files import sha256
+from corpus.foreign import SPEC_FILE, ForeignTokenizer, Template
+from runtime.files import read_json, sha256
 
 SPECIAL = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>")
 # The pattern that OpenAI released with GPT-2, in a form that is faster and cuts the same
@@ -24,7 +26,15 @@ GPT2_HASH = "306cd27f03c1a714"  # of gpt2.tiktoken
 # The pattern steps back over white space, and tiktoken fails after a million steps
 LONGEST_BLANK = 500_000
 LONG_BLANK = re.compile(rf"(?<!\s)\s{{{LONGEST_BLANK + 1},}}")
+CHAT_1 = "chat-1"  # our own chat template
 BYTES = {bytes([i]): i for i in range(256)}
+
+
+def chat_1(special: dict[str, int]) -> Template:
+    """Return our own template: <|user|>...<|end|><|assistant|>...<|end|>."""
+    after = [special["<|end|>"]]
+    roles = {role: ([special[f"<|{role}|>"]], after) for role in ("system", "user", "assistant")}
+    return Template(CHAT_1, [], roles)
 
 
 class Tokenizer:
@@ -37,7 +47,11 @@ class Tokenizer:
             wanted = f"must be 0 to {self.n_text - 1} without a gap, and name all of the 256 bytes"
             raise UserError(f"the ranks of tokenizer {name} {wanted}: copy the file again")
         self.special = {token: self.n_text + i for i, token in enumerate(SPECIAL)}
-        self.eos, self.system, self.user, self.assistant, self.end, self.pad = self.special.values()
+        self.template = chat_1(self.special)
+        self.eos, self.pad = self.special[SPECIAL[0]], self.special["<|pad|>"]
+        self.end = self.special["<|end|>"]
+        self.stops = self.end, self.eos  # what ends an answer: of the turn, of the document
+        self.bos, self.prefix = self.eos, [self.eos]  # a text begins after the end of another
         self.vocab_size = self.n_text + len(SPECIAL)
         self.bpe = tiktoken.Encoding(
             name, pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens=self.special
@@ -73,6 +87,9 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return self.bpe.decode(list(ids))
 
+    def token_bytes(self, token: int) -> bytes:
+        return self.bpe.decode_single_token_bytes(token)
+
     def spec(self) -> dict:
         """Return what a checkpoint or a manifest keeps to recognize this tokenizer."""
         return {"name": self.name, "hash": self.hash, "vocab_size": self.vocab_size}
@@ -89,12 +106,19 @@ def cut_long_blanks(text: str) -> list[str]:
     return [text[start:end] for start, end in zip(cuts, ends, strict=True)]
 
 
-def load_tokenizer(name: str, data_dir: str = "data", expect: dict | None = None) -> Tokenizer:
-    """Return the tokenizer byte, toy, gpt2 (its ranks are in data_dir) or that of a ranks file.
+def load_tokenizer(
+    name: str, data_dir: str = "data", expect: dict | None = None
+) -> Tokenizer | ForeignTokenizer:
+    """Return the tokenizer byte, toy, gpt2 (its ranks are in data_dir), or that of a ranks file.
 
-    expect: spec() of a checkpoint's tokenizer. Raises UserError where this is another one.
+    Or that of the run folder of an imported model. expect: spec() of a checkpoint's tokenizer,
+    which is all of an imported one. Raises UserError where name means another.
     """
-    if name == "byte":
+    if expect and "json" in expect and name == expect["name"]:
+        return ForeignTokenizer(expect)
+    if os.path.isfile(os.path.join(name, SPEC_FILE)):
+        tokenizer = ForeignTokenizer(read_json(os.path.join(name, SPEC_FILE)))
+    elif name == "byte":
         tokenizer = Tokenizer(name, BYTES, "bytes")
     elif name == "toy":
         words = [*BYTES, *(word.encode() for word in toy.words())]

@@ -56,6 +56,7 @@ class EvalConfig:
     n_streams: int = 64  # streams read
     sentences: str = ""  # sentences for maps of attention, separated by ;; "" = none
     tasks: tuple[str, ...] = ()  # none = all that data and checkpoints allow
+    stages: tuple[str, ...] = ()  # runs to measure; none = all, and the untrained weights
     data_dir: str = "data"  # folder of all data, filled by data.py
     tokenizer: str | None = None  # None = the checkpoint's; else a file of the same ranks
     n_samples: int = 8  # solutions per problem for majority, best-of-N and oracle
@@ -119,6 +120,10 @@ class Subject:
         self.policies = [name for name, run in saved if run.get("task") != "verifier"]
         self.tuned = [name for name, run in saved if run.get("task") in ("sft", "dpo")]
         self.starts = {name: find_start(run, self.checkpoints) for name, run in saved}
+        if unknown := set(cfg.stages) - set(specs):
+            raise UserError(f"unknown stage {min(unknown)}; there are {', '.join(specs)}")
+        # the trivial answers are rows of the first that is measured
+        self.first = next((x for x in self.policies if x in (cfg.stages or [x])), None)
         self.judges = {}  # verifier -> the policy whose solutions it judges: its start, or the last
         for name in (name for name in stages if name not in self.policies):
             fit = [x for x in self.tuned if self.tokenizers[x] is self.tokenizers[name]]

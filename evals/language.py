@@ -28,7 +28,7 @@ def val_loss(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     ids = rows.validation(0, min(rows.n_rows, 512)).tolist()
     nll = windows_nll(model, [Window(row, T) for row in ids])
     results = [Row("val_loss", "windows", ratio(nll, [T] * len(nll)), "val")]
-    if stage == "untrained":
+    if stage == subject.first:
         entropy = unigram_entropy([token for row in ids for token in row[1:]])
         results.append(Row("val_loss", "windows", entropy, "val", "unigram entropy"))
     return results
@@ -64,7 +64,7 @@ def text_perplexity(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
         for row in perplexity(subject.model(stage), subject.tokenizers[stage], text, protocols):
             seen = plain if row.protocol in ("words", "bpb") else marked
             results.append(replace(row, split=name, extra={"overlap": seen}))
-        if stage == "untrained" and "tokens" in protocols:
+        if stage == subject.first and "tokens" in protocols:
             entropy = unigram_entropy(subject.tokenizers[stage].encode(text))
             estimate = replace(entropy, value=math.exp(entropy.value))
             results.append(Row("perplexity", "tokens", estimate, name, "unigrams of the text"))

@@ -83,9 +83,9 @@ def strided(ids: list[int], length: int, stride: int) -> list[Window]:
     return windows
 
 
-def rolling(ids: list[int], length: int, eos: int) -> list[Window]:
+def rolling(ids: list[int], length: int, bos: int) -> list[Window]:
     """Return lm-evaluation-harness's rolling windows, in which all ids are scored."""
-    ids = [eos, *ids]  # the context of a window's first id is one id, EOS at the start
+    ids = [bos, *ids]  # the context of a window's first id is one id, BOS or EOS at the start
     windows = []
     for i in range(0, len(ids) - 1, length):
         begin = max(0, min(i, len(ids) - 1 - length))  # the last one reaches back
@@ -128,7 +128,7 @@ def perplexity(
         rows.append(Row("perplexity", protocol, loss))
     articles = articles_of(text) if {"words", "bpb"} & set(protocols) else []
     ids = [tokenizer.encode(detokenize(article)) for article in articles]
-    nll = [sum(windows_nll(model, rolling(own, length, tokenizer.eos))) for own in ids]
+    nll = [sum(windows_nll(model, rolling(own, length, tokenizer.bos))) for own in ids]
     if "words" in protocols:
         # The harness counts so: the empty strings at both ends are words too.
         words = [len(re.split(r"\s+", article)) for article in articles]

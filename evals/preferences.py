@@ -9,7 +9,6 @@ from corpus.chat import Pair, drop_too_long, encode_pair, render_prompt, user_tu
 from corpus.records import load_records
 from evals.base import EvalConfig, Row, Subject, task
 from evals.stats import proportion
-from inference.answers import stops
 from inference.sampling import generate
 from inference.scoring import pair_logprobs
 
@@ -31,7 +30,7 @@ def preference(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     values |= reward(subject, stage, pairs, logp, lengths)
     shares = {protocol: proportion(x[:, 0] > x[:, 1]) for protocol, x in values.items()}
     results = [Row("accuracy", protocol, share, split) for protocol, share in shares.items()]
-    if stage == "untrained":
+    if stage == subject.first:
         tie = lengths[:, 0] == lengths[:, 1]
         hits = proportion(np.where(tie, 0.5, lengths[:, 0] > lengths[:, 1]))
         results.append(Row("accuracy", "length", hits, split, "longer answer wins"))
@@ -72,7 +71,7 @@ def tales(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     requests = [request for request in requests for _ in range(4)]
     prompts = [render_prompt(user_turn(request), tokenizer) for request in requests]
     seeds = [(cfg.seed, number) for number in range(len(prompts))]
-    outputs = generate(subject.model(stage), prompts, 128, stops(tokenizer), seeds)
+    outputs = generate(subject.model(stage), prompts, 128, tokenizer.stops, seeds)
     verdicts = []
     for request, ids in zip(requests, outputs, strict=True):
         verdict = toy.judge_tale(request, tokenizer.decode(ids[:-1]))  # on_topic, kind

@@ -63,7 +63,7 @@ def greedy(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     for metric, values in flags.items():
         extra = {"examples": examples.get(metric, [])}
         results.append(Row(metric, "greedy", proportion(values), extra=extra))
-    if stage == "untrained":
+    if stage == subject.first:
         answers = [final_answer(row["answer"]) for row in rows]
         common = Counter(answers).most_common(1)[0][0]
         share = proportion(answer == common for answer in answers)

@@ -219,7 +219,7 @@ def attention(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
         heads = by_head(head_numbers(maps), model.cfg.sinks, where=f"sentence {number} ")
         # One sentence has no interval.
         rows += [replace(x, estimate=Estimate(x.estimate.value, x.estimate.n)) for x in heads]
-        tokens = map(tokenizer.bpe.decode_single_token_bytes, ids)
+        tokens = map(tokenizer.token_bytes, ids)
         kept = {"text": text, "tokens": [token.decode("utf-8", "replace") for token in tokens]}
         kept |= {"sinks": model.cfg.sinks, "maps": maps[:, 0].double().numpy().round(5).tolist()}
         write_jsonl(f"{cfg.out_dir}/attention/{stage}_{number}.jsonl", [kept])

@@ -10,7 +10,7 @@ from corpus.schemas import SUMMARIES
 from corpus.tokenizer import Tokenizer
 from evals.base import EvalConfig, Row, Subject, task
 from evals.stats import mean, proportion
-from inference.answers import answer_text, stops
+from inference.answers import answer_text
 from inference.sampling import GREEDY, generate
 from inference.scoring import Window, windows_nll
 from model import GPT
@@ -41,7 +41,7 @@ def sst2(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
         results.append(accuracy(name, [own[:-1] for own in scores], gold))
         relative = [own[:-1] - own[-1] for own in scores]  # to the sentence "N/A"
         results.append(accuracy(f"{name} calibrated", relative, gold))
-    if stage == "untrained":
+    if stage == subject.first:
         majority = proportion(gold == (gold.mean() >= 0.5))
         results.append(Row("accuracy", "zero-shot", majority, model="majority class"))
     return results
@@ -78,7 +78,7 @@ def label_scores(
     windows = []
     for sentence in sentences:
         prompt = tokenizer.encode(before + SST2_PROMPT.format(sentence.strip()))
-        windows += [Window([tokenizer.eos, *prompt, *label], len(label)) for label in labels]
+        windows += [Window([*tokenizer.prefix, *prompt, *label], len(label)) for label in labels]
     if max(len(window.ids) for window in windows) > model.cfg.seq_len:
         return None
     return -np.array(windows_nll(model, windows, 64)).reshape(-1, 2)
@@ -98,9 +98,9 @@ def dialogsum(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     dialogues = [tokenizer.encode(record["dialogue"]) for record in records]
     requests = [SUMMARIZE + tokenizer.decode(ids[-room:]) for ids in dialogues]
     prompts = [render_prompt(user_turn(text), tokenizer)[-T:] for text in requests]
-    outputs = generate(model, prompts, cfg.max_new_tokens, stops(tokenizer), sampling=GREEDY)
+    outputs = generate(model, prompts, cfg.max_new_tokens, tokenizer.stops, sampling=GREEDY)
     summaries = {stage: [answer_text(ids, tokenizer) for ids in outputs]}
-    if stage == "untrained":
+    if stage == subject.first:
         turns = [record["dialogue"].replace("\r", "").split("\n") for record in records]
         summaries["first three turns"] = [" ".join(part[:3]) for part in turns]
         summaries["longest turn"] = [max(part, key=len) for part in turns]

@@ -9,22 +9,17 @@ from inference.sampling import GREEDY, Ids, generate
 from model import GPT
 
 
-def stops(tokenizer: Tokenizer) -> tuple[int, int]:
-    """Return the ids that end an answer: of the turn, and of the document."""
-    return tokenizer.end, tokenizer.eos
-
-
 def answer_text(ids: Ids, tokenizer: Tokenizer) -> str:
     """Return the text of an answer, without the id that ended it."""
-    stopped = ids[-1] in stops(tokenizer)
+    stopped = ids[-1] in tokenizer.stops
     return tokenizer.decode(ids[:-1] if stopped else ids)
 
 
 def answer_stats(model: GPT, tokenizer: Tokenizer, prompts: list[Ids], max_new_tokens: int) -> dict:
     """Answer the prompts greedily. -> {measure: its value for every answer}"""
-    answers = generate(model, prompts, max_new_tokens, stops(tokenizer), sampling=GREEDY)
+    answers = generate(model, prompts, max_new_tokens, tokenizer.stops, sampling=GREEDY)
     return {
-        "stop_rate": [ids[-1] in stops(tokenizer) for ids in answers],
+        "stop_rate": [ids[-1] in tokenizer.stops for ids in answers],
         "length": [len(ids) for ids in answers],
         "repetition": [repetition(ids) for ids in answers],
         "distinct_2": distinct_2(answers),

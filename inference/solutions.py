@@ -16,7 +16,7 @@ from fractions import Fraction
 
 from corpus.chat import drop_too_long, render_prompt, user_turn
 from corpus.tokenizer import Tokenizer
-from inference.answers import answer_text, stops
+from inference.answers import answer_text
 from inference.sampling import Ids, Sampling, generate
 from model import GPT
 
@@ -123,7 +123,7 @@ class Calculator:
 
     def __call__(self, ids: Ids) -> Ids:
         """Return the ids of the result and >> where ids end in an open <<expression=, else none."""
-        if b"=" not in self.tokenizer.bpe.decode_single_token_bytes(ids[-1]):
+        if b"=" not in self.tokenizer.token_bytes(ids[-1]):
             return []
         asked = re.search(r"<<([^<>=]*)=$", self.tokenizer.decode(ids[-70:]))
         value = arithmetic(asked[1]) if asked else None
@@ -148,7 +148,7 @@ def checked(ids: Ids, answer: str, tokenizer: Tokenizer) -> dict:
     found = final_answer(text)
     correct = is_same(found, final_answer(answer))  # which is the 1 of 1/2
     correct = correct and is_same(number_value(found), answer_value(answer))
-    return {"ids": ids, "text": text, "stopped": ids[-1] in stops(tokenizer), "correct": correct}
+    return {"ids": ids, "text": text, "stopped": ids[-1] in tokenizer.stops, "correct": correct}
 
 
 def with_room(model: GPT, tokenizer: Tokenizer, problems: list[dict], log: Callable) -> list[dict]:
@@ -179,7 +179,7 @@ def solve(
     by_length = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
     order = [(i, k) for i in by_length for k in range(attempts.n_samples)]
     length = attempts.max_new_tokens
-    end = stops(tokenizer)
+    end = tokenizer.stops
     sampling = Sampling(attempts.temperature)
     calculator = Calculator(tokenizer) if attempts.calculator else None
     began = time.perf_counter()

@@ -6,8 +6,8 @@ import numpy as np
 from helpers import BYTE, save_start, tiny
 
 from corpus import toy
-from corpus.chat import TEMPLATE
 from corpus.shards import write_shard
+from corpus.tokenizer import CHAT_1
 from evals.results import STAGES, read_results
 from runtime.checkpoint import weights_hash
 from runtime.files import write_atomic, write_json, write_jsonl
@@ -51,7 +51,7 @@ def make_stage(folder: Path, seed: int, task: str, **changes) -> dict:
     """Write the checkpoint of a stage. -> init_from of a stage that starts from it"""
     fields = {"n_layer": 1, "seq_len": 256, "score_head": task == "verifier"}
     model = tiny(seed, **{**fields, **changes.pop("fields", {})})
-    save_start(folder, model, task=task, template=TEMPLATE, **changes)
+    save_start(folder, model, task=task, template=CHAT_1, **changes)
     return {"ref": str(folder), "weights_hash": weights_hash(model.state_dict())}
 
 

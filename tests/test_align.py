@@ -21,8 +21,9 @@ from helpers import ASSISTANT, BYTE, END, PAD, ROOT, SYSTEM, USER, fails, save_s
 
 import align
 from configurator import UserError
-from corpus.chat import TEMPLATE, render, render_prompt, user_turn, with_text
+from corpus.chat import render, render_prompt, user_turn, with_text
 from corpus.shards import write_shard
+from corpus.tokenizer import CHAT_1
 from corpus.toy import chat
 from inference import solutions
 from inference.scoring import score_solutions
@@ -743,7 +744,7 @@ def test_both_rows_of_a_pair_begin_with_the_same_prompt(tmp_path):
 
 def test_a_dpo_run_made_to_collapse_says_so(tmp_path, capsys):
     """A learning rate a thousand times too high: the notes must appear in the run's own output."""
-    start = save_start(tmp_path / "start", tiny(), template=TEMPLATE, task="sft")
+    start = save_start(tmp_path / "start", tiny(), template=CHAT_1, task="sft")
     data_dir = world(tmp_path / "data")
     argv = [f"--init_from={start}", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'run'}"]
     argv += ["--mode=dpo", "--data=mini", "--device=cpu", "--dtype=float32", "--optimizer=adamw"]
@@ -1063,7 +1064,7 @@ def test_each_mode_leaves_a_checkpoint_that_says_where_it_comes_from(tmp_path, m
     assert align.main(flags(tmp_path, mode)) == 0
     saved = load_checkpoint(str(tmp_path / f"out_{mode}"))
     assert (saved["task"], saved["step"]) == (mode, 4)
-    assert (saved["template"], saved["tokenizer"]) == (TEMPLATE, BYTE.spec())
+    assert (saved["template"], saved["tokenizer"]) == (CHAT_1, BYTE.spec())
     assert saved["init_from"]["weights_hash"] == start["weights_hash"] != saved["weights_hash"]
     model_from(saved)
     out, names = tmp_path / f"out_{mode}", align.TASKS[mode].metrics
@@ -1262,7 +1263,7 @@ def test_a_checkpoint_of_another_template_is_refused(tmp_path):
     """Template of training and of use must agree: a mismatch costs accuracy without a word."""
     world(tmp_path / "data")
     save_start(tmp_path / "start", tiny(), template="chat-0")
-    refused(flags(tmp_path, "sft"), "chat-0", TEMPLATE)
+    refused(flags(tmp_path, "sft"), "chat-0", CHAT_1)
 
 
 # ------------------------------------------------------------------------------------------------

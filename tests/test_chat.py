@@ -149,8 +149,9 @@ def test_chosen_and_rejected_have_identical_prompt_ids(merging, prompt, chosen, 
     """
     record = {"prompt": user_turn(prompt), "chosen": chosen, "rejected": rejected}
     pair = encode_pair(record, merging)
-    question = merging.encode(prompt)
-    assert pair.prompt == [merging.user, *question, merging.end, merging.assistant]
+    question, special = merging.encode(prompt), merging.special
+    before, after = special["<|user|>"], special["<|assistant|>"]
+    assert pair.prompt == [before, *question, merging.end, after]
     assert pair.chosen == [*merging.encode(chosen), merging.end]
     assert pair.rejected == [*merging.encode(rejected), merging.end]
     assert all(part.count(merging.end) == 1 for part in pair)

@@ -189,7 +189,7 @@ def test_every_protocol_survives_a_relabelling_of_the_ids():
     new = np.random.default_rng(0).permutation(262).tolist()
 
     class Relabelled:
-        eos = new[EOS]
+        bos = new[EOS]
 
         def encode(self, text):
             return [new[i] for i in BYTE.encode(text)]

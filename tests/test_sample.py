@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from helpers import BYTE, ROOT, fails, save_start
+from helpers import ASSISTANT, BYTE, ROOT, USER, fails, save_start
 from test_model import tiny
 
 import sample as program
-from corpus.chat import TEMPLATE
+from corpus.tokenizer import CHAT_1
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def start(tmp_path):
     model = tiny(dtype=torch.float32, vocab_size=BYTE.vocab_size, seq_len=32)
     return {
         "base": save_start(tmp_path / "base", model),
-        "chat": save_start(tmp_path / "chat", model, template=TEMPLATE, task="sft"),
+        "chat": save_start(tmp_path / "chat", model, template=CHAT_1, task="sft"),
     }
 
 
@@ -79,7 +79,7 @@ def test_a_chat_model_gets_the_template_and_a_base_model_plain_text(start, monke
         ("base", ["--chat"]),
     ):
         program.main([f"--checkpoint={start[name]}", "--prompt=x", *flags])
-    templated, plain = [BYTE.user, ord("x"), BYTE.end, BYTE.assistant], [BYTE.eos, ord("x")]
+    templated, plain = [USER, ord("x"), BYTE.end, ASSISTANT], [BYTE.eos, ord("x")]
     assert asked == [templated, plain, plain, templated]
 
 
@@ -91,7 +91,7 @@ def test_a_conversation_keeps_its_turns_until_an_empty_line(start, monkeypatch, 
     assert program.main([f"--checkpoint={start['chat']}"]) == 0
 
     def turn(text):
-        return [BYTE.user, *text.encode(), BYTE.end, BYTE.assistant]
+        return [USER, *text.encode(), BYTE.end, ASSISTANT]
 
     assert (
         asked == [turn("one"), [*turn("one"), *"h\u00e9!".encode(), BYTE.end, *turn("two")]]
@@ -104,7 +104,7 @@ def test_the_prompt_may_come_on_stdin(start, monkeypatch, capsys):
     asked = answers_of(monkeypatch)
     monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
     program.main([f"--checkpoint={start['chat']}"])
-    assert asked == [[BYTE.user, *b"from a pipe", BYTE.end, BYTE.assistant]]
+    assert asked == [[USER, *b"from a pipe", BYTE.end, ASSISTANT]]
 
 
 def test_any_text_is_a_prompt(start, monkeypatch):
@@ -115,7 +115,7 @@ def test_any_text_is_a_prompt(start, monkeypatch):
         program.main([f"--checkpoint={start['base']}", f"--prompt={text}"])
     assert asked == [[BYTE.eos, *text.encode()] for text in ("", "None", "none", "--chat")]
     program.main([f"--checkpoint={start['chat']}", "--prompt=None"])
-    assert asked[-1] == [BYTE.user, *b"None", BYTE.end, BYTE.assistant]
+    assert asked[-1] == [USER, *b"None", BYTE.end, ASSISTANT]
     fails(lambda: program.main([f"--checkpoint={start['chat']}", "--prompt="]), "prompt is empty")
 
 
@@ -132,7 +132,7 @@ def test_a_prompt_beyond_the_context_loses_its_beginning_aloud(
     said = capsys.readouterr().err
     assert len(asked[0]) == min(32, 32 + over)
     assert (f"the first {over} of the prompt's {32 + over} tokens are cut" in said) == (over > 0)
-    end = [*text.encode(), BYTE.end, BYTE.assistant] if name == "chat" else [*text.encode()]
+    end = [*text.encode(), BYTE.end, ASSISTANT] if name == "chat" else [*text.encode()]
     assert asked[0][-20:] == end[-20:]
 
 

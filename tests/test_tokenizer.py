@@ -32,15 +32,10 @@ def test_gpt2_round_trips_any_text(gpt2, text):
 
 def test_the_special_ids_of_bytes():
     """Literal ids: shards and checkpoints depend on them."""
-    assert (
-        BYTE.eos,
-        BYTE.system,
-        BYTE.user,
-        BYTE.assistant,
-        BYTE.end,
-        BYTE.pad,
-        BYTE.vocab_size,
-    ) == (256, 257, 258, 259, 260, 261, 262)
+    assert list(BYTE.special.values()) == [256, 257, 258, 259, 260, 261]
+    assert (BYTE.eos, BYTE.end, BYTE.pad, BYTE.vocab_size) == (256, 260, 261, 262)
+    around = {role: before for role, (before, _) in BYTE.template.roles.items()}
+    assert around == {"system": [257], "user": [258], "assistant": [259]}
 
 
 @pytest.mark.parametrize("text", [*SPECIAL, "a<|end|>b<|endoftext|><|user|>"])

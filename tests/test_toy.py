@@ -16,7 +16,7 @@ from corpus import toy
 from corpus.chat import render, render_prompt, user_turn
 from corpus.folders import ToySizes, toy_records
 from corpus.tokenizer import load_tokenizer
-from inference.answers import answer_text, stops
+from inference.answers import answer_text
 from inference.sampling import GREEDY, generate
 from inference.solutions import final_answer
 from runtime.checkpoint import load_checkpoint, model_from
@@ -361,7 +361,7 @@ def test_a_second_question_is_answered_about_as_well_as_the_first(tmp_path):
 
     def answers(dialogues: list[list[dict]]) -> list[str]:
         prompts = [render_prompt(messages, tokenizer) for messages in dialogues]
-        found = generate(model, prompts, 64, stops(tokenizer), sampling=GREEDY)
+        found = generate(model, prompts, 64, tokenizer.stops, sampling=GREEDY)
         return [answer_text(ids, tokenizer) for ids in found]
 
     def share_right(texts: list[str]) -> float:

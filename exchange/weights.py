@@ -1,0 +1,164 @@
+"""Sizes and weights of a model in transformers' names, both ways.
+
+Homes: LlamaForCausalLM; with a sliding window MistralForCausalLM; with QK-norm Qwen3ForCausalLM;
+with QK-norm and sinks, or with experts, FlintForCausalLM. Parts of one matrix of ours (q, k, v;
+gate, up) are matrices of their own there. RoPE rotates the same halves in all.
+"""
+
+import torch
+from torch import Tensor
+
+from configurator import UserError
+from model import ModelConfig
+
+NAMES = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
+DENSE = {"mlp.gate_up": ["mlp.gate_proj", "mlp.up_proj"], "mlp.down": ["mlp.down_proj"]}
+SHARED = {
+    "mlp.shared.gate_up": ["mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"],
+    "mlp.shared.down": ["mlp.shared_expert.down_proj"],
+}
+ATTENTION = {
+    "attn_norm": ["input_layernorm"],
+    "attn.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attn.out": ["self_attn.o_proj"],
+    "mlp_norm": ["post_attention_layernorm"],
+}
+QK_NORM = {"attn.q_norm": ["self_attn.q_norm"], "attn.k_norm": ["self_attn.k_norm"]}
+# transformers' key -> our field, where the value is the same
+SIZES = {
+    "hidden_size": "d_model",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "num_key_value_heads": "n_kv_head",
+    "head_dim": "d_head",
+    "intermediate_size": "d_ff",
+    "max_position_embeddings": "seq_len",
+    "rms_norm_eps": "rms_eps",
+    "tie_word_embeddings": "tied",
+}
+EXPERTS = {
+    "num_experts": "n_expert",
+    "num_experts_per_tok": "n_expert_active",
+    "moe_intermediate_size": "d_expert",
+}
+DEFAULTS = {"head_dim": None, "num_key_value_heads": None, "tie_word_embeddings": False}
+# What a model must say, or leave unsaid, to be computed by model.py
+REQUIRED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+    "logit_scale": 1.0,
+}
+KINDS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM", "FlintForCausalLM")
+
+
+def layout(cfg: ModelConfig) -> dict[str, list[str]]:
+    """Return the names in transformers of the parts of each tensor of ours, in their order."""
+    parts = ATTENTION | (QK_NORM if cfg.qk_norm else {})
+    if not cfg.n_expert:
+        parts = parts | DENSE
+    elif cfg.shared_expert:
+        parts = parts | SHARED
+    layer = {f"{name}.weight": [f"{x}.weight" for x in own] for name, own in parts.items()}
+    if cfg.n_expert:
+        layer["mlp.router.weight"] = ["mlp.gate.weight"]
+        layer["mlp.gate_up"] = ["mlp.experts.gate_up_proj"]
+        layer["mlp.down"] = ["mlp.experts.down_proj"]
+    if cfg.sinks:
+        layer["attn.sinks"] = ["self_attn.sinks"]
+    names = {name: [own] for name, own in NAMES.items()}
+    names["head.weight"] = NAMES["embed.weight"] if cfg.tied else "lm_head.weight"
+    names["head.weight"] = [names["head.weight"]]
+    for i in range(cfg.n_layer):
+        for name, own in layer.items():
+            names[f"blocks.{i}.{name}"] = [f"model.layers.{i}.{x}" for x in own]
+    return names
+
+
+def to_ours(tensors: dict[str, Tensor], cfg: ModelConfig, source: str) -> dict[str, Tensor]:
+    """Return our state dict of transformers' tensors. Raises UserError for missing or surplus."""
+    names = layout(cfg)
+    wanted = {name for own in names.values() for name in own}
+    given = tensors.keys() - {"lm_head.weight"} if cfg.tied else tensors.keys()
+    given = {name for name in given if not name.endswith("rotary_emb.inv_freq")}  # old files
+    if given != wanted:
+        missing, surplus = sorted(wanted - given)[:3], sorted(given - wanted)[:3]
+        raise UserError(f"{source}: weights missing {missing}, surplus {surplus}")
+    state = {}
+    for name, own in names.items():
+        x = torch.cat([tensors[part].float() for part in own])
+        if name in ("embed.weight", "head.weight"):  # rows of no token go, those of padding come
+            padding = x.new_zeros(cfg.padded_vocab - cfg.vocab_size, x.size(1))
+            x = torch.cat((x[: cfg.vocab_size], padding))
+        state[name] = x
+    if cfg.tied:
+        state["head.weight"] = state["embed.weight"]
+    return state
+
+
+def sizes_of(config: dict, source: str) -> dict:
+    """Return the fields of ModelConfig, but vocab_size, of a transformers config.json.
+
+    Raises UserError for what has no home in model.py, with the key and its value.
+    """
+    kind = (config.get("architectures") or [None])[0]
+    if kind not in KINDS:
+        raise UserError(f"{source}: architecture {kind} is not one of {', '.join(KINDS)}")
+    for key, value in REQUIRED.items():
+        if config.get(key, value) not in (value, None):
+            refuse(source, key, config[key], value)
+    sizes = {}
+    for key, name in SIZES.items():
+        if key not in config and key not in DEFAULTS:
+            raise UserError(f"{source}: config.json has no {key}")
+        sizes[name] = config.get(key, DEFAULTS.get(key))
+    flint = kind == "FlintForCausalLM"
+    sizes |= {"qk_norm": kind in ("Qwen3ForCausalLM", "FlintForCausalLM"), "sinks": flint}
+    sizes["rope_base"] = rope_base(config, source)
+    sizes["sliding_window"] = window_of(config, kind, source)
+    if flint and config.get("num_experts"):
+        sizes |= {name: config[key] for key, name in EXPERTS.items()} | experts(config, source)
+    return sizes
+
+
+def refuse(source: str, key: str, value: object, expected: object) -> None:
+    raise UserError(f"{source}: {key}={value!r} has no home here, expected {expected!r}")
+
+
+def rope_base(config: dict, source: str) -> float:
+    """Return RoPE's base, from the form of transformers 5 or of those before."""
+    rope = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling") or {}
+    for given in (rope, scaling):
+        kind = given.get("rope_type", given.get("type", "default"))
+        if kind != "default":
+            refuse(source, "rope_type", kind, "default")
+    return float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+
+
+def window_of(config: dict, kind: str, source: str) -> int | None:
+    """Return the sliding window of all layers, None where each sees all before it."""
+    window, kinds = config.get("sliding_window"), set(config.get("layer_types") or [])
+    if len(kinds) > 1:
+        refuse(source, "layer_types", sorted(kinds), "layers of one kind")
+    if kind == "FlintForCausalLM":  # its full attention has no RoPE
+        if kinds != {"sliding_attention"}:
+            refuse(source, "layer_types", sorted(kinds), ["sliding_attention"])
+        return None if window >= config["max_position_embeddings"] else window
+    if kind == "Qwen3ForCausalLM":
+        slides = config.get("use_sliding_window") and window is not None
+        if slides and not kinds and config.get("max_window_layers", 0) > 0:
+            refuse(source, "max_window_layers", config["max_window_layers"], 0)
+        return window if slides and kinds != {"full_attention"} else None
+    return window if kind == "MistralForCausalLM" else None
+
+
+def experts(config: dict, source: str) -> dict:
+    """Return the further fields of a Flint with experts in every layer."""
+    expected = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    expected["shared_expert_intermediate_size"] = config["moe_intermediate_size"]
+    for key, value in expected.items():
+        if config.get(key, value) != value:
+            refuse(source, key, config[key], value)
+    return {"shared_expert": True}
