@@ -7,6 +7,7 @@
     torchrun --nproc_per_node=4 align.py config/h100_sft.py --init_from=out/h100/pretrain
 """
 
+import copy
 import math
 import os
 from dataclasses import astuple, dataclass
@@ -305,7 +306,8 @@ class Verifier(PackedTask):
             found[split] = chat.solution_documents(rows, tokenizer, self.cfg.level)
             world.log(f"verifier {split}: {chat.describe_solutions(rows)}")
             if split == "train":
-                scoring.scale_scores(setup.model.to(world.device), tokenizer, rows[:256])
+                with torch.no_grad(), world.autocast():
+                    scoring.scale_scores(setup.model.to(world.device), tokenizer, rows[:256])
         self.pack_splits(found, "solutions", setup)
 
     def units(self, batch: dict) -> Tensor:
@@ -337,6 +339,8 @@ def sampled_solutions(setup: Setup, split: str) -> list[dict]:
     path = os.path.join(loop.out_dir, f"samples_{split}_{key}.jsonl")
     if not os.path.exists(path):
         model = setup.model.to(world.device)
+        if world.dtype != torch.float32:  # text is sampled from weights of the compute dtype
+            model = copy.deepcopy(model).to(world.dtype)
         own = problems[world.rank :: world.size]
         rows = world.gather(solve(model, setup.tokenizer, own, attempts, world.log))
         if world.main:
