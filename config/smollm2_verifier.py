@@ -1,3 +1,10 @@
+"""A verifier from SmolLM2-135M's own solutions of held-out GSM8K problems, an hour of one CPU core.
+
+    python align.py config/smollm2_verifier.py
+
+400 problems that SFT never saw, four samples each.
+"""
+
 mode = "verifier"
 out_dir = "out/smollm2/verifier"
 init_from = "out/smollm2/sft"

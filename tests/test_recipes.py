@@ -1,6 +1,7 @@
 """The files in config/ are promises: each must load, and the large ones must run a step, small."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ OTHERS = {"bench": BenchConfig, "data": DataConfig, "eval": EvalConfig, "speedru
 def load(path: str):
     """Load a recipe as its program does."""
     name = os.path.basename(path).removesuffix(".py")
-    name = name.removeprefix("local_").removeprefix("h100_")
+    name = re.sub("^(local|h100|smollm2)_", "", name)
     if name in OTHERS:
         return configurator.load([path], OTHERS[name])
     if name in ("pretrain", "smoke", "race_tiny", "race_small", "streaming"):
