@@ -6,7 +6,8 @@
 
 A checkpoint tuned on chats answers in the template it was tuned with; --chat=False continues plain
 text instead. Text may outgrow the training context: the cache rolls, and the model sees the last
-seq_len tokens.
+seq_len tokens. One trained without sinks leans on the first tokens (arXiv 2309.17453): it sees
+those four, and four fewer of the last.
 """
 
 import codecs

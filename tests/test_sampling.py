@@ -8,7 +8,8 @@ import torch
 from helpers import fails
 from test_model import ids, randn, tiny, variants
 
-from inference.sampling import GREEDY, Sampling, generate, sample, stream
+from inference.sampling import GREEDY, KVCache, Sampling, generate, kept_tokens, sample, stream
+from model import Mask, attention_weights, rotary_angles, rotate
 
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5], [3, 5, 8, 9, 7, 9], [31, 41, 5, 9]]
 
@@ -122,6 +123,134 @@ def test_generation_works_under_autocast(sinks):
     with torch.autocast("cpu", torch.bfloat16):
         out = generate(tiny(dtype=torch.float32, sinks=sinks), PROMPTS, 3, sampling=GREEDY)
     assert [len(row) for row in out] == [3] * len(PROMPTS)
+
+
+# ------------------------------------------------------------------------------------------------
+# A cache that keeps the first tokens
+
+
+@torch.no_grad()
+def paper_stream(model, text, slots, kept):
+    """Logits of a text (n,), token by token, as arXiv 2309.17453 describes the cache.
+
+    Keys are stored before RoPE. At each step every one is turned by its place in the cache.
+    """
+    cfg, logits = model.cfg, []
+    caches = [([], []) for _ in model.blocks]
+    for token in text.tolist():
+        x = model.embed(torch.tensor([[token]]))
+        for block, (keys, values) in zip(model.blocks, caches, strict=True):
+            attn, y = block.attn, block.attn_norm(x)
+            parts = (y @ attn.qkv.weight.T).split(attn.sizes, dim=-1)
+            q, k, v = (part.view(1, 1, -1, cfg.d_head) for part in parts)
+            keys.append(attn.k_norm(k)), values.append(v)
+            if len(keys) > slots:
+                del keys[kept], values[kept]
+            cos, sin = rotary_angles(torch.arange(len(keys)), cfg.d_head, cfg.rope_base, x.dtype)
+            q = rotate(attn.q_norm(q), cos[-1:], sin[-1:]).transpose(1, 2)
+            k = rotate(torch.cat(keys, dim=1), cos, sin).transpose(1, 2)
+            v = torch.cat(values, dim=1).transpose(1, 2)
+            weights = attention_weights(q, k, attn.sinks, Mask())[..., : k.size(2)]
+            y = weights @ v.repeat_interleave(cfg.n_head // cfg.n_kv_head, dim=1)
+            x = x + attn.out(y.transpose(1, 2).flatten(2))
+            x = x + block.mlp(block.mlp_norm(x))
+        logits.append(model.logits(model.norm(x))[0, 0])
+    return torch.stack(logits)
+
+
+@torch.no_grad()
+def cached_logits(model, idx, slots, kept, prompt=1, pads=None):
+    """Logits (B, n, V) of idx (B, n) through a cache: the first `prompt` at once, then by one."""
+    cache = KVCache(model.cfg, len(idx), slots, idx.device, model.embed.weight.dtype, kept)
+    pieces = idx.split([prompt, *[1] * (idx.size(1) - prompt)], dim=1)
+    hidden = [model.hidden(pieces[0], cache=cache, pads=pads)]
+    hidden += [model.hidden(piece, cache=cache) for piece in pieces[1:]]
+    return model.logits(torch.cat(hidden, dim=1))
+
+
+kept_variants = pytest.mark.parametrize(
+    "fields",
+    [
+        {"sinks": False},
+        {"sinks": False, "qk_norm": False, "n_kv_head": 2},
+        {"n_kv_head": 1},
+    ],
+    ids=["qk_norm", "gqa_no_norm", "sinks"],
+)
+
+
+@kept_variants
+@pytest.mark.parametrize("kept, slots", [(0, 6), (1, 2), (1, 6), (4, 9), (5, 6)])
+def test_kept_tokens_stand_before_the_window_as_in_the_paper(fields, kept, slots):
+    """One row and three, far beyond the slots: positions count inside the cache."""
+    model, idx = tiny(seed=5, dtype=torch.float32, **fields), ids(3, 30)
+    want = torch.stack([paper_stream(model, row, slots, kept) for row in idx])
+    for prompt in (1, slots):
+        got = cached_logits(model, idx, slots, kept, prompt)
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    alone = cached_logits(model, idx[:1], slots, kept)
+    torch.testing.assert_close(alone, want[:1], atol=1e-5, rtol=1e-5)
+    if kept:
+        rolling = cached_logits(model, idx, slots, 0, slots)
+        assert torch.equal(rolling[:, :slots], got[:, :slots]), "the same until it rolls"
+        assert (rolling[:, slots:] - got[:, slots:]).abs().amax((1, 2)).min() > 1e-3
+
+
+@kept_variants
+def test_every_row_keeps_its_own_first_tokens_whatever_its_pads(fields):
+    """Pads are no tokens: neither kept nor seen, and a short prompt goes on filling the kept slots.
+
+    The shortest row begins after the cache has begun to roll for the longest.
+    """
+    model, text, lengths = tiny(seed=5, **fields), ids(5, 30), [8, 1, 7, 3, 6]
+    slots, kept, width = 8, 3, max(lengths)
+    rows = [torch.cat((ids(width - n, seed=9), text[i])) for i, n in enumerate(lengths)]
+    idx = torch.stack([row[:30] for row in rows])
+    pads = torch.tensor([width - n for n in lengths])
+    got = cached_logits(model, idx, slots, kept, width, pads)
+    for i, pad in enumerate(pads.tolist()):
+        want = paper_stream(model, idx[i, pad:], slots, kept)
+        torch.testing.assert_close(got[i, pad:], want, atol=1e-9, rtol=1e-9)
+
+
+@torch.no_grad()
+def test_kept_keys_do_not_drift_in_bfloat16():
+    """They are turned from where they were computed: after 300 steps one rounding is all."""
+    model, slots, kept = tiny(seed=5, dtype=torch.bfloat16, sinks=False), 6, 4
+    cache = KVCache(model.cfg, 2, slots, torch.device("cpu"), torch.bfloat16, kept)
+    for piece in ids(2, 300).split(1, dim=1):
+        model.hidden(piece, cache=cache)
+        if cache.length == slots:
+            first = cache.k[..., :kept, :].double()  # (layers, B, K, kept, D)
+    angles = rotary_angles(torch.tensor([300 - slots]), 8, model.cfg.rope_base, torch.float64)
+    want = rotate(first.flatten(0, 2).unsqueeze(1), *angles).view(first.shape)
+    torch.testing.assert_close(cache.k[..., :kept, :].double(), want, atol=1e-5, rtol=2**-8)
+
+
+def test_generation_without_sinks_keeps_four_tokens_when_it_rolls():
+    """Rows of any prompt end at their own steps; sinks, a window or tiny caches keep none."""
+    model = tiny(seed=5, seq_len=8, sinks=False, n_kv_head=2)
+    want = []
+    for prompt in PROMPTS:
+        text = list(prompt)
+        for _ in range(20):
+            text.append(int(paper_stream(model, torch.tensor(text), 8, 4)[-1].argmax()))
+        want.append(text[len(prompt) :])
+    assert generate(model, PROMPTS, 20, sampling=GREEDY) == want
+    stop = (want[0][2], want[3][12], want[4][15])
+    cut = [row[: next((i for i, x in enumerate(row) if x in stop), 19) + 1] for row in want]
+    assert generate(model, PROMPTS, 20, stop, sampling=GREEDY) == cut
+    assert len(set(map(len, cut))) > 2, "the rows end alike: the test sees nothing"
+    assert [kept_tokens(model.cfg, slots) for slots in (4, 5, 8)] == [0, 4, 4]
+    assert kept_tokens(tiny().cfg, 8) == 0
+    assert kept_tokens(tiny(sinks=False, sliding_window=4).cfg, 8) == 0
+
+
+@pytest.mark.parametrize("kept, fields", [(6, {}), (7, {}), (-1, {}), (1, {"sliding_window": 4})])
+def test_a_cache_that_could_not_roll_is_refused(kept, fields):
+    """Without a free slot nothing rolls; a window of the model already says what is seen."""
+    model = tiny(**fields)
+    fails(lambda: cached_logits(model, ids(1, 9), 6, kept), f"kept={kept}", "slots=6")
 
 
 # ------------------------------------------------------------------------------------------------
