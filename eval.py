@@ -46,7 +46,7 @@ def items_path(path: str, key: dict) -> str:
 
 def report_line(key: dict, results: list[dict], seconds: float) -> str:
     """Return what is printed of a task: its numbers, but not every point of a curve."""
-    shown = [row for row in results if not {"position", "head"} & row.keys()]
+    shown = [row for row in results if not {"position", "layer"} & row.keys()]
     shown = [f"{row['metric']} {row['protocol']} {row['value']:.4g}" for row in shown]
     return f"eval {key['task']} {key['stage']} ({seconds:.0f} s): {', '.join(shown)}"
 

@@ -52,7 +52,8 @@ class EvalConfig:
     sst2: str = ""  # SST-2: sentences with labels; "" = none
     shots: str = ""  # SST-2's training sentences, for few-shot prompts; "" = none
     dialogues: str = ""  # dialogues with their summaries (DialogSum, SAMSum); "" = none
-    streaming: str = ""  # shards, read in streams of 16 x seq_len tokens; "" = none
+    streaming: str = ""  # shards, read in streams of 16 x stream_slots tokens; "" = none
+    stream_slots: int | None = None  # tokens that the cache of a stream holds; None = seq_len
     n_streams: int = 64  # streams read
     sentences: str = ""  # sentences for maps of attention, separated by ;; "" = none
     tasks: tuple[str, ...] = ()  # none = all that data and checkpoints allow
@@ -72,7 +73,7 @@ class EvalConfig:
     force: bool = False  # replace results that exist
 
     def __post_init__(self):
-        counts = "n_streams max_new_tokens n_problems n_chats"
+        counts = "n_streams stream_slots max_new_tokens n_problems n_chats"
         choices = {
             "device": ("auto", "cpu", "cuda", "mps"),
             "dtype": ("auto", "float32", "bfloat16"),

@@ -18,7 +18,7 @@ from runtime.files import read_jsonl, write_atomic
 
 plt.rcParams["text.parse_math"] = False  # a $ in a name or a token is a $
 RERANKER_COLORS = ("tab:blue", "tab:red", "tab:green", "tab:orange", "tab:gray")
-STREAM_STYLES = {"rolling": "-", "dense": ":", "recompute": "x"}  # by the way to read a stream
+STREAM_STYLES = {"rolling": "-", "kept": "--", "dense": ":", "recompute": "x"}  # by way to read
 
 
 def save(figure: plt.Figure, folder: str, name: str, grid: bool = True) -> str:
@@ -132,12 +132,10 @@ def plot_streaming(results: list[dict], folder: str) -> str:
     rows = [row for row in results if row["task"] == "streaming"]
     layout = [["loss"] * 3, ["ms", "share", "share"]]
     figure, axes = plt.subplot_mosaic(layout, figsize=(12, 8.5))
-    models = dict.fromkeys(row["model"] for row in rows)
-    colors = {model: f"C{number}" for number, model in enumerate(models)}
-    draw_losses(axes["loss"], rows, colors)
-    draw_curves(axes["ms"], stream_curves(rows, "ms_per_token"), colors)
+    draw_losses(axes["loss"], rows)
+    draw_curves(axes["ms"], stream_curves(rows, "ms_per_token"))
     axes["ms"].set(title="Time per token, ms", ylim=(0, None))
-    draw_head_shares(axes["share"], rows, colors)
+    draw_head_shares(axes["share"], rows)
     for panel in axes.values():
         panel.title.set_fontsize(10)
     return save(figure, folder, "streaming.png")
@@ -153,48 +151,59 @@ def stream_curves(rows: list[dict], metric: str) -> dict[tuple[str, str], list[d
 
 
 def middles(curve: list[dict]) -> list[float]:
-    """Return the middle of each stretch of a stream, in training contexts."""
-    return [(row["position"] + row["width"] / 2) / row["seq_len"] for row in curve]
+    """Return the middle of each stretch of a stream, in sizes of its cache."""
+    sizes = [row.get("slots", row["seq_len"]) for row in curve]  # seq_len: an old result
+    places = [row["position"] + row["width"] / 2 for row in curve]
+    return [place / size for place, size in zip(places, sizes, strict=True)]
 
 
-def draw_curves(axes: plt.Axes, curves: dict, colors: dict) -> None:
+def draw_curves(axes: plt.Axes, curves: dict[tuple[str, str], list[dict]]) -> None:
+    """Draw a line per (model, way to read): a colour per model and cache, a style per way."""
+    groups = list(dict.fromkeys((model, how.partition("@")[2]) for model, how in curves))
     for (model, how), curve in curves.items():
-        style = {"color": colors[model], "lw": 1.8, "ms": 5}
-        axes.plot(middles(curve), column(curve, "value"), STREAM_STYLES[how], **style)
+        way, _, size = how.partition("@")
+        style = {"color": f"C{groups.index((model, size))}", "lw": 1.8, "ms": 5}
+        axes.plot(middles(curve), column(curve, "value"), STREAM_STYLES[way], **style)
     axes.axvline(1, color="black", lw=0.8)
-    axes.set_xlabel("position / training context")
+    axes.set_xlabel("position / slots of the cache")
 
 
-def draw_losses(axes: plt.Axes, rows: list[dict], colors: dict) -> None:
+def draw_losses(axes: plt.Axes, rows: list[dict]) -> None:
     """Draw the losses with their intervals."""
     curves = stream_curves(rows, "loss_at_position")
-    draw_curves(axes, curves, colors)
+    draw_curves(axes, curves)
     lines = axes.lines[: len(curves)]
     for ((model, how), curve), line in zip(curves.items(), lines, strict=True):
         line.set_label(f"{model}, {how}")
         limits = (middles(curve), column(curve, "low"), column(curve, "high"))
-        if how == "recompute":
-            axes.vlines(*limits, color=colors[model], lw=0.8)
+        if how.startswith("recompute"):
+            axes.vlines(*limits, color=line.get_color(), lw=0.8)
         else:
-            axes.fill_between(*limits, color=colors[model], alpha=0.1, lw=0)
+            axes.fill_between(*limits, color=line.get_color(), alpha=0.1, lw=0)
     axes.set_ylabel("nats/token")
     axes.set_title("Loss against position (95 % intervals over streams)")
 
 
-def draw_head_shares(axes: plt.Axes, rows: list[dict], colors: dict) -> None:
-    for model, color in colors.items():
+def draw_head_shares(axes: plt.Axes, rows: list[dict]) -> None:
+    """Draw a point per head, those of a layer side by side, and a line of the layers' means."""
+    for number, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
         for metric, marker in (("sink_share", "o"), ("first_token_share", "^")):
             found = [row for row in rows if (row["model"], row["metric"]) == (model, metric)]
             found = list({row["protocol"]: row for row in found}.values())  # the newest of each
-            heads = [f"{row['layer']}.{row['head']}" for row in found]
+            heads = [row for row in found if "head" in row]
+            layers = [row for row in found if "head" not in row]
+            n_head = max(column(heads, "head"), default=1)
+            places = [row["layer"] + 0.8 * (row["head"] - 0.5) / n_head - 0.4 for row in heads]
             if found:
+                style = {"c": f"C{number}", "ms": 5, "lw": 1}
                 label = f"{model}: {metric.removesuffix('_share').replace('_', ' ')}"
-                axes.plot(heads, column(found, "value", 100), marker, ms=6, c=color, label=label)
+                axes.plot(places, column(heads, "value", 100), marker, label=label, **style)
+                axes.plot(column(layers, "layer"), column(layers, "value", 100), **style)
                 uniform = 100 * found[0]["uniform"]
     axes.axhline(uniform, color="black", ls="--", lw=1, label="all looked at alike")
-    axes.set_title("Attention given by the second half of the training context, %")
-    axes.set(xlabel="layer.head", ylim=(0, None))
-    axes.tick_params("x", rotation=90)
+    axes.set_title("Attention given by the second half of the cache, %")
+    axes.set(xlabel="layer: its heads, and a line of their means", ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def plot_attention(results: list[dict], source: str, folder: str, model: str, sentence: int) -> str:

@@ -50,9 +50,10 @@ COST_NOTE = """\
 Seconds in all: of a training with what it samples, validates and saves, or of the tasks of an \
 evaluation; starting the programs and preparing data are not in them."""
 STREAMING_NOTE = """\
-rolling: a cache of one training context, token by token; dense: every token sees all before it; \
-recompute: the last training context from scratch for every token. As good as recompute means \
-stable, not a longer memory: no key is older than the cache."""
+rolling: a cache of one training context, token by token; kept: the same, and the first four \
+tokens stay; dense: every token sees all before it; recompute: the last training context from \
+scratch for every token. As good as recompute means stable, not a longer memory: no key is older \
+than the cache. @512: with 512 tokens in place of the training context."""
 
 
 @dataclass
@@ -172,7 +173,7 @@ def mistakes(results: list[dict]) -> str:
 def sinks(run: Run) -> list[str]:
     parts = []
     if newest(run.results, task="streaming"):
-        parts += ["## Streams of 16 training contexts", tables.streaming_table(run.results)]
+        parts += ["## Streams of 16 times the cache", tables.streaming_table(run.results)]
         parts += [STREAMING_NOTE, plots.plot_streaming(run.results, run.target)]
     rows = [row for row in run.results if row["task"] == "attention"]
     shown = sorted({(row["model"], int(row["protocol"].split()[1])) for row in rows})

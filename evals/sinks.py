@@ -1,13 +1,15 @@
 """Attention sinks and streaming: loss far beyond the training context, and what heads look at.
 
-A stream of 16 times the training context (seq_len) is read in three ways (arXiv 2309.17453):
+A stream of 16 times the cache is read in up to four ways (arXiv 2309.17453). The cache has the
+training context's seq_len slots, or the stream_slots that are given: fewer.
 
-    rolling    token by token through a KV cache of seq_len slots, as sample.py does
-    dense      every token sees all before it: RoPE meets distances that training never had
-    recompute  the last seq_len tokens from scratch for every token: no key knows what is older
+    rolling    token by token through a KV cache, which keeps the last tokens alone
+    kept       the same, but the first 4 tokens stay: for models without sinks, as in sample.py
+    dense      every token sees all before it: beyond seq_len RoPE meets distances new to it
+    recompute  the last tokens from scratch for every token: no key knows what is older
 
-Rolling as good as recompute means stable, not a longer memory: no key is older than the cache, if
-those of upper layers carry a little of older tokens. Loss on ordinary text cannot show recall.
+As good as recompute means stable, not a longer memory: no key is older than the cache, if those of
+upper layers carry a little of older tokens. Loss on ordinary text cannot show recall.
 """
 
 import itertools
@@ -24,11 +26,11 @@ from configurator import UserError
 from corpus.shards import Mixture
 from evals.base import EvalConfig, Row, Subject, task
 from evals.stats import Estimate, difference, ratio
-from inference.sampling import KVCache
-from model import GPT, Attention, Mask, attention_weights, training_mask
+from inference.sampling import KVCache, kept_tokens
+from model import GPT, Attention, Mask, ModelConfig, attention_weights, training_mask
 from runtime.files import write_jsonl
 
-FACTOR = 16  # training contexts in a stream
+FACTOR = 16  # caches in a stream
 
 
 def clock(device: torch.device) -> float:
@@ -39,16 +41,17 @@ def clock(device: torch.device) -> float:
 
 
 @torch.no_grad()
-def cached(model: GPT, ids: Tensor, slots: int) -> tuple[Tensor, np.ndarray, int]:
+def cached(model: GPT, ids: Tensor, slots: int, kept: int = 0) -> tuple[Tensor, np.ndarray, int]:
     """Read through a rolling cache. -> nats (n, P), ms of each step (P,), the cache's bytes."""
-    cache = KVCache(model.cfg, len(ids), slots, ids.device, model.embed.weight.dtype)
+    cache = KVCache(model.cfg, len(ids), slots, ids.device, model.embed.weight.dtype, kept)
     nll, ms = [], []
     for p in range(ids.size(1) - 1):
         began = clock(ids.device)
         x = model.hidden(ids[:, p : p + 1], cache=cache)
         nll.append(-model.logprobs(x, ids[:, p + 1 : p + 2]))
         ms.append(clock(ids.device) - began)
-    return torch.cat(nll, dim=1), np.array(ms), cache.k.nbytes + cache.v.nbytes
+    n_bytes = cache.k.nbytes + cache.v.nbytes + cache.first.nbytes
+    return torch.cat(nll, dim=1), np.array(ms), n_bytes
 
 
 @torch.no_grad()
@@ -59,12 +62,14 @@ def dense(model: GPT, ids: Tensor, batch: int = 4) -> Tensor:
 
 
 @torch.no_grad()
-def recomputed(model: GPT, ids: Tensor, positions: Iterable[int]) -> tuple[Tensor, np.ndarray]:
-    """Read at these positions only, each from the last seq_len tokens alone. -> nats, ms."""
+def recomputed(
+    model: GPT, ids: Tensor, positions: Iterable[int], slots: int
+) -> tuple[Tensor, np.ndarray]:
+    """Read at these positions only, each from the last `slots` tokens alone. -> nats, ms."""
     nll, ms = [], []
     for p in positions:
         began = clock(ids.device)
-        x = model.hidden(ids[:, max(0, p + 1 - model.cfg.seq_len) : p + 1])
+        x = model.hidden(ids[:, max(0, p + 1 - slots) : p + 1])
         nll.append(-model.logprobs(x[:, -1:], ids[:, p + 1 : p + 2]))
         ms.append(clock(ids.device) - began)
     return torch.cat(nll, dim=1), np.array(ms)
@@ -122,6 +127,16 @@ def by_head(numbers: dict[str, Tensor], sinks: bool, skip: int = 0, where: str =
     return rows
 
 
+def by_layer(numbers: dict[str, Tensor], sinks: bool, skip: int) -> list[Row]:
+    """Return the same means over all heads of a layer."""
+    means = {metric: values.mean(2, keepdim=True) for metric, values in numbers.items()}
+    rows = []
+    for row in by_head(means, sinks, skip):
+        extra = {key: value for key, value in row.extra.items() if key != "head"}
+        rows.append(replace(row, protocol=f"layer {extra['layer']}", extra=extra))
+    return rows
+
+
 def streams(subject: Subject, stage: str, cfg: EvalConfig, length: int) -> tuple[Tensor, bool]:
     """Return rows (n_streams or fewer, length + 1), and whether each is in one document."""
     spec, tokenizer = cfg.streaming, subject.tokenizers[stage]
@@ -129,7 +144,8 @@ def streams(subject: Subject, stage: str, cfg: EvalConfig, length: int) -> tuple
     try:
         rows = Mixture(spec, cfg.data_dir, "val", length, 0, tokenizer, headerless)
     except UserError as error:
-        needed = f"{FACTOR} x seq_len = {length} tokens"
+        size = "stream_slots" if cfg.stream_slots else "seq_len"
+        needed = f"{FACTOR} x {size} = {length} tokens"
         raise UserError(f"streaming={spec}: a stream needs {needed}: {error}") from None
     ids = rows.validation(0, min(rows.n_rows, 16 * cfg.n_streams))
     whole = ids[(ids != tokenizer.eos).all(1)]
@@ -164,44 +180,64 @@ def by_position(
 
 
 def against_recompute(losses: dict[str, Tensor], T: int, at: np.ndarray) -> list[Row]:
-    """Return the loss within and beyond the training context at `at`, where all are known."""
+    """Return the loss at `at` within and beyond the first T tokens; recompute is the last way."""
     rows = []
     for metric, chosen in (("loss_within_context", at < T), ("loss_beyond_context", at >= T)):
         means = {how: mean_loss(nll, chosen) for how, nll in losses.items()}
         rows += [Row(metric, how, mean) for how, mean in means.items()]
-        for how in ("rolling", "dense"):
-            gap = difference(means["recompute"].items, means[how].items)
-            rows.append(Row(metric, f"{how} - recompute", gap))
+        *ways, recompute = means
+        for how in ways:
+            gap = difference(means[recompute].items, means[how].items)
+            rows.append(Row(metric, f"{how} - {recompute}", gap))
     return rows
 
 
-@task("streaming", "streaming", "val", "n_streams", lambda subject, cfg: subject.policies[1:])
+def ways_to_read(cfg: ModelConfig, slots: int) -> dict[str, tuple[int, int]]:
+    """Return the slots and the kept tokens of each way to read through a cache."""
+    ways = {"rolling": (slots, 0)}
+    if kept := kept_tokens(cfg, slots):
+        ways["kept"] = (slots, kept)
+    return ways | {"dense": (FACTOR * slots, 0)}
+
+
+def trained(subject: Subject, cfg: EvalConfig) -> list[str]:
+    return subject.policies[1:]
+
+
+@task("streaming", "streaming", "val", "n_streams stream_slots", trained)
 def streaming(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     """Measure loss and ms per token by position, cache bytes, what sink and first token get."""
     model = subject.model(stage)
-    T, P = model.cfg.seq_len, FACTOR * model.cfg.seq_len
-    width = max(1, T // 2)
+    context = model.cfg.seq_len
+    T = cfg.stream_slots or context
+    if context < T:
+        raise UserError(f"stream_slots={T} is more than the context, seq_len={context}: give fewer")
+    P, width = FACTOR * T, max(1, T // 2)
+    size = f"@{T}" if cfg.stream_slots else ""
     ids, one_document = streams(subject, stage, cfg, P)
-    # recompute is slow: eight positions of every training context are enough
+    # recompute is slow: eight positions of every T are enough
     every, few = np.arange(P), np.arange(width // 8, P, max(1, width // 4))
-    nll = {"rolling": cached(model, ids, T)[0], "dense": dense(model, ids)}
-    nll["recompute"] = recomputed(model, ids, few)[0]
-    rows = []
-    for how, slots in (("rolling", T), ("dense", P)):
-        _, ms, n_bytes = cached(model, ids[:1], slots)
+    rows, nll = [], {}
+    for way, cache in ways_to_read(model.cfg, T).items():
+        how = way + size
+        losses = dense(model, ids) if way == "dense" else cached(model, ids, *cache)[0]
+        _, ms, n_bytes = cached(model, ids[:1], *cache)
         rows.append(Row("cache_bytes", how, Estimate(n_bytes, 1)))
-        rows += by_position("loss_at_position", how, every, width, mean_loss, nll[how])
+        rows += by_position("loss_at_position", how, every, width, mean_loss, losses)
         rows += by_position("ms_per_token", how, every, width, fastest, ms)
-    ms = recomputed(model, ids[:1], few)[1]
-    rows += by_position("loss_at_position", "recompute", few, T, mean_loss, nll["recompute"])
-    rows += by_position("ms_per_token", "recompute", few, width, fastest, ms)
-    nll |= {how: nll[how][:, few] for how in ("rolling", "dense")}
+        nll[how] = losses[:, few]
+    how = f"recompute{size}"
+    nll[how] = recomputed(model, ids, few, T)[0]
+    ms = recomputed(model, ids[:1], few, T)[1]
+    rows += by_position("loss_at_position", how, few, T, mean_loss, nll[how])
+    rows += by_position("ms_per_token", how, few, width, fastest, ms)
     rows += against_recompute(nll, T, few)
     # One stream at a time, because maps are large.
     parts = [head_numbers(attention_maps(model, row)) for row in ids[:, :T].split(1)]
     numbers = {key: torch.cat([part[key] for part in parts], dim=1) for key in parts[0]}
     rows += by_head(numbers, model.cfg.sinks, T // 2)
-    about = {"seq_len": T, "one_document": one_document}
+    rows += by_layer(numbers, model.cfg.sinks, T // 2)
+    about = {"seq_len": context, "slots": T, "one_document": one_document}
     return [replace(row, split="val", extra=about | row.extra) for row in rows]
 
 

@@ -6,6 +6,7 @@ Each way to read stands against another, and numbers are worked out by hand.
 import functools
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from evals import report, sinks
 from evals.base import EvalConfig, Subject
 from evals.results import read_results
 from model import GPT
+from runtime.files import write_jsonl
 
 T = 8  # training context
 
@@ -37,7 +39,7 @@ def text(n: int = 3, length: int = 3 * T):
 
 
 # --------------------------------------------------------------------------------------------------
-# Three ways to read
+# The ways to read
 
 
 @pytest.mark.parametrize("sink", [True, False])
@@ -50,7 +52,7 @@ def test_within_the_training_context_all_ways_to_read_are_one(sink):
     dense, rolling, recomputed = (
         sinks.dense(model, ids, batch=2),
         sinks.cached(model, ids, T)[0],
-        sinks.recomputed(model, ids, range(3 * T))[0],
+        sinks.recomputed(model, ids, range(3 * T), T)[0],
     )
     plain = torch.nn.functional.cross_entropy(
         model(ids[:, :-1]).transpose(1, 2), ids[:, 1:], reduction="none"
@@ -73,7 +75,7 @@ def test_recompute_sees_the_last_context_alone_and_rolling_what_its_keys_remembe
     changed[:, 1] = (changed[:, 1] + 1) % 256
     for n_layer in (1, 2):
         model = tiny(n_layer=n_layer)
-        recomputed = [sinks.recomputed(model, x, [last])[0] for x in (ids, changed)]
+        recomputed = [sinks.recomputed(model, x, [last], T)[0] for x in (ids, changed)]
         rolling = [sinks.cached(model, x, T)[0][:, last : last + 1] for x in (ids, changed)]
         assert torch.equal(*recomputed)
         assert (
@@ -184,10 +186,23 @@ def test_shares_leave_out_the_first_queries():
     assert (sink.extra["layer"], sink.extra["head"], sink.estimate.n) == (1, 1, 1)
 
 
+def test_a_layer_has_the_mean_of_its_heads():
+    """Heads of first-token shares 0.2 and 0.6 in one layer, 0.1 and 0.1 in the other."""
+    shares = torch.tensor([[0.2, 0.6], [0.1, 0.1]])  # (layers, heads)
+    maps = torch.zeros(2, 1, 2, 3, 4)
+    maps[..., 0], maps[..., 1] = shares[:, None, :, None], 1 - shares[:, None, :, None]
+    rows = sinks.by_layer(sinks.head_numbers(maps), False, 1)
+    found = {row.protocol: row for row in rows if row.metric == "first_token_share"}
+    values = [found[name].estimate.value for name in ("layer 1", "layer 2")]
+    assert len(found) == 2 and values == pytest.approx([0.4, 0.1])
+    assert found["layer 1"].extra == {"layer": 1, "uniform": pytest.approx((1 / 2 + 1 / 3) / 2)}
+
+
 # --------------------------------------------------------------------------------------------------
 # The tasks
 
 SENTENCES = "Cats run;2*x,y"
+FLAGS = ["--data=", "--problems=", "--pairs=", "--chats=", "--n_streams=2", "--device=cpu"]
 
 
 def make_runs(folder, characters: int = 600, end: int | None = None) -> list[str]:
@@ -199,16 +214,7 @@ def make_runs(folder, characters: int = 600, end: int | None = None) -> list[str
     for name in ("sinks", "no_sinks"):
         model = tiny(sinks=name == "sinks", n_head=1, n_kv_head=1).float()
         save_start(folder / "run" / name, model)
-    return [
-        f"--out_dir={folder / 'run'}",
-        f"--data_dir={folder / 'data'}",
-        "--data=",
-        "--problems=",
-        "--pairs=",
-        "--chats=",
-        "--n_streams=2",
-        "--device=cpu",
-    ]
+    return [f"--out_dir={folder / 'run'}", f"--data_dir={folder / 'data'}", *FLAGS]
 
 
 @pytest.fixture(scope="module")
@@ -229,11 +235,15 @@ def finished(tmp_path_factory):
 def test_every_run_has_a_curve_to_sixteen_contexts(finished):
     """There is a row per way to read and half context, or whole one for recompute.
 
-    A rolling cache keeps one training context, the other all sixteen.
+    A rolling cache keeps one training context, and four keys twice where they stay; the other all
+    sixteen contexts. A model with sinks needs no first tokens.
     """
     _, rows = finished
     for model in ("sinks", "no_sinks"):
-        for how in ("rolling", "dense", "recompute"):
+        ways = {"rolling": 2 * 2 * T * 32 * 4, "dense": 2 * 2 * 16 * T * 32 * 4}
+        if model == "no_sinks":
+            ways["kept"] = ways["rolling"] + 2 * 4 * 32 * 4
+        for how in (*ways, "recompute"):
             line = [
                 r
                 for r in rows
@@ -249,8 +259,7 @@ def test_every_run_has_a_curve_to_sixteen_contexts(finished):
                 and {r["split"] for r in line} == {"val"}
             )
         own = [r for r in rows if (r["model"], r["metric"]) == (model, "cache_bytes")]
-        size = {r["protocol"]: r["value"] for r in own}
-        assert size == {"rolling": 2 * 2 * T * 32 * 4, "dense": 2 * 2 * 16 * T * 32 * 4}
+        assert {r["protocol"]: r["value"] for r in own} == ways
     assert {r["model"] for r in rows if r["task"] == "streaming"} == {"sinks", "no_sinks"}
     assert {
         r["model"] for r in rows if r["metric"] == "sink_share" and r["task"] == "streaming"
@@ -268,9 +277,43 @@ def test_within_the_context_nothing_differs_from_recompute(finished):
         for r in rows
         if r["protocol"].endswith("- recompute")
     }
-    assert len(gaps) == 8 and all(
+    assert len(gaps) == 10 and all(
         (gap < 1e-5) == (key[0] == "loss_within_context") for key, gap in gaps.items()
     )
+
+
+def test_a_cache_of_fewer_slots_has_rows_and_curves_of_its_own(finished, tmp_path):
+    """Streams are 16 times as long as the cache, and no number of whole contexts is touched."""
+    folder, before = finished
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    before = [row for row in before if row["task"] == "streaming"]
+    write_jsonl(str(run / "results.jsonl"), before)
+    argv = [f"--out_dir={run}", f"--data_dir={folder.parent / 'data'}", *FLAGS]
+    argv += ["--tasks=streaming", "--streaming=book", "--stream_slots=6"]
+    assert evaluation.main(argv) == 0 and report.main([f"--out_dir={run}", "--force"]) == 0
+    after = read_results(str(run))
+    rows = after[len(before) :]
+    assert after[: len(before)] == before
+    assert {(row["seq_len"], row["slots"]) for row in rows} == {(T, 6)}
+    ways = {row["protocol"].split()[0] for row in rows if row["metric"] == "loss_at_position"}
+    assert ways == {"rolling@6", "kept@6", "dense@6", "recompute@6"}
+
+    cfg = EvalConfig(
+        out_dir=str(run), data_dir=str(folder.parent / "data"), streaming="book", n_streams=2
+    )
+    subject = Subject(cfg)
+    ids = sinks.streams(subject, "no_sinks", cfg, 16 * 6)[0]
+    for way, kept in (("rolling", 0), ("kept", 4)):
+        nll = sinks.cached(subject.model("no_sinks"), ids, 6, kept)[0]
+        own = [row for row in rows if row["protocol"].startswith(f"{way}@6 ")]
+        curve = [row for row in own if row["metric"] == "loss_at_position"]
+        curve = {row["position"]: row["value"] for row in curve if row["model"] == "no_sinks"}
+        means = nll.double().mean(0).view(-1, 3).mean(1).tolist()
+        assert curve == pytest.approx(dict(zip(range(0, 96, 3), means, strict=True)))
+    text = (run / "report.md").read_text()
+    assert "kept@6 - recompute@6" in text and "rolling - recompute" in text
+    assert (run / "streaming.png").read_bytes() != (folder / "streaming.png").read_bytes()
 
 
 def test_maps_are_kept_for_every_model_and_sentence_and_drawn(finished):
@@ -325,6 +368,9 @@ def test_wrong_requests_are_refused_in_words(tmp_path):
         "16 x seq_len = 128",
         "100 tokens",
     )
+    streaming = [*argv, "--tasks=streaming", "--streaming=book"]
+    fails(lambda: evaluation.main([*streaming, "--stream_slots=7"]), "16 x stream_slots = 112")
+    fails(lambda: evaluation.main([*streaming, "--stream_slots=9"]), "stream_slots=9", "seq_len=8")
     fails(lambda: evaluation.main([*argv, "--tasks=streaming"]), "streaming needs --streaming=")
     fails(lambda: evaluation.main([*argv, "--tasks=attention"]), "attention needs --sentences=")
     fails(
