@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import fast
 from configurator import UserError
 from fast import loss
-from fast.attention import Mask
+from fast.attention import Mask, dense, kernel_for, one_query
 from fast.cpu import FusedRMSNorm, linear
 from fast.loss import LinearCrossEntropy
 from inference.sampling import KVCache
@@ -244,6 +244,23 @@ def test_a_single_query_without_mask_sees_every_key(sinks):
             for mask in (CAUSAL, ALL):
                 got = attention(q.requires_grad_(grad), k, v, s, mask)
                 assert torch.allclose(got, everything, atol=1e-6)
+
+
+@pytest.mark.parametrize("H, K", [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_query_in_16_bits_errs_by_rounding_alone(H, K, dtype):
+    """Left pads and a cache that is not all in use, as in generation; float64 is the measure."""
+    q, store = randn(5, H, 1, 32), randn(2, 5, K, 90, 32, seed=5)
+    q, (k, v) = q.to(dtype), store.to(dtype)[:, :, :, :70]
+    pads = torch.arange(70) < torch.arange(5).view(5, 1, 1, 1)
+    bias = torch.zeros(5, 1, 1, 70).masked_fill(pads, -math.inf)
+    for mask in (CAUSAL, ALL, Mask(bias=bias)):
+        want = attention_reference(q.double(), k.double(), v.double(), mask=mask)
+        assert kernel_for(q, k, None, mask) is one_query
+        got = attention(q, k, v, None, mask)
+        error = (got.double() - want).abs().mean() / want.abs().mean()
+        assert got.dtype == dtype and error < torch.finfo(dtype).eps
+    assert kernel_for(q.float(), k.float(), None, ALL) is dense
 
 
 @pytest.mark.parametrize("shift", [1, 1000, 1_000_000])
