@@ -5,31 +5,35 @@
     python data.py --stage=sft --sources=mine=notes.jsonl         # a file of your own
     python data.py --sources=pretrain/notes:wikitext=notes.txt    # cut at headings " = Title = "
     python data.py --sources=toy                                  # the built-in world, no network
+    python data.py --train_tokenizer=4096 --sources=pretrain/novel=novel.txt
 
 Each source becomes a folder data_dir/NAME (corpus/folders.py). A file is text, in which
 <|endoftext|> ends a document, or it has records: .jsonl, .json, .csv, .tsv, .parquet, each also as
 .gz; where the name says nothing the content does. Records may have any schema that
 corpus/records.py lists under RECORDS. This is the only program that may use the network.
+
+--train_tokenizer=4096 learns 4,096 symbols, the 256 bytes among them, from the text of all sources
+of stage pretrain, writes them as data_dir/novel-4096.tiktoken, and prepares the sources with them.
+A recipe names the file: tokenizer = "data/novel-4096.tiktoken"; a checkpoint of it finds it there.
 """
 
-import base64
 import functools
 import itertools
 import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tiktoken
 
 import configurator
 from configurator import UserError, require
-from corpus.folders import ToySizes, make_folder, make_toy, write_text_shards
+from corpus.folders import ToySizes, learn_tokenizer, make_folder, make_toy, write_text_shards
 from corpus.records import evaluation_set, split_records, to_records
 from corpus.sources import PRESETS, STAGES, Source, cut_at_marks, source_rows, texts_of
-from corpus.tokenizer import SPECIAL, Tokenizer, load_tokenizer
-from runtime.files import holds_records, sha256, write_atomic, write_jsonl
+from corpus.tokenizer import SPECIAL, Tokenizer, load_tokenizer, write_ranks
+from runtime.files import digest, holds_records, sha256, write_atomic, write_jsonl
 from runtime.program import run
 
 RULES = 2  # by which files are read: raise it when any record changes, and data are made again
@@ -44,6 +48,7 @@ class DataConfig:
     data_dir: str = "data"  # each source becomes a folder here
     local_dir: str = "."  # where relative files of the sources lie
     tokenizer: str = "gpt2"  # of text: byte, gpt2 or the path of a ranks file; toy has its own
+    train_tokenizer: int | None = None  # symbols to learn from the pretraining text, and to use
     seed: int = ToySizes.seed  # of the toy world
     toy_stories: int = ToySizes.stories  # toy world: pretraining documents
     toy_problems: int = ToySizes.problems  # few, so that held-out problems stay hard
@@ -52,7 +57,12 @@ class DataConfig:
     def __post_init__(self):
         bounds = {"[0, inf)": "seed", "[40, inf)": "toy_stories"}
         bounds["[1, inf)"] = "toy_problems toy_test"
+        # more than the bytes; with the special ids no more than 16 bits of a shard can name
+        bounds[f"[257, {2**16 - len(SPECIAL)}]"] = "train_tokenizer"
         require(self, bounds, {"stage": (*STAGES, "all")})
+        if self.train_tokenizer and self.tokenizer != DataConfig.tokenizer:
+            both = f"train_tokenizer={self.train_tokenizer} and tokenizer={self.tokenizer!r}"
+            raise UserError(f"{both} are two tokenizers: give one of them")
 
 
 def prepare(cfg: DataConfig) -> None:
@@ -66,8 +76,30 @@ def prepare(cfg: DataConfig) -> None:
             raise UserError(f"{fault}. Several files are one source by name=FILE;FILE")
         sources[source.stage, source.name] = source
     tokenizer = functools.cache(lambda: tokenizer_for_preparation(cfg))
+    if cfg.train_tokenizer:
+        cfg, tokenizer = with_own_tokenizer(cfg, list(sources.values()))
     for source in sources.values():
         prepare_source(source, cfg, tokenizer)
+
+
+def with_own_tokenizer(cfg: DataConfig, sources: list[Source]) -> tuple[DataConfig, Callable]:
+    """Return the configuration with the name of the tokenizer to learn, and what makes it.
+
+    The name is part of every folder's request and holds all that the ranks depend on, so that
+    nothing is learnt again where file and folders are there.
+    """
+    texts = [source for source in sources if source.stage == "pretrain" and source.name != "toy"]
+    if not texts:
+        where = "--train_tokenizer learns from sources of stage pretrain, and there is none"
+        raise UserError(f"{where}: add --sources=pretrain/name=FILE (the toy world has its own)")
+    names = "+".join(source.name for source in texts)
+    path = os.path.join(cfg.data_dir, f"{names}-{cfg.train_tokenizer}.tiktoken")
+    tokenizer = functools.cache(lambda: learn_tokenizer(path, texts, cfg.train_tokenizer))
+    if not os.path.isfile(path):
+        tokenizer()
+    learnt_from = digest([request_of(source, cfg) for source in texts])
+    name = f"{os.path.basename(path)} of {learnt_from}"
+    return replace(cfg, tokenizer=name, train_tokenizer=None), tokenizer
 
 
 def prepare_source(source: Source, cfg: DataConfig, tokenizer: Callable[[], Tokenizer]) -> None:
@@ -143,7 +175,10 @@ def tokenizer_for_preparation(cfg: DataConfig) -> Tokenizer:
     if cfg.tokenizer == "gpt2" and not os.path.isfile(kept):
         fetch_ranks(kept)
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.data_dir)
-    if tokenizer.name == "gpt2" and not os.path.isfile(kept):
+    if tokenizer.name != "gpt2":
+        kept = os.path.join(cfg.data_dir, tokenizer.name)
+    is_path = os.path.isfile(cfg.tokenizer) and tokenizer.name not in ("byte", "toy")
+    if is_path and not os.path.isfile(kept):
         with open(cfg.tokenizer, "rb") as source:
             write_atomic(kept, lambda f: shutil.copyfileobj(source, f))
     return tokenizer
@@ -156,9 +191,7 @@ def fetch_ranks(path: str) -> None:
     except Exception as error:
         cause = f"could not fetch the GPT-2 ranks ({type(error).__name__})"
         raise UserError(f"{cause}: give a local --tokenizer=gpt2.tiktoken") from None
-    tokens = sorted(ranks, key=ranks.get)
-    lines = [base64.b64encode(token) + b" %d\n" % ranks[token] for token in tokens]
-    write_atomic(path, lambda f: f.writelines(lines))
+    write_ranks(path, ranks)
 
 
 def main(argv: list[str]) -> int:

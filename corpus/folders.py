@@ -17,7 +17,7 @@ from configurator import UserError
 from corpus import toy
 from corpus.shards import SHARD_TOKENS, parse_mixture, write_shard
 from corpus.sources import Source, text_documents
-from corpus.tokenizer import Tokenizer, load_tokenizer
+from corpus.tokenizer import Tokenizer, load_tokenizer, train_ranks, write_ranks
 from runtime.files import (
     read_jsonl,
     remove_if_there,
@@ -102,7 +102,7 @@ def write_text_shards(source: Source, folder: str, tokenizer: Tokenizer) -> dict
     """
     train = ShardWriter(folder, "train", tokenizer)
     val = ShardWriter(folder, "val", tokenizer)
-    documents = itertools.islice(filter(str.strip, text_documents(source)), source.cap)
+    documents = text_documents(source)
     n_documents = 0
     while texts := list(itertools.islice(documents, BATCH)):
         for ids in tokenizer.encode_batch(texts):
@@ -122,6 +122,14 @@ def write_text_shards(source: Source, folder: str, tokenizer: Tokenizer) -> dict
     n_tokens = {"train": train.n_tokens, "val": val.n_tokens}
     made_by = {key: getattr(tokenizer, key) for key in ("name", "hash", "vocab_size")}
     return {"documents": n_documents, "tokens": n_tokens, "tokenizer": made_by}
+
+
+def learn_tokenizer(path: str, sources: list[Source], n_text: int) -> Tokenizer:
+    """Write the ranks of n_text symbols that suit the sources' text; return their tokenizer."""
+    print(f"data: {path}: learnt from {', '.join(source.name for source in sources)}", flush=True)
+    texts = itertools.chain.from_iterable(map(text_documents, sources))
+    write_ranks(path, train_ranks(texts, n_text))
+    return load_tokenizer(path)
 
 
 @dataclass(frozen=True)

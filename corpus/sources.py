@@ -131,12 +131,16 @@ def texts_of(source: Source) -> Iterator[Iterator[str]]:
 
 
 def text_documents(source: Source) -> Iterator[str]:
-    """Yield a source's documents: records' "text", or text files, cut at their marks."""
+    """Return a source's documents: records' "text", or text files, cut at their marks.
+
+    Those that hold any text, and as many as the source's cap allows.
+    """
     is_wikitext = source.format == "wikitext"
-    for texts in texts_of(source):
-        if is_wikitext:  # a record is a line or several
-            texts = itertools.chain.from_iterable(map(io.StringIO, texts))
-        yield from documents(texts, is_wikitext)
+    files = texts_of(source)
+    if is_wikitext:  # a record is a line or several
+        files = (itertools.chain.from_iterable(map(io.StringIO, texts)) for texts in files)
+    every = itertools.chain.from_iterable(documents(texts, is_wikitext) for texts in files)
+    return itertools.islice(filter(str.strip, every), source.cap)
 
 
 def record_texts(rows: Iterable, where: str, end: str) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Tokenizers: plain bytes, the toy world's words, or BPE with GPT-2's split pattern.
 
-A BPE is given by a ranks file (.tiktoken): one token in base64 and its rank on each line. The
-tokenizer of an imported model is in foreign.py.
+A BPE is given by a ranks file (.tiktoken): one token in base64 and its rank on each line. It is
+GPT-2's, or learnt from a text (train_ranks). The tokenizer of an imported model is in foreign.py.
 """
 
 import base64
@@ -13,11 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import tiktoken
+import tokenizers
+from tokenizers import models, pre_tokenizers, trainers
 
 from configurator import UserError
 from corpus import toy
-from corpus.foreign import SPEC_FILE, ForeignTokenizer, Template
-from runtime.files import read_json, sha256
+from corpus.foreign import SPEC_FILE, ForeignTokenizer, Template, byte_of_symbol
+from runtime.files import read_json, sha256, write_atomic
 
 SPECIAL = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>")
 # The pattern that OpenAI released with GPT-2, in a form that is faster and cuts the same
@@ -26,6 +28,8 @@ GPT2_HASH = "306cd27f03c1a714"  # of gpt2.tiktoken
 # The pattern steps back over white space, and tiktoken fails after a million steps
 LONGEST_BLANK = 500_000
 LONG_BLANK = re.compile(rf"(?<!\s)\s{{{LONGEST_BLANK + 1},}}")
+# Training takes the square of the length of a run without a cut, such as a line of base64
+LONG_RUN = re.compile(r"(\S{1000}|\s{1000})")
 CHAT_1 = "chat-1"  # our own chat template
 BYTES = {bytes([i]): i for i in range(256)}
 
@@ -135,11 +139,16 @@ def load_tokenizer(
 
 
 def of_file(name: str, data_dir: str) -> Tokenizer:
-    """Return the tokenizer of a ranks file. Raises UserError where it is missing or damaged."""
-    path = os.path.join(data_dir, "gpt2.tiktoken") if name == "gpt2" else name
+    """Return the tokenizer of a ranks file, which is at the path `name` or kept in data_dir.
+
+    Raises UserError where it is missing or damaged.
+    """
+    kept = os.path.join(data_dir, "gpt2.tiktoken" if name == "gpt2" else os.path.basename(name))
+    path = name if name != "gpt2" and os.path.isfile(name) else kept
     if not os.path.isfile(path):
-        advice = "run data.py --tokenizer=gpt2 with a network, or give a .tiktoken file's path"
+        makers = "data.py --tokenizer=gpt2 with a network, or data.py --train_tokenizer=4096"
         what = f"tokenizer {name!r} has no ranks file at {path}"
+        advice = f"run {makers}, or give a .tiktoken file's path"
         raise UserError(f"{what}: {advice}; --tokenizer=byte needs none")
     ranks = read_ranks(path)
     digest = sha256(path)[:16]
@@ -158,3 +167,38 @@ def read_ranks(path: str) -> dict[bytes, int]:
     except ValueError as error:
         raise UserError(f"{path} is no ranks file (lines of base64 token, rank): {error}") from None
     return ranks
+
+
+def write_ranks(path: str, ranks: dict[bytes, int]) -> None:
+    """Write a ranks file. Raises UserError where there is one of other ranks."""
+    if os.path.isfile(path):
+        if read_ranks(path) == ranks:
+            return
+        what = f"{path} holds the symbols of another text, which a checkpoint may need"
+        raise UserError(f"{what}: move it away, or choose another --data_dir")
+    tokens = sorted(ranks, key=ranks.get)
+    lines = [base64.b64encode(token) + b" %d\n" % ranks[token] for token in tokens]
+    write_atomic(path, lambda f: f.writelines(lines))
+
+
+def train_ranks(texts: Iterable[str], n_text: int) -> dict[bytes, int]:
+    """Return the ranks of n_text symbols: all bytes, then pairs learnt from the texts.
+
+    Again and again the most frequent pair of neighbours becomes a symbol (arXiv 1508.07909), inside
+    the pieces of GPT-2's split pattern. Threads do not change the result.
+    """
+    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False)  # it cuts as GPT2_SPLIT does
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pieces
+    how = {"initial_alphabet": pieces.alphabet(), "show_progress": False}
+    # a pair that occurs once is no habit of the language
+    trainer = trainers.BpeTrainer(vocab_size=n_text, min_frequency=2, **how)
+    whole = (text.encode(errors="replace").decode() for text in texts)
+    bpe.train_from_iterator((part for text in whole for part in LONG_RUN.split(text)), trainer)
+    symbols = bpe.get_vocab()
+    if len(symbols) < n_text:
+        fewer = f", or --train_tokenizer={len(symbols)}" if len(symbols) > len(BYTES) else ""
+        found = f"the text has pairs for {len(symbols)} symbols, and {n_text} are wanted"
+        raise UserError(f"{found}: give more text{fewer}")
+    byte_of = byte_of_symbol()
+    return {bytes(map(byte_of.get, symbol)): rank for symbol, rank in symbols.items()}

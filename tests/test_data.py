@@ -306,3 +306,110 @@ def test_the_real_eval_text_is_copied_to_the_letter(tmp_path):
     prepare(request(tmp_path, f"eval/wikitext-2={(REAL / 'wikitext2_raw_test.txt.gz').resolve()}"))
     digest = hashlib.sha256((tmp_path / "out/wikitext-2/test.txt").read_bytes()).hexdigest()
     assert digest == "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
+
+
+# --------------------------------------------------------------------------------------------------
+# A tokenizer of one's own
+
+TALES = [
+    f"The {a} cat saw the {b} dog. Tale {i}."
+    for i, (a, b) in enumerate(zip("abc" * 50, "xy" * 75, strict=True))
+]
+NAME = "tales+more-275.tiktoken"
+
+
+def tales(folder, sources=("tales=a.txt", "more=b.jsonl"), **keys) -> DataConfig:
+    """Write two files of tales, and return the request that learns 275 symbols from sources."""
+    (folder / "a.txt").write_text("<|endoftext|>".join(TALES[:100]))
+    jsonl(folder / "b.jsonl", *({"text": text} for text in TALES[100:]))
+    keys = {"tokenizer": "gpt2", "train_tokenizer": 275, "stage": "pretrain", **keys}
+    return request(folder, *sources, **keys)
+
+
+def test_one_command_learns_a_tokenizer_from_all_sources_and_prepares_them_with_it(
+    tmp_path, no_network
+):
+    """The ranks stand in the data folder, so that training finds them by path or by name."""
+    prepare(tales(tmp_path))
+    tokenizer = load_tokenizer(NAME, str(tmp_path / "out"))
+    assert (tokenizer.n_text, tokenizer.name) == (275, NAME)
+    ids = []
+    for split in ("train", "val"):
+        ids += read_shard(str(tmp_path / "out" / "tales" / f"{split}_000.bin"), tokenizer).tolist()
+    texts = tokenizer.decode(ids).split("<|endoftext|>")
+    assert sorted(texts) == sorted([*TALES[:100], ""])
+    read_shard(str(tmp_path / "out/more/train_000.bin"), tokenizer)
+
+    assert tokenizer.encode("The cat saw the dog") != list(b"The cat saw the dog")
+
+
+def test_a_learnt_tokenizer_and_its_folders_are_kept_until_the_request_changes(tmp_path, capsys):
+    """A second start has nothing to do; what is missing is made again, bitwise the same."""
+    prepare(tales(tmp_path))
+    before = snapshot(tmp_path / "out")
+    assert "learnt from tales, more" in capsys.readouterr().out
+    prepare(tales(tmp_path))
+    assert "learnt from" not in capsys.readouterr().out
+    (tmp_path / "out" / NAME).unlink(), (tmp_path / "out/more/val_000.bin").unlink()
+    prepare(tales(tmp_path))
+    assert snapshot(tmp_path / "out") == before
+
+
+def test_a_text_that_changed_never_takes_a_tokenizer_from_its_checkpoints(tmp_path):
+    """Nothing is written; in another folder, or with the file moved away, all is made anew."""
+    cfg = tales(tmp_path)
+    prepare(cfg)
+    before = snapshot(tmp_path / "out")
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(TALES[:60]) + " zebra" * 60)
+    fails(lambda: prepare(cfg), NAME, "move it away", "--data_dir")
+    assert snapshot(tmp_path / "out") == before
+    (tmp_path / "out" / NAME).rename(tmp_path / NAME)
+    prepare(cfg)
+    tokenizer = load_tokenizer(NAME, str(tmp_path / "out"))
+    assert tokenizer.hash != load_tokenizer(str(tmp_path / NAME)).hash
+    for name in ("tales", "more"):  # the second source did not change, its ids do
+        read_shard(str(tmp_path / "out" / name / "train_000.bin"), tokenizer)
+
+
+def test_a_tokenizer_learns_from_as_many_documents_as_the_cap_takes(tmp_path):
+    """What is not trained on may be someone's test text."""
+    prepare(tales(tmp_path, ["tales:40=a.txt"]))
+    (tmp_path / "few.txt").write_text("<|endoftext|>".join(TALES[:40]))
+    prepare(request(tmp_path, "pretrain/few=few.txt", tokenizer="gpt2", train_tokenizer=275))
+    files = [tmp_path / "out" / f"{name}-275.tiktoken" for name in ("tales", "few")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    "sources, keys, words",
+    [
+        (["tales=a.txt"], {"train_tokenizer": 256}, ["train_tokenizer", "257", "65530"]),
+        (["tales=a.txt"], {"train_tokenizer": 65531}, ["train_tokenizer", "65530"]),
+        (["tales=a.txt"], {"tokenizer": "byte"}, ["two tokenizers", "byte", "275"]),
+        (["tales=a.txt"], {"train_tokenizer": 4096}, ["4096", "more text"]),
+        (["toy"], {}, ["pretrain", "none"]),
+        (["sft/mine=b.jsonl"], {}, ["pretrain", "none"]),
+        (["tales=gone.txt"], {}, ["gone.txt", "does not exist"]),
+        (["tales=a.txt", "more=bad.txt"], {}, ["bad.txt", "UTF-8"]),
+    ],
+    ids=["bytes only", "no shard", "two", "short", "toy", "no text", "no file", "no UTF-8"],
+)
+def test_a_tokenizer_that_cannot_be_learnt_is_refused_and_nothing_is_written(
+    tmp_path, sources, keys, words
+):
+    """Each in words, before any folder is touched."""
+    (tmp_path / "bad.txt").write_bytes(b"caf\xe9 au lait\n")
+    fails(lambda: prepare(tales(tmp_path, sources, **keys)), *words)
+    assert not snapshot(tmp_path / "out")
+
+
+def test_a_ranks_file_given_by_path_is_kept_beside_the_shards_too(tmp_path, no_network):
+    """Checkpoints know its name alone, and other machines have the data folder alone."""
+    prepare(tales(tmp_path))
+    (tmp_path / "else").mkdir()
+    (tmp_path / "out" / NAME).rename(tmp_path / "else" / "mine.tiktoken")
+    given = str(tmp_path / "else" / "mine.tiktoken")
+    prepare(tales(tmp_path, ["tales=a.txt"], tokenizer=given, train_tokenizer=None))
+    kept = load_tokenizer("mine.tiktoken", str(tmp_path / "out"))
+    assert kept.hash == load_tokenizer(given).hash
+    read_shard(str(tmp_path / "out/tales/train_000.bin"), kept)

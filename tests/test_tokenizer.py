@@ -5,13 +5,15 @@ import re
 
 import numpy as np
 import pytest
-from corpus_helpers import RANKS, needs_ranks, quick
+import tokenizers
+from corpus_helpers import RANKS, needs_ranks, quick, real
 from helpers import BYTE, fails
 from hypothesis import given
 from hypothesis import strategies as st
 
 from corpus import tokenizer
-from corpus.tokenizer import SPECIAL, load_tokenizer
+from corpus.tokenizer import SPECIAL, load_tokenizer, read_ranks, train_ranks, write_ranks
+from runtime.files import read_lines
 
 
 @given(st.text())
@@ -178,3 +180,113 @@ def test_a_torn_ranks_file_is_not_taken_for_gpt2(tmp_path):
     rows = RANKS.read_bytes().splitlines(keepends=True)
     (tmp_path / "gpt2.tiktoken").write_bytes(b"".join(rows[:1000]))
     fails(lambda: load_tokenizer("gpt2", str(tmp_path)), tmp_path / "gpt2.tiktoken")
+
+
+# --------------------------------------------------------------------------------------------------
+# Ranks of one's own
+
+ODD = [
+    "It's 12 o'clock, he'll say;  we\u2019ve\t3.14 caf\u00e9s \U0001f642\U0001f642!",
+    "\n\n  x\r\n \u597d\u597d\u3002 ",
+]
+
+
+def library(texts: list[str], n_text: int) -> tokenizers.Tokenizer:
+    """Return the tokenizers library's own byte-level BPE, trained by it on the same texts."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    how = {"vocab_size": n_text, "min_frequency": 2, "initial_alphabet": alphabet}
+    trainer = tokenizers.trainers.BpeTrainer(show_progress=False, **how)
+    bpe.train_from_iterator(texts, trainer)
+    return bpe
+
+
+def trained(folder, texts: list[str], n_text: int):
+    """Return our tokenizer of ranks that are learnt from texts, through its file."""
+    write_ranks(str(folder / "own.tiktoken"), train_ranks(texts, n_text))
+    return load_tokenizer("own.tiktoken", str(folder))
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """Return our tokenizer and the library's, both of the same odd texts."""
+    texts = [" ".join(f"{word}{i % 7}" for i in range(40)) for word in ODD] * 3
+    return trained(tmp_path_factory.mktemp("own"), texts, 300), library(texts, 300)
+
+
+@given(
+    text=st.text(
+        st.sampled_from("aeoh'lsv 12.;\t\n\r\u2019\u00e9\u597d\U0001f642<|>_")
+        | st.characters(exclude_categories=["Cs"])
+    )
+)
+@quick
+def test_learnt_ranks_give_the_ids_of_the_library_that_learnt_them(own, text):
+    """tiktoken joins by rank and the library by its list of merges: they must agree."""
+    ours, librarys = own
+    assert ours.encode(text) == librarys.encode(text).ids
+    assert ours.decode(ours.encode(text)) == text
+
+
+def test_learnt_ranks_agree_with_the_library_on_real_text(tmp_path):
+    """Real words have merges that overlap, which short odd texts may lack."""
+    lines = list(read_lines(real("wikitext2_raw_valid.txt.gz")))[:1500]
+    ours, librarys = trained(tmp_path, lines, 1000), library(lines, 1000)
+    text = "".join(read_lines(real("wikitext2_raw_test.txt.gz")))[:300_000]
+    ids = ours.encode(text)
+    assert ids == librarys.encode(text).ids and ours.decode(ids) == text
+    assert len(ids) < len(text.encode()) / 2 and ours.vocab_size == 1000 + len(SPECIAL)
+
+
+def test_training_gives_the_same_file_each_time_and_with_any_number_of_threads(
+    tmp_path, monkeypatch
+):
+    """The file's hash is in every shard and checkpoint."""
+    texts = [f"{a} {b}{a} {b}" for a in "abcdefgh" for b in ("st", "ts", "stst", "\u00e9")] * 3
+    for name, parallel in (("a", "true"), ("b", "true"), ("c", "false")):
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", parallel)
+        (tmp_path / name).mkdir()
+        trained(tmp_path / name, texts, 290)
+    files = {(tmp_path / name / "own.tiktoken").read_bytes() for name in "abc"}
+    assert len(files) == 1
+
+
+def test_a_text_too_short_for_the_symbols_is_refused_with_the_number_that_it_has():
+    """A file named 4096 that holds fewer would make another model than its recipe says."""
+    texts = ["the cat sat on the mat, the cat"]
+    message = fails(lambda: train_ranks(texts, 4096), "4096", "more text")
+    n_most = int(re.search(r"--train_tokenizer=(\d+)", message)[1])
+    assert len(train_ranks(texts, n_most)) == n_most > 257
+    assert "--train_tokenizer" not in fails(lambda: train_ranks(["ab"], 300), "256 symbols")
+
+
+@pytest.mark.parametrize("kind", ["spaces", "line ends", "letters", "ideographs"])
+def test_training_cuts_a_long_run_of_any_character(kind):
+    """The library's time is the square of a run's length: a million would take hours."""
+    texts = [(LONG[kind] * 5000)[:5000], "b\ud800b " * 9]
+    ranks = train_ranks(texts, 266)
+    assert 100 < max(map(len, ranks)) <= 1000 * len("\u597d".encode())
+
+
+def test_other_ranks_are_never_written_over(tmp_path):
+    """A checkpoint whose tokenizer is gone is lost, too."""
+    path = str(tmp_path / "own.tiktoken")
+    ranks = {**tokenizer.BYTES, b"ab": 256}
+    write_ranks(path, ranks)
+    write_ranks(path, dict(reversed(ranks.items())))
+    fails(lambda: write_ranks(path, {**tokenizer.BYTES, b"ac": 256}), path, "move it away")
+    assert read_ranks(path) == ranks
+
+
+def test_a_ranks_file_is_found_at_its_path_and_else_in_the_data_folder(tmp_path, monkeypatch):
+    """A recipe names a path, a checkpoint the file's name; neither may hang on the place."""
+    (tmp_path / "elsewhere").mkdir()
+    write_ranks(str(tmp_path / "data" / "own.tiktoken"), {**tokenizer.BYTES, b"ab": 256})
+    write_ranks(str(tmp_path / "x" / "own.tiktoken"), {**tokenizer.BYTES, b"ac": 256})
+    data = str(tmp_path / "data")
+    kept = load_tokenizer("own.tiktoken", data)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load_tokenizer("data/own.tiktoken", data, kept.spec()).hash == kept.hash
+    assert load_tokenizer(str(tmp_path / "x" / "own.tiktoken"), data).hash != kept.hash
+    fails(lambda: load_tokenizer("no.tiktoken", data), tmp_path / "data" / "no.tiktoken")
