@@ -19,7 +19,7 @@ import typing
 from dataclasses import fields
 
 COMMENT = r"^\s+(\w+): [^#\n]*?#\s*(.*)$"  # behind a field of a dataclass
-PATHS = ("out_dir", "data_dir", "local_dir", "checkpoint", "init_from", "out")  # never empty
+PATHS = ("out_dir", "data_dir", "local_dir", "checkpoint", "init_from", "out", "dest")  # not ""
 ADVICE = "write --key=value (a number is 0, or 1e-30 to 9e18 in size), and see --help"
 WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 

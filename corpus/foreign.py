@@ -50,6 +50,7 @@ class ForeignTokenizer:
         except (Exception, KeyError) as error:  # the library raises Exception itself
             raise UserError(f"the imported tokenizer cannot be read: {error}") from None
         self.json, self.jinja = spec["json"], spec.get("jinja")
+        self.special_tokens = spec.get("special_tokens", {})  # bos_token, ...: their texts
         self.name, self.hash = spec["name"], spec["hash"]
         self.vocab_size, self.stops = spec["vocab_size"], tuple(spec["stops"])
         self.eos, self.bos, self.pad = spec["eos"], spec["bos"], spec["pad"]
@@ -88,4 +89,5 @@ class ForeignTokenizer:
     def spec(self) -> dict:
         """Return all that a checkpoint keeps: the tokenizer itself."""
         own = {"json": self.json, "jinja": self.jinja, "template": self.template._asdict()}
+        own["special_tokens"] = self.special_tokens
         return self.kept | own

@@ -17,7 +17,7 @@ from configurator import UserError, as_dict
 from corpus.foreign import SPEC_FILE, ForeignTokenizer
 from corpus.tokenizer import CHAT_1, SPECIAL, chat_1
 from exchange.template import read_template
-from exchange.weights import sizes_of, to_ours
+from exchange.weights import sizes_of, to_ours, without_idle_sinks
 from model import ModelConfig
 from runtime.checkpoint import checkpoint_files, save_checkpoint
 from runtime.files import digest, write_json
@@ -47,7 +47,8 @@ def import_model(source: str, folder: str, seq_len: int | None, template: str) -
         raise UserError(f"seq_len={seq_len}: {source} was made for {limit} tokens at most")
     n_rows = found.tensors["model.embed_tokens.weight"].size(0)
     spec, is_chat = tokenizer_spec(found, source, template, n_rows)
-    tensors = found.tensors
+    tensors = without_idle_sinks(found.tensors)
+    sizes["sinks"] &= len(tensors) == len(found.tensors)
     if (n_new := spec["vocab_size"] - n_rows) > 0:
         tensors = with_new_rows(tensors, n_new)
     cfg = ModelConfig(**sizes | {"vocab_size": spec["vocab_size"], "seq_len": seq_len or limit})
@@ -103,7 +104,7 @@ def tokenizer_spec(found: Found, source: str, template: str, n_rows: int) -> tup
     meanings = meanings_of(found, backend, template.roles["assistant"][1][0])
     text = with_special(backend.to_str(), template, meanings)
     kept = {"json": text, "template": template._asdict(), **meanings}
-    kept["jinja"] = found.jinja if is_chat else None
+    kept |= {"jinja": found.jinja if is_chat else None, "special_tokens": found.special}
     kept["vocab_size"] = n_ids(backend)
     return {"name": name, "hash": digest(kept), **kept}, is_chat
 

@@ -40,6 +40,7 @@ EXPERTS = {
     "num_experts": "n_expert",
     "num_experts_per_tok": "n_expert_active",
     "moe_intermediate_size": "d_expert",
+    "router_aux_loss_coef": "balance_coef",
 }
 DEFAULTS = {"head_dim": None, "num_key_value_heads": None, "tie_word_embeddings": False}
 # What a model must say, or leave unsaid, to be computed by model.py
@@ -50,7 +51,12 @@ REQUIRED = {
     "partial_rotary_factor": 1.0,
     "logit_scale": 1.0,
 }
-KINDS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM", "FlintForCausalLM")
+LLAMA, MISTRAL, QWEN3, FLINT = KINDS = (
+    *("LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM", "FlintForCausalLM"),
+)
+# Every layer of a Flint has experts, or none has
+ALL_LAYERS = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+NO_SINK = -1e9  # a sink that takes nothing, for a model without them in Flint
 
 
 def layout(cfg: ModelConfig) -> dict[str, list[str]]:
@@ -113,8 +119,8 @@ def sizes_of(config: dict, source: str) -> dict:
         if key not in config and key not in DEFAULTS:
             raise UserError(f"{source}: config.json has no {key}")
         sizes[name] = config.get(key, DEFAULTS.get(key))
-    flint = kind == "FlintForCausalLM"
-    sizes |= {"qk_norm": kind in ("Qwen3ForCausalLM", "FlintForCausalLM"), "sinks": flint}
+    flint = kind == FLINT
+    sizes |= {"qk_norm": kind in (QWEN3, FLINT), "sinks": flint}
     sizes["rope_base"] = rope_base(config, source)
     sizes["sliding_window"] = window_of(config, kind, source)
     if flint and config.get("num_experts"):
@@ -142,23 +148,91 @@ def window_of(config: dict, kind: str, source: str) -> int | None:
     window, kinds = config.get("sliding_window"), set(config.get("layer_types") or [])
     if len(kinds) > 1:
         refuse(source, "layer_types", sorted(kinds), "layers of one kind")
-    if kind == "FlintForCausalLM":  # its full attention has no RoPE
+    if kind == FLINT:  # its full attention has no RoPE
         if kinds != {"sliding_attention"}:
             refuse(source, "layer_types", sorted(kinds), ["sliding_attention"])
-        return None if window >= config["max_position_embeddings"] else window
-    if kind == "Qwen3ForCausalLM":
+        return None if window == config["max_position_embeddings"] else window
+    if kind == QWEN3:
         slides = config.get("use_sliding_window") and window is not None
         if slides and not kinds and config.get("max_window_layers", 0) > 0:
             refuse(source, "max_window_layers", config["max_window_layers"], 0)
         return window if slides and kinds != {"full_attention"} else None
-    return window if kind == "MistralForCausalLM" else None
+    return window if kind == MISTRAL else None
 
 
 def experts(config: dict, source: str) -> dict:
     """Return the further fields of a Flint with experts in every layer."""
-    expected = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
-    expected["shared_expert_intermediate_size"] = config["moe_intermediate_size"]
-    for key, value in expected.items():
+    width = {"shared_expert_intermediate_size": config["moe_intermediate_size"]}
+    for key, value in (ALL_LAYERS | width).items():
         if config.get(key, value) != value:
             refuse(source, key, config[key], value)
     return {"shared_expert": True}
+
+
+def without_idle_sinks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors without the sinks, where all of them are NO_SINK or, rounded, nearly."""
+    sinks = {name: x for name, x in tensors.items() if name.endswith(".sinks")}
+    if not all((x < NO_SINK / 2).all() for x in sinks.values()):
+        return tensors
+    return {name: x for name, x in tensors.items() if name not in sinks}
+
+
+# ------------------------------------------------------------------------------------------------
+# Out
+
+
+def home_of(cfg: ModelConfig, source: str) -> str:
+    """Return the class of transformers that computes such a model, or raise UserError."""
+    nowhere = "has no home in transformers; the nearest that has one"
+    if cfg.score_head:
+        which = "is the language model that it was made from: give --init_from that run"
+        raise UserError(f"{source} is a verifier: its score_head {nowhere} {which}")
+    if not cfg.n_expert and not cfg.sinks:
+        plain = MISTRAL if cfg.sliding_window else LLAMA
+        return QWEN3 if cfg.qk_norm else plain
+    part = f"n_expert={cfg.n_expert}" if cfg.n_expert else "sinks=True"
+    if not cfg.qk_norm:
+        other = "n_expert=0 and sinks=False (Llama)"
+        which = f"has qk_norm=True (Flint), or {other}"
+        raise UserError(f"{source}: qk_norm=False with {part} {nowhere} {which}")
+    if cfg.n_expert and not cfg.shared_expert:
+        which = "has shared_expert=True (Flint)"
+        raise UserError(f"{source}: shared_expert=False with {part} {nowhere} {which}")
+    return FLINT
+
+
+def config_of(cfg: ModelConfig, kind: str) -> dict:
+    """Return the config.json of a model in its home."""
+    config = {"architectures": [kind], "model_type": kind.removesuffix("ForCausalLM").lower()}
+    config |= {"dtype": "float32", "hidden_act": "silu", "attention_bias": False}
+    config |= {"vocab_size": cfg.vocab_size}
+    config |= {key: getattr(cfg, name) for key, name in SIZES.items()}
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": cfg.rope_base}
+    window = cfg.sliding_window
+    if kind == FLINT:
+        window = window or cfg.seq_len
+        config |= {key: getattr(cfg, name) for key, name in EXPERTS.items()} | ALL_LAYERS
+        config["shared_expert_intermediate_size"] = cfg.d_expert
+    if kind == QWEN3:
+        config |= {"use_sliding_window": window is not None, "max_window_layers": 0}
+    if window is not None:
+        config["sliding_window"] = window
+    if window is not None and kind != MISTRAL:
+        config["layer_types"] = ["sliding_attention"] * cfg.n_layer
+    return config
+
+
+def from_ours(state: dict[str, Tensor], cfg: ModelConfig, kind: str) -> dict[str, Tensor]:
+    """Return transformers' tensors of our state dict, without the rows of padding."""
+    heads = [n * cfg.d_head for n in (cfg.n_head, cfg.n_kv_head, cfg.n_kv_head)]
+    tensors = {}
+    for name, own in layout(cfg).items():
+        x = state[name]
+        if name in ("embed.weight", "head.weight"):
+            x = x[: cfg.vocab_size]
+        parts = x.split(heads) if name.endswith(".qkv.weight") else x.chunk(len(own))
+        tensors |= zip(own, parts, strict=True)
+    if kind == FLINT and not cfg.sinks:
+        for i in range(cfg.n_layer):
+            tensors[f"model.layers.{i}.self_attn.sinks"] = torch.full((cfg.n_head,), NO_SINK)
+    return tensors

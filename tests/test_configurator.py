@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import align
 import configurator
+import convert
 import data
 import sample
 import train
@@ -398,6 +399,7 @@ PROGRAMS = {
     "eval": (EvalConfig,),
     "data": (data.DataConfig,),
     "sample": (sample.SampleConfig,),
+    "convert": (convert.ConvertConfig,),
 }
 
 
@@ -406,7 +408,7 @@ def test_every_program_lists_a_comment_for_every_key(parts):
     """A key without unit or range is one that nobody dares to set."""
     shown = configurator.help_text(parts, None)
     for key in configurator.key_types(*parts):
-        assert re.search(rf"^  --{key}=\S.*  +\S.* {{1,}}\S", shown, re.M), key
+        assert re.search(rf"^  --{key.rstrip('_')}=\S.*  +\S.* {{1,}}\S", shown, re.M), key
 
 
 OTHERS = (ReportConfig, SpeedrunConfig, BenchConfig)
@@ -453,7 +455,7 @@ FOLDERS = [
     for parts in (*PROGRAMS.values(), OTHERS)
     for part in parts
     for key in configurator.key_types(part)
-    if key in ("out_dir", "data_dir", "local_dir", "checkpoint", "init_from", "out")
+    if key in ("out_dir", "data_dir", "local_dir", "checkpoint", "init_from", "out", "dest")
 ]
 
 

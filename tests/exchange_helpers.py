@@ -1,0 +1,76 @@
+"""What the tests of exchange/ share: small models of every home, vocabularies, dialogues."""
+
+import base64
+import json
+from pathlib import Path
+
+import tokenizers
+import torch
+from helpers import BYTE, save_start, tiny
+from hypothesis import strategies as st
+
+from corpus.foreign import byte_of_symbol
+from corpus.tokenizer import CHAT_1, Tokenizer, load_tokenizer
+from model import GPT
+
+LLAMA = {"qk_norm": False, "sinks": False}
+HOMES = {
+    "Llama": LLAMA,
+    "Llama, not tied": LLAMA | {"tied": False, "rms_eps": 1e-5, "rope_base": 5e4, "n_kv_head": 4},
+    "Mistral": LLAMA | {"sliding_window": 9},
+    "Qwen3": {"sinks": False},
+    "Qwen3 with a window": {"sinks": False, "sliding_window": 9, "tied": False},
+    "Flint": {"d_head": 16},
+    "Flint with a window": {"sliding_window": 9, "tied": False, "n_kv_head": 1},
+    "Flint with experts": {"n_expert": 4, "d_expert": 24, "balance_coef": 0.02},
+    "Flint with experts, no sinks": {"n_expert": 3, "sinks": False, "tied": False},
+}
+TEXT = "Tom the cat saw 12 pens at the shop. 'Rosé!' said Ana; they're new,  isn't it?\n\n\t好 🐟\n"
+# Characters that a split pattern tells apart, and those that spell a special token
+LETTERS = "aB1 \n\t'sé好.!<|end>_²٣\u00a0\u3000🐟"
+ANY_TEXT = st.text(st.sampled_from(LETTERS) | st.characters(exclude_categories=["Cs"]))
+SPECIAL_TEXT = "a<|end|>b<|endoftext|> <|user|><|im_start|>c</s>"
+
+
+def random_model(tokenizer: Tokenizer = BYTE, seed: int = 0, **fields) -> GPT:
+    """Return a small random model, whose rows of no token are zero as from the start."""
+    model = tiny(seed, vocab_size=tokenizer.vocab_size, **fields)
+    with torch.no_grad():
+        for matrix in (model.embed.weight, model.head.weight):
+            matrix[tokenizer.vocab_size :] = 0
+    return model.eval()
+
+
+def save_chat_model(folder: Path, tokenizer: Tokenizer = BYTE, **fields) -> GPT:
+    """Save a random model as align.py saves one that was tuned on chats. -> the model"""
+    model = random_model(tokenizer, **fields)
+    save_start(folder, model, task="sft", template=CHAT_1, tokenizer=tokenizer.spec())
+    return model
+
+
+def trained_bpe(n: int = 400, special: tuple[str, ...] = ()) -> tokenizers.Tokenizer:
+    """Return a small byte-level BPE, trained on TEXT as the library does it."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    options = {"initial_alphabet": alphabet, "special_tokens": list(special)}
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=n, show_progress=False, **options)
+    backend.train_from_iterator([TEXT * 5], trainer)
+    return backend
+
+
+def ranks_file(folder: Path) -> str:
+    """Write the ranks of a small trained BPE. -> the path of the file"""
+    symbols = byte_of_symbol()
+    vocab = sorted(json.loads(trained_bpe().to_str())["model"]["vocab"].items(), key=lambda x: x[1])
+    tokens = [bytes(symbols[symbol] for symbol in text) for text, _ in vocab]
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
+    path = folder / "own.tiktoken"
+    path.write_text("".join(lines))
+    return str(path)
+
+
+def vocabulary(name: str, folder: Path) -> Tokenizer:
+    """Return the tokenizer byte, toy or "ranks", a small one of a file in the folder."""
+    return load_tokenizer(ranks_file(folder) if name == "ranks" else name)
