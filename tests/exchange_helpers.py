@@ -1,16 +1,19 @@
 """What the tests of exchange/ share: small models of every home, vocabularies, dialogues."""
 
 import base64
+import gzip
 import json
 from pathlib import Path
 
 import tokenizers
 import torch
+from corpus_helpers import real
 from helpers import BYTE, save_start, tiny
 from hypothesis import strategies as st
 
 from corpus.foreign import byte_of_symbol
 from corpus.tokenizer import CHAT_1, Tokenizer, load_tokenizer
+from inference.sampling import GREEDY, generate
 from model import GPT
 
 LLAMA = {"qk_norm": False, "sinks": False}
@@ -30,6 +33,29 @@ TEXT = "Tom the cat saw 12 pens at the shop. 'Rosé!' said Ana; they're new,  is
 LETTERS = "aB1 \n\t'sé好.!<|end>_²٣\u00a0\u3000🐟"
 ANY_TEXT = st.text(st.sampled_from(LETTERS) | st.characters(exclude_categories=["Cs"]))
 SPECIAL_TEXT = "a<|end|>b<|endoftext|> <|user|><|im_start|>c</s>"
+PROMPTS = [[5, 80, 66], [101], [97, 98, 99, 100, 32, 97, 98], [40, 41]]
+
+
+@torch.no_grad()
+def logit_gap(ours: GPT, theirs, lengths: tuple[int, ...] = (1, 17, 64)) -> float:
+    """Return the largest difference between the logits of two models, at these lengths."""
+    generator = torch.Generator().manual_seed(0)
+    gaps = []
+    for n in lengths:
+        ids = torch.randint(ours.cfg.vocab_size, (2, n), generator=generator)
+        gaps.append((ours(ids) - theirs(ids).logits).abs().max().item())
+    return max(gaps)
+
+
+def check_generation(ours: GPT, theirs, n: int = 20) -> None:
+    """Assert that greedy answers to unequal prompts in one batch are the same ids."""
+    width = max(map(len, PROMPTS))
+    rows = [[0] * (width - len(prompt)) + prompt for prompt in PROMPTS]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS]
+    options = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False, "pad_token_id": 0}
+    options |= {"eos_token_id": None, "suppress_tokens": None}
+    found = theirs.generate(torch.tensor(rows), attention_mask=torch.tensor(mask), **options)
+    assert generate(ours, PROMPTS, n, sampling=GREEDY) == found[:, width:].tolist()
 
 
 def random_model(tokenizer: Tokenizer = BYTE, seed: int = 0, **fields) -> GPT:
@@ -74,3 +100,15 @@ def ranks_file(folder: Path) -> str:
 def vocabulary(name: str, folder: Path) -> Tokenizer:
     """Return the tokenizer byte, toy or "ranks", a small one of a file in the folder."""
     return load_tokenizer(ranks_file(folder) if name == "ranks" else name)
+
+
+def real_texts() -> list[str]:
+    """Return 10 MB of the real data, of every kind of file, in parts of 100,000 characters."""
+    names = ["wikitext2_raw_valid.txt.gz", "wikitext2_raw_test.txt.gz", "tinyshakespeare.txt.gz"]
+    names += ["dialogsum_test.jsonl", "gsm8k_train.jsonl.gz", "hh_rlhf_harmless_base_test.jsonl.gz"]
+    text = ""
+    for name in [*names, "preference_llamafactory_dpo_en.jsonl.gz", "alpaca_52k.jsonl.gz"]:
+        data = Path(real(name)).read_bytes()
+        data = gzip.decompress(data) if name.endswith(".gz") else data
+        text += data.decode()[: 10_000_000 - len(text)]
+    return [text[i : i + 100_000] for i in range(0, len(text), 100_000)]

@@ -5,14 +5,17 @@ import os
 
 import pytest
 import torch
-from corpus_helpers import needs_ranks, quick, snapshot
+from corpus_helpers import needs_ranks, quick, real, snapshot
 from exchange_helpers import (
     ANY_TEXT,
     HOMES,
     LLAMA,
     SPECIAL_TEXT,
     TEXT,
+    check_generation,
+    logit_gap,
     random_model,
+    real_texts,
     save_chat_model,
     vocabulary,
 )
@@ -20,9 +23,11 @@ from helpers import BYTE, fails, save_start, tiny
 from hypothesis import given
 
 import convert
+from corpus.chat import render, render_prompt
 from corpus.tokenizer import load_tokenizer
 from exchange import exporting
-from exchange.exporting import backend_of
+from exchange.exporting import backend_of, tokenizer_files
+from exchange.template import dialogues
 from runtime.checkpoint import load_checkpoint
 from runtime.files import write_jsonl
 
@@ -212,3 +217,77 @@ def test_the_template_travels_as_jinja(tmp_path):
         assert (tmp_path / "hf2" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
     texts = [(tmp_path / name / "tokenizer.json").read_text() for name in ("hf", "hf2")]
     assert json.loads(texts[0]) == json.loads(texts[1])
+
+
+# ------------------------------------------------------------------------------------------------
+# Beside transformers
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("home", HOMES)
+def test_transformers_computes_the_same(tmp_path, home, transformers):
+    """Logits of any length, and greedy answers to unequal prompts in one batch."""
+    model = save_chat_model(tmp_path / "run", **HOMES[home])
+    to_and_fro(tmp_path / "run", tmp_path)
+    options = {"output_loading_info": True, "local_files_only": True}
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    theirs, info = load(tmp_path / "hf", **options)
+    assert not any(info.values()), info
+    assert logit_gap(model, theirs) < 1e-5
+    check_generation(model, theirs)
+    assert theirs.generation_config.eos_token_id == list(BYTE.stops)
+
+
+@pytest.mark.peers
+def test_transformers_reads_several_files(tmp_path, monkeypatch, transformers):
+    """By the index, as its own large models."""
+    monkeypatch.setattr(exporting, "LARGEST", 20_000)
+    model = save_chat_model(tmp_path / "run")
+    to_and_fro(tmp_path / "run", tmp_path)
+    assert (
+        logit_gap(model, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")) < 1e-5
+    )
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", ["byte", "toy", "ranks"])
+def test_transformers_has_the_same_ids(tmp_path, name, transformers):
+    """Of texts, also where they spell special tokens, and of chats by the Jinja template."""
+    own = vocabulary(name, tmp_path)
+    save_chat_model(tmp_path / "run", own)
+    flags = [f"--tokenizer={tmp_path / 'own.tiktoken'}"] if name == "ranks" else []
+    to_and_fro(tmp_path / "run", tmp_path, *flags)
+    load = transformers.AutoTokenizer.from_pretrained
+    theirs, careful = load(tmp_path / "hf"), load(tmp_path / "hf", split_special_tokens=True)
+    ends = theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id
+    assert ends == (own.bos, own.eos, own.pad)
+
+    @given(text=ANY_TEXT)
+    @quick
+    def holds(text):
+        assert careful(text)["input_ids"] == own.prefix + own.encode(text)
+        assert theirs.decode(own.encode(text)) == text
+
+    holds()
+    assert careful.encode(SPECIAL_TEXT, add_special_tokens=False) == own.encode(SPECIAL_TEXT)
+    for messages in dialogues(with_system=True):
+        wanted = render(messages, own)[0]
+        assert theirs.apply_chat_template(messages)["input_ids"] == wanted
+        prompt = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        assert prompt == render_prompt(messages, own)
+
+
+@pytest.mark.peers
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["toy", "gpt2"])
+def test_ten_megabytes_of_real_text_have_the_same_ids(tmp_path, name, transformers):
+    """News, novels, code and other languages: what is seldom in a text shows up there."""
+    own = load_tokenizer(name, real("gpt2.tiktoken").rpartition("/")[0])
+    files = tokenizer_files(own, True, 64)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        text = files[file] if isinstance(files[file], str) else json.dumps(files[file])
+        (tmp_path / file).write_text(text)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, split_special_tokens=True)
+    for part in real_texts():
+        ids = theirs.encode(part, add_special_tokens=False)
+        assert ids == own.encode(part), part[:80]
