@@ -133,6 +133,7 @@ class Subject:
                 self.judges[name] = start if start in fit else fit[-1]
         self.models = {}
         self.overlaps = {}  # of texts, see language.py
+        self.logprobs = {}  # of pairs, see preferences.py
         self.records = functools.cache(functools.partial(read_records, cfg.data_dir))
         self.log_once = functools.cache(print)  # print, each text once
         self.kept = None  # of the task that runs: a hash of what it kept, if not all

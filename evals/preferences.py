@@ -11,6 +11,8 @@ from evals.base import EvalConfig, Row, Subject, task
 from evals.stats import proportion
 from inference.sampling import generate
 from inference.scoring import pair_logprobs
+from model import GPT
+from runtime.files import digest
 
 
 @task("preference", data="pairs", files="dpo_test.jsonl dpo_val.jsonl")
@@ -24,7 +26,8 @@ def preference(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     what = f"eval: pairs of {cfg.pairs}"
     pairs = drop_too_long(every, lambda pair: pair.longest, space, what, subject.log_once)
     subject.note_kept(every, pairs)
-    logp = pair_logprobs(subject.model(stage), pairs)  # (n, 2)
+    weights = subject.checkpoints[stage]["weights_hash"]
+    logp = logprobs_of(subject, weights, subject.model(stage), pairs)  # (n, 2)
     lengths = np.array([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
     values = {"logprob": logp, "logprob_per_token": logp / lengths}
     values |= reward(subject, stage, pairs, logp, lengths)
@@ -54,7 +57,16 @@ def reward(
     if start is None:
         print(f"eval: the reward of {stage} is left out: the weights it started from are gone")
         return {}
-    return {"reward": logp - pair_logprobs(start, pairs)}
+    weights = run["init_from"]["weights_hash"]
+    return {"reward": logp - logprobs_of(subject, weights, start, pairs)}
+
+
+def logprobs_of(subject: Subject, weights: str, model: GPT, pairs: list[Pair]) -> np.ndarray:
+    """Return pair_logprobs() of the model with these weights; a start is often a stage too."""
+    key = (weights, digest(pairs))
+    if key not in subject.logprobs:
+        subject.logprobs[key] = pair_logprobs(model, pairs)
+    return subject.logprobs[key]
 
 
 def tuned_on_toy(subject: Subject, cfg: EvalConfig) -> list[str]:

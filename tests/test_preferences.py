@@ -9,6 +9,8 @@ from helpers import BYTE, plain_logprobs
 
 import eval as evaluation
 from corpus.chat import encode_pair
+from evals import preferences
+from inference.scoring import pair_logprobs
 from runtime.checkpoint import model_from, save_checkpoint
 from runtime.files import read_jsonl
 
@@ -36,6 +38,20 @@ def test_a_reward_is_that_of_dpo_alone(finished):
     rows = results_of(finished, "preference")
     assert {row["stage"] for row in rows if row["protocol"] == "reward"} == {"dpo"}
     assert {row["stage"] for row in results_of(finished, "tales")} == {"sft", "dpo"}
+
+
+def test_every_weights_read_the_pairs_once(tmp_path, monkeypatch):
+    """DPO's start is a stage of its own: what it said of the pairs is not worked out again."""
+    read = []
+
+    def counted(model, pairs):
+        read.append(model)
+        return pair_logprobs(model, pairs)
+
+    monkeypatch.setattr(preferences, "pair_logprobs", counted)
+    argv = [*make_run(tmp_path), "--tasks=preference"]
+    assert evaluation.main(argv) == 0
+    assert len(read) == len(set(read)) == 4  # untrained, pretrain, sft, dpo
 
 
 def rewards_of(folder: Path, loss_type: str) -> dict[str, float]:
