@@ -6,6 +6,7 @@ template. A GGUF file is opened by transformers, which gives its weights back as
 
 import json
 import os
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import tokenizers
@@ -17,11 +18,12 @@ from configurator import UserError, as_dict
 from corpus.foreign import SPEC_FILE, ForeignTokenizer
 from corpus.tokenizer import CHAT_1, SPECIAL, chat_1
 from exchange.template import read_template
-from exchange.weights import sizes_of, to_ours, without_idle_sinks
+from exchange.weights import from_files, sizes_of, to_ours, without_idle_sinks
 from model import ModelConfig
-from runtime.checkpoint import checkpoint_files, save_checkpoint
+from runtime.checkpoint import save_checkpoint
 from runtime.files import digest, write_json
 
+EMBEDDING = "model.embed_tokens.weight"
 SURPLUS = 0.01  # rows of the embedding without a token: some makers round their number up
 
 
@@ -38,19 +40,22 @@ class Found(NamedTuple):
 
 def import_model(source: str, folder: str, seq_len: int | None, template: str) -> None:
     """Make a run folder of a model in transformers' form. Raises UserError, and writes nothing."""
-    if checkpoint_files(folder) or os.path.exists(os.path.join(folder, SPEC_FILE)):
-        raise UserError(f"there is a model in {folder}: choose another --out_dir")
+    if os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
+        raise UserError(f"{folder} exists, and is no empty folder: choose another --out_dir")
     found = from_gguf(source) if source.endswith(".gguf") else from_folder(source)
     sizes = sizes_of(found.config, source)
     limit = sizes["seq_len"]
     if seq_len is not None and seq_len > limit:
         raise UserError(f"seq_len={seq_len}: {source} was made for {limit} tokens at most")
-    n_rows = found.tensors["model.embed_tokens.weight"].size(0)
-    spec, is_chat = tokenizer_spec(found, source, template, n_rows)
+    found = found._replace(tensors=from_files(found.tensors, source))
+    if EMBEDDING not in found.tensors:
+        raise UserError(f"{source}: weights missing {[EMBEDDING]}")
+    n_rows = found.tensors[EMBEDDING].size(0)
+    spec, is_chat, n_known = tokenizer_spec(found, source, template, n_rows)
     tensors = without_idle_sinks(found.tensors)
     sizes["sinks"] &= len(tensors) == len(found.tensors)
-    if (n_new := spec["vocab_size"] - n_rows) > 0:
-        tensors = with_new_rows(tensors, n_new)
+    if (n_new := spec["vocab_size"] - n_known) > 0:
+        tensors = with_new_rows(tensors, n_known, n_new)
     cfg = ModelConfig(**sizes | {"vocab_size": spec["vocab_size"], "seq_len": seq_len or limit})
     tokenizer = ForeignTokenizer(spec)
     checkpoint = {"model": to_ours(tensors, cfg, source), "model_config": as_dict(cfg)}
@@ -60,7 +65,6 @@ def import_model(source: str, folder: str, seq_len: int | None, template: str) -
     checkpoint |= {"optimizers": {}, "rng": torch.get_rng_state(), "tokenizer": tokenizer.spec()}
     if is_chat:
         checkpoint["template"] = tokenizer.template.name
-    os.makedirs(folder, exist_ok=True)
     weights = save_checkpoint(os.path.join(folder, "ckpt_0000000.pt"), checkpoint)
     write_json(os.path.join(folder, SPEC_FILE), tokenizer.spec())
     write_json(os.path.join(folder, "state.json"), {"state": "done"})
@@ -69,11 +73,11 @@ def import_model(source: str, folder: str, seq_len: int | None, template: str) -
     print(f"convert: {source} -> {folder}: {n_params:.1f}M parameters, {about}")
 
 
-def with_new_rows(tensors: dict[str, Tensor], n_new: int) -> dict[str, Tensor]:
-    """Return the tensors with embeddings for n_new further ids: the mean of the others'."""
+def with_new_rows(tensors: dict[str, Tensor], n_known: int, n_new: int) -> dict[str, Tensor]:
+    """Return the tensors with embeddings for n_new further ids: the mean of the known ones."""
     grown = dict(tensors)
-    for name in {"model.embed_tokens.weight", "lm_head.weight"} & tensors.keys():
-        x = tensors[name].float()
+    for name in {EMBEDDING, "lm_head.weight"} & tensors.keys():
+        x = tensors[name][:n_known].float()
         grown[name] = torch.cat((x, x.mean(0, keepdim=True).expand(n_new, -1)))
     return grown
 
@@ -82,8 +86,8 @@ def with_new_rows(tensors: dict[str, Tensor], n_new: int) -> dict[str, Tensor]:
 # The tokenizer
 
 
-def tokenizer_spec(found: Found, source: str, template: str, n_rows: int) -> tuple[dict, bool]:
-    """Return the spec of ForeignTokenizer, and whether the model has a chat template of its own."""
+def tokenizer_spec(found: Found, source: str, template: str, n_rows: int) -> tuple[dict, bool, int]:
+    """Return the spec of ForeignTokenizer, whether the chat template is its own, its old ids."""
     try:
         backend = tokenizers.Tokenizer.from_str(found.tokenizer)
     except Exception as error:  # the library raises no other class
@@ -92,21 +96,21 @@ def tokenizer_spec(found: Found, source: str, template: str, n_rows: int) -> tup
     backend.encode_special_tokens = False
     name = os.path.basename(os.path.normpath(source)).removesuffix(".gguf")
     is_chat = template == "auto" and found.jinja is not None
+    n_known = n_ids(backend)
     if is_chat:
         template = read_template(found.jinja, found.special, backend, name)
     else:
-        n_before = n_ids(backend)
         backend.add_special_tokens([t for t in SPECIAL if backend.token_to_id(t) is None])
         template = chat_1({token: backend.token_to_id(token) for token in SPECIAL})
         why = "has no chat template" if found.jinja is None else "gets another chat template"
-        added = f"{n_ids(backend) - n_before} ids are added for it, with the mean embedding"
+        added = f"{n_ids(backend) - n_known} ids are added for it, with the mean embedding"
         print(f"convert: {source} {why}: {CHAT_1} is its template; {added}")
     meanings = meanings_of(found, backend, template.roles["assistant"][1][0])
     text = with_special(backend.to_str(), template, meanings)
     kept = {"json": text, "template": template._asdict(), **meanings}
     kept |= {"jinja": found.jinja if is_chat else None, "special_tokens": found.special}
     kept["vocab_size"] = n_ids(backend)
-    return {"name": name, "hash": digest(kept), **kept}, is_chat
+    return {"name": name, "hash": digest(kept), **kept}, is_chat, n_known
 
 
 def n_ids(backend: tokenizers.Tokenizer) -> int:
@@ -177,22 +181,21 @@ def from_folder(folder: str) -> Found:
     special = {key: text for key, text in special.items() if text is not None}
     tensors = read_tensors(folder)
     jinja = read_jinja(folder, options)
-    return Found(config, tensors, tokenizer, special, jinja, as_list(stops))
+    return Found(config, tensors, tokenizer, special, jinja, as_list(stops, folder))
 
 
-def as_list(ids: int | list | None) -> list[int]:
-    return [] if ids is None else ids if isinstance(ids, list) else [ids]
+def as_list(ids: int | list | None, source: str) -> list[int]:
+    """Return the ids of eos_token_id, which is one, several or none."""
+    found = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(isinstance(token, int) for token in found):
+        raise UserError(f"{source}: eos_token_id={ids!r} is no id and no list of ids")
+    return found
 
 
 def text_of(token: str | dict | None) -> str | None:
     """Return the text of a special token, which some files keep with its options."""
-    return (
-        token.get("content")
-        if isinstance(token, dict)
-        else token
-        if isinstance(token, str)
-        else None
-    )
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def read_object(folder: str, name: str) -> dict | None:
@@ -218,7 +221,10 @@ def read_jinja(folder: str, options: dict) -> str | None:
             return f.read()
     own = options.get("chat_template")
     if isinstance(own, list):  # several under names
-        own = {item["name"]: item["template"] for item in own}.get("default")
+        named = [item for item in own if isinstance(item, dict) and item.get("name") == "default"]
+        own = named[0].get("template") if named else None
+    if own is not None and not isinstance(own, str):
+        raise UserError(f"{folder}: chat_template={str(own)[:60]!r} is no text")
     return own
 
 
@@ -227,7 +233,10 @@ def read_tensors(folder: str) -> dict[str, Tensor]:
     names = ["model.safetensors"]
     index = read_object(folder, "model.safetensors.index.json")
     if index is not None:
-        names = sorted(set(index["weight_map"].values()))
+        place = index.get("weight_map")
+        if not isinstance(place, dict) or not all(isinstance(x, str) for x in place.values()):
+            raise UserError(f"{folder}: model.safetensors.index.json has no weight_map of names")
+        names = sorted(set(place.values()))
     tensors = {}
     for name in names:
         path = os.path.join(folder, name)
@@ -235,7 +244,8 @@ def read_tensors(folder: str) -> dict[str, Tensor]:
             raise UserError(f"{folder} has no {name}: weights must be safetensors files")
         try:
             with safe_open(path, framework="pt") as f:
-                tensors |= {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+                keys = f.keys()
+                tensors |= {key: f.get_tensor(key) for key in keys}
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is damaged or no safetensors file: {error}") from None
     return tensors
@@ -245,12 +255,11 @@ def from_gguf(path: str) -> Found:
     """Return what a GGUF file holds, dequantised by transformers."""
     if not os.path.isfile(path):
         raise UserError(f"{path} does not exist")
-    try:
-        import gguf  # noqa: F401
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError:
+    if not all(map(find_spec, ("transformers", "gguf"))):
         how = "pip install -r requirements-peers.txt"
-        raise UserError(f"{path} needs the libraries transformers and gguf: {how}") from None
+        raise UserError(f"{path} needs the libraries transformers and gguf: {how}")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     folder, name = os.path.split(os.path.abspath(path))
     options = {"gguf_file": name, "local_files_only": True}
     try:
@@ -263,7 +272,7 @@ def from_gguf(path: str) -> Found:
     texts = {
         key: text for key, text in tokenizer.special_tokens_map.items() if isinstance(text, str)
     }
-    stops = as_list(model.generation_config.eos_token_id)
+    stops = as_list(model.generation_config.eos_token_id, path)
     backend = tokenizer.backend_tokenizer.to_str()
     jinja = tokenizer.chat_template
     return Found(config, model.state_dict(), backend, texts, jinja, stops)

@@ -18,7 +18,21 @@ from corpus.foreign import Template
 
 ROLES = ("system", "user", "assistant")
 MARKS = {"system": "SYSMARK", "user": "ASKMARK{}", "assistant": "REPLYMARK{}"}
-WORDS = ["a", "red", "sun", "rose", "Rome;", "12", "(or", "13?)", "said:", "'hello',", "then."]
+WORDS = [
+    "a",
+    "red",
+    "sun",
+    "rose",
+    "Rome;",
+    "12",
+    "(or",
+    "13?)",
+    "said:",
+    "'hello',",
+    "then.",
+    "<think>",
+    "</think>",
+]
 
 
 class Jinja:
@@ -60,17 +74,14 @@ def read_template(
         pieces = read_pieces(jinja)
         roles = {role: tuple(encode(x, backend) for x in own) for role, own in pieces[1].items()}
         template = Template(name, encode(pieces[0], backend), roles)
+        if not roles["assistant"][1]:
+            raise ValueError("it does not end an answer")
+        for messages in dialogues("system" in roles):
+            whole = jinja(messages)
+            if encode(whole, backend) != joined(messages, template, backend):
+                raise ValueError(f"it is not one of ids around texts: {whole!r}")
     except (jinja2.TemplateError, ValueError, TypeError) as error:
         raise UserError(f"the chat template of {name} cannot be read ({error}): {advice}") from None
-    if not roles["assistant"][1]:
-        raise UserError(f"the chat template of {name} does not end an answer: {advice}")
-    for messages in dialogues("system" in roles):
-        whole = encode(jinja(messages), backend)
-        if whole != joined(messages, template, backend):
-            fault = f"it renders {jinja(messages)!r} otherwise than its parts"
-            raise UserError(
-                f"the chat template of {name} is not one of ids around texts: {fault}; {advice}"
-            )
     return template
 
 
@@ -81,8 +92,8 @@ def encode(text: str, backend: tokenizers.Tokenizer) -> list[int]:
 def read_pieces(jinja: Jinja) -> tuple[str, dict[str, tuple[str, str]]]:
     """Return what stands before a first turn of the user, and around the text of each role."""
     turns = conversation(["user", "assistant", "user", "assistant"])
-    head, after_user, between, _, tail = split_at_marks(jinja(turns))
-    _, after_question = split_at_marks(jinja(turns[:1]))
+    head, after_user, between, _, tail = split_at_marks(jinja(turns), 4)
+    _, after_question = split_at_marks(jinja(turns[:1]), 1)
     before_answer = jinja(turns[:1], prompt=True).removeprefix(jinja(turns[:1]))
     if not before_answer or after_user != after_question + before_answer:
         raise ValueError("the generation prompt is not what stands before an answer")
@@ -94,7 +105,7 @@ def read_pieces(jinja: Jinja) -> tuple[str, dict[str, tuple[str, str]]]:
     roles = {"user": (before_question, after_question), "assistant": (before_answer, tail)}
     start = head.removesuffix(before_question)
     try:
-        before_system, after_system, *_ = split_at_marks(jinja(conversation(["system", "user"])))
+        before_system, after_system, _ = split_at_marks(jinja(conversation(["system", "user"])), 2)
     except (jinja2.TemplateError, ValueError):  # this template knows no system turn
         return start, roles
     if not after_system.endswith(before_question):
@@ -103,11 +114,11 @@ def read_pieces(jinja: Jinja) -> tuple[str, dict[str, tuple[str, str]]]:
     return start, roles
 
 
-def split_at_marks(text: str) -> list[str]:
-    """Return the parts of a rendered conversation around its marks."""
+def split_at_marks(text: str, n: int) -> list[str]:
+    """Return the parts of a rendered conversation around its n marks."""
     parts = re.split(r"SYSMARK|ASKMARK\d|REPLYMARK\d", text)
-    if len(parts) < 2:
-        raise ValueError("it drops the texts")
+    if len(parts) != n + 1:
+        raise ValueError("it drops or repeats texts")
     return parts
 
 

@@ -5,11 +5,14 @@ with QK-norm and sinks, or with experts, FlintForCausalLM. Parts of one matrix o
 gate, up) are matrices of their own there. RoPE rotates the same halves in all.
 """
 
+import inspect
+import re
+
 import torch
 from torch import Tensor
 
-from configurator import UserError
-from model import ModelConfig
+from configurator import UserError, check, key_types
+from model import GPT, ModelConfig
 
 NAMES = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
 DENSE = {"mlp.gate_up": ["mlp.gate_proj", "mlp.up_proj"], "mlp.down": ["mlp.down_proj"]}
@@ -56,6 +59,8 @@ LLAMA, MISTRAL, QWEN3, FLINT = KINDS = (
 )
 # Every layer of a Flint has experts, or none has
 ALL_LAYERS = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+SINKS_IN_FILES = (".softmax_offset", ".sinks")
 NO_SINK = -1e9  # a sink that takes nothing, for a model without them in Flint
 
 
@@ -93,11 +98,20 @@ def to_ours(tensors: dict[str, Tensor], cfg: ModelConfig, source: str) -> dict[s
         raise UserError(f"{source}: weights missing {missing}, surplus {surplus}")
     state = {}
     for name, own in names.items():
-        x = torch.cat([tensors[part].float() for part in own])
+        try:
+            x = torch.cat([tensors[part].float() for part in own])
+        except RuntimeError as error:  # of shapes that do not belong together
+            raise UserError(f"{source}: the weights {' + '.join(own)}: {error}") from None
         if name in ("embed.weight", "head.weight"):  # rows of no token go, those of padding come
             padding = x.new_zeros(cfg.padded_vocab - cfg.vocab_size, x.size(1))
             x = torch.cat((x[: cfg.vocab_size], padding))
         state[name] = x
+    with torch.device("meta"):
+        wanted = {name: x.shape for name, x in GPT(cfg).state_dict().items()}
+    for name, x in state.items():
+        if x.shape != wanted[name]:
+            shapes = f"{tuple(x.shape)}, by config.json {tuple(wanted[name])}"
+            raise UserError(f"{source}: the weights {' + '.join(names[name])} have shape {shapes}")
     if cfg.tied:
         state["head.weight"] = state["embed.weight"]
     return state
@@ -108,24 +122,38 @@ def sizes_of(config: dict, source: str) -> dict:
 
     Raises UserError for what has no home in model.py, with the key and its value.
     """
-    kind = (config.get("architectures") or [None])[0]
+    kinds = config.get("architectures")
+    kind = kinds[0] if isinstance(kinds, list) and kinds else kinds
     if kind not in KINDS:
         raise UserError(f"{source}: architecture {kind} is not one of {', '.join(KINDS)}")
     for key, value in REQUIRED.items():
         if config.get(key, value) not in (value, None):
             refuse(source, key, config[key], value)
-    sizes = {}
-    for key, name in SIZES.items():
-        if key not in config and key not in DEFAULTS:
-            raise UserError(f"{source}: config.json has no {key}")
-        sizes[name] = config.get(key, DEFAULTS.get(key))
+    config = DEFAULTS | config
+    sizes = {name: field_of(config, key, name, source) for key, name in SIZES.items()}
     flint = kind == FLINT
     sizes |= {"qk_norm": kind in (QWEN3, FLINT), "sinks": flint}
     sizes["rope_base"] = rope_base(config, source)
     sizes["sliding_window"] = window_of(config, kind, source)
     if flint and config.get("num_experts"):
-        sizes |= {name: config[key] for key, name in EXPERTS.items()} | experts(config, source)
+        sizes |= {name: field_of(config, key, name, source) for key, name in EXPERTS.items()}
+        width = {"shared_expert_intermediate_size": config["moe_intermediate_size"]}
+        for key, value in (ALL_LAYERS | width).items():
+            if config.get(key) != value:
+                refuse(source, key, config.get(key), value)
     return sizes
+
+
+def field_of(config: dict, key: str, name: str, source: str) -> object:
+    """Return the value of a key of config.json, as our field `name` wants it."""
+    if key not in config:
+        raise UserError(f"{source}: config.json has no {key}")
+    kind = key_types(ModelConfig)[name]
+    try:
+        return check(config[key], kind)
+    except ValueError:
+        wanted = inspect.formatannotation(kind)
+        raise UserError(f"{source}: {key}={config[key]!r} is not of type {wanted}") from None
 
 
 def refuse(source: str, key: str, value: object, expected: object) -> None:
@@ -134,39 +162,77 @@ def refuse(source: str, key: str, value: object, expected: object) -> None:
 
 def rope_base(config: dict, source: str) -> float:
     """Return RoPE's base, from the form of transformers 5 or of those before."""
-    rope = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or {}
-    for given in (rope, scaling):
+    found = {"rope_theta": config.get("rope_theta", 10000.0)}
+    for key in ("rope_parameters", "rope_scaling"):
+        given = config.get(key) or {}
+        if not isinstance(given, dict) or any(isinstance(x, dict) for x in given.values()):
+            refuse(source, key, given, "one object for all layers")
         kind = given.get("rope_type", given.get("type", "default"))
         if kind != "default":
             refuse(source, "rope_type", kind, "default")
-    return float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+        if given.get("partial_rotary_factor", 1.0) != 1.0:
+            refuse(source, "partial_rotary_factor", given["partial_rotary_factor"], 1.0)
+        found |= given
+    return field_of(found, "rope_theta", "rope_base", source)
 
 
 def window_of(config: dict, kind: str, source: str) -> int | None:
     """Return the sliding window of all layers, None where each sees all before it."""
-    window, kinds = config.get("sliding_window"), set(config.get("layer_types") or [])
+    window = field_of({"sliding_window": None} | config, "sliding_window", "sliding_window", source)
+    layers = config.get("layer_types") or []
+    if not isinstance(layers, list):
+        refuse(source, "layer_types", layers, "a list")
+    kinds = set(map(str, layers))
     if len(kinds) > 1:
         refuse(source, "layer_types", sorted(kinds), "layers of one kind")
     if kind == FLINT:  # its full attention has no RoPE
-        if kinds != {"sliding_attention"}:
+        if kinds != {"sliding_attention"} or window is None:
             refuse(source, "layer_types", sorted(kinds), ["sliding_attention"])
         return None if window == config["max_position_embeddings"] else window
     if kind == QWEN3:
         slides = config.get("use_sliding_window") and window is not None
-        if slides and not kinds and config.get("max_window_layers", 0) > 0:
+        if slides and not kinds and config.get("max_window_layers"):
             refuse(source, "max_window_layers", config["max_window_layers"], 0)
         return window if slides and kinds != {"full_attention"} else None
     return window if kind == MISTRAL else None
 
 
-def experts(config: dict, source: str) -> dict:
-    """Return the further fields of a Flint with experts in every layer."""
-    width = {"shared_expert_intermediate_size": config["moe_intermediate_size"]}
-    for key, value in (ALL_LAYERS | width).items():
-        if config.get(key, value) != value:
-            refuse(source, key, config[key], value)
-    return {"shared_expert": True}
+def from_files(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Return the tensors of files by their names in transformers' memory.
+
+    A saved Flint has a matrix for each expert, and calls its sinks otherwise.
+    """
+    found, stacks = {}, {}
+    for name, x in tensors.items():
+        if part := EXPERT.fullmatch(name):
+            stacks.setdefault(part[1], {})[int(part[2]), part[3]] = x
+        else:
+            found[name.replace(*SINKS_IN_FILES)] = x
+    for name, own in stacks.items():
+        numbers = sorted({number for number, _ in own})
+        try:
+            gate_up = [torch.cat((own[i, "gate"], own[i, "up"])) for i in numbers]
+            found[f"{name}.gate_up_proj"] = torch.stack(gate_up)
+            found[f"{name}.down_proj"] = torch.stack([own[i, "down"] for i in numbers])
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"{source}: {name} are not whole and of one shape: {error}") from None
+    return found
+
+
+def to_files(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors by their names in files."""
+    found = {}
+    for name, x in tensors.items():
+        stack, _, kind = name.rpartition(".")
+        if kind == "gate_up_proj":
+            for i, (gate, up) in enumerate(expert.chunk(2) for expert in x):
+                found[f"{stack}.{i}.gate_proj.weight"] = gate
+                found[f"{stack}.{i}.up_proj.weight"] = up
+        elif kind == "down_proj":
+            found |= {f"{stack}.{i}.down_proj.weight": expert for i, expert in enumerate(x)}
+        else:
+            found[name.replace(*SINKS_IN_FILES[::-1])] = x
+    return found
 
 
 def without_idle_sinks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -235,4 +301,4 @@ def from_ours(state: dict[str, Tensor], cfg: ModelConfig, kind: str) -> dict[str
     if kind == FLINT and not cfg.sinks:
         for i in range(cfg.n_layer):
             tensors[f"model.layers.{i}.self_attn.sinks"] = torch.full((cfg.n_head,), NO_SINK)
-    return tensors
+    return to_files(tensors)

@@ -11,8 +11,11 @@ from corpus_helpers import real
 from helpers import BYTE, save_start, tiny
 from hypothesis import strategies as st
 
+from corpus import toy
 from corpus.foreign import byte_of_symbol
 from corpus.tokenizer import CHAT_1, Tokenizer, load_tokenizer
+from exchange.exporting import write_folder
+from exchange.weights import config_of, from_ours, home_of
 from inference.sampling import GREEDY, generate
 from model import GPT
 
@@ -75,14 +78,16 @@ def save_chat_model(folder: Path, tokenizer: Tokenizer = BYTE, **fields) -> GPT:
 
 
 def trained_bpe(n: int = 400, special: tuple[str, ...] = ()) -> tokenizers.Tokenizer:
-    """Return a small byte-level BPE, trained on TEXT as the library does it."""
+    """Return a small byte-level BPE, trained on TEXT and the toy world as the library does it."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     options = {"initial_alphabet": alphabet, "special_tokens": list(special)}
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=n, show_progress=False, **options)
-    backend.train_from_iterator([TEXT * 5], trainer)
+    texts = [TEXT * 5, *toy.records(toy.story, "train", 200, 0)]
+    backend.train_from_iterator(texts, trainer)
+    assert backend.get_vocab_size() == n
     return backend
 
 
@@ -112,3 +117,28 @@ def real_texts() -> list[str]:
         data = gzip.decompress(data) if name.endswith(".gz") else data
         text += data.decode()[: 10_000_000 - len(text)]
     return [text[i : i + 100_000] for i in range(0, len(text), 100_000)]
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + "
+    "'<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def save_theirs(folder: Path, backend: tokenizers.Tokenizer, jinja: str | None = CHATML, **fields):
+    """Write a random model and a tokenizer as transformers does. -> our model of these weights"""
+    n = backend.get_vocab_size()
+    torch.manual_seed(0)
+    model = tiny(vocab_size=n, **(LLAMA | fields)).eval()
+    with torch.no_grad():
+        for matrix in (model.embed.weight, model.head.weight):
+            matrix[n:] = 0
+    kind = home_of(model.cfg, "a test")
+    special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    files = {"config.json": config_of(model.cfg, kind), "tokenizer_config.json": special}
+    files |= {"tokenizer.json": backend.to_str(), "generation_config.json": {"eos_token_id": 2}}
+    files |= {"chat_template.jinja": jinja} if jinja else {}
+    write_folder(str(folder), files, from_ours(model.state_dict(), model.cfg, kind))
+    return model
