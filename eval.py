@@ -10,12 +10,23 @@
 """
 
 import functools
+import json
 import os
 import time
 
 from configurator import UserError, load
 from evals import language, preferences, problems, sinks, tables, transfer
-from evals.base import NEEDS, VERSION, EvalConfig, Row, Subject, Task, chosen_tasks, inputs_of
+from evals.base import (
+    CHATS,
+    NEEDS,
+    VERSION,
+    EvalConfig,
+    Row,
+    Subject,
+    Task,
+    chosen_tasks,
+    data_files,
+)
 from evals.results import (
     append_results,
     is_finite,
@@ -44,6 +55,15 @@ def items_path(path: str, key: dict) -> str:
     return f"{folder}/{key['task']}_{key['stage']}_{digest(key, sort_keys=False)}.json"
 
 
+def inputs_of(task: Task, subject: Subject, cfg: EvalConfig) -> dict:
+    """Return what decides a task's numbers: a hash of its files, and settings as JSON has them."""
+    settings = {key: getattr(cfg, key) for key in (*task.data, *task.settings)}
+    settings["dtype"] = str(subject.dtype)
+    paths = data_files([settings[key] for key in task.data], task.files, cfg.data_dir)
+    hashes = [[os.path.relpath(path, cfg.data_dir), subject.sha256(path)] for path in paths]
+    return {"data_hash": digest(hashes), "settings": json.loads(json.dumps(settings))}
+
+
 def report_line(key: dict, results: list[dict], seconds: float) -> str:
     """Return what is printed of a task: its numbers, but not every point of a curve."""
     shown = [row for row in results if not {"position", "layer"} & row.keys()]
@@ -69,12 +89,21 @@ def as_results(rows: list[Row], key: dict, about: dict) -> tuple[list[dict], dic
     return results, items
 
 
+def about_baseline(subject: Subject, task: str, stage: str) -> dict:
+    """Return what a result says of a baseline: that it is one, and how its chats are told."""
+    if stage not in subject.baselines:
+        return {}
+    told = {"template": subject.tokenizers[stage].template.name} if task in CHATS else {}
+    return {"baseline": True} | told
+
+
 def evaluate(
     task: Task, subject: Subject, cfg: EvalConfig, path: str, existing: list[dict], origin: dict
 ) -> int:
     """Run a task on its stages and append its results. -> how many are new"""
     read = inputs_of(task, subject, cfg)
-    names = [x for x in task.stages(subject, cfg) if x in (cfg.stages or [x])]
+    chosen = (*cfg.stages, *subject.baselines) if cfg.stages else subject.checkpoints
+    names = [x for x in task.stages(subject, cfg) if x in chosen]
     n_new, left_out = 0, {}
     for name in names:
         stage = subject.judges.get(name, name)  # a verifier judges a policy's solutions
@@ -90,7 +119,7 @@ def evaluate(
             continue
         began = time.perf_counter()
         subject.model(name)  # weights that do not fit end the evaluation, whatever is left out
-        about = {"items": items_path(path, key)}
+        about = {"items": items_path(path, key)} | about_baseline(subject, task.name, name)
         subject.kept = None
         try:
             rows = task.run(subject, name, cfg)

@@ -4,7 +4,7 @@ All of it is in the spec that a checkpoint keeps: the text of tokenizer.json, th
 meaning, and the chat template. So a checkpoint alone is enough to go on from.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +26,23 @@ class Template(NamedTuple):
     name: str
     start: list[int]
     roles: dict[str, tuple[list[int], list[int]]]
+
+
+HUMAN, ASSISTANT = "\n\nHuman:\n", "\n\nAssistant:\n"
+
+
+def plain_template(encode: Callable[[str], list[int]], prefix: list[int]) -> Template:
+    """Return turns of plain text as in HH-RLHF, for a model that was trained on no chats.
+
+    Texts begin on a line of their own: most tokenizers then give the whole text the same ids.
+    """
+    end, *human = encode(HUMAN)
+    roles = {
+        "system": (prefix, [end]),
+        "user": (human, []),
+        "assistant": (encode(ASSISTANT), [end]),
+    }
+    return Template("plain text, Human: and Assistant:", [*prefix, end], roles)
 
 
 def byte_of_symbol() -> dict[str, int]:
@@ -53,6 +70,7 @@ class ForeignTokenizer:
         self.special_tokens = spec.get("special_tokens", {})  # bos_token, ...: their texts
         self.name, self.hash = spec["name"], spec["hash"]
         self.vocab_size, self.stops = spec["vocab_size"], tuple(spec["stops"])
+        self.until = tuple(spec.get("until", ()))
         self.eos, self.bos, self.pad = spec["eos"], spec["bos"], spec["pad"]
         self.prefix = list(spec["prefix"])
         self.end = self.template.roles["assistant"][1][0]

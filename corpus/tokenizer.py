@@ -55,6 +55,7 @@ class Tokenizer:
         self.eos, self.pad = self.special[SPECIAL[0]], self.special["<|pad|>"]
         self.end = self.special["<|end|>"]
         self.stops = self.end, self.eos  # what ends an answer: of the turn, of the document
+        self.until = ()  # texts before which an answer ends
         self.bos, self.prefix = self.eos, [self.eos]  # a text begins after the end of another
         self.vocab_size = self.n_text + len(SPECIAL)
         self.bpe = tiktoken.Encoding(

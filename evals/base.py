@@ -4,7 +4,6 @@ import contextlib
 import functools
 import glob
 import itertools
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +16,8 @@ from corpus.folders import ensure_toy
 from corpus.records import load_records, to_records
 from corpus.shards import SPLITS, parse_mixture, split_files
 from corpus.sources import how_to_make
-from corpus.tokenizer import Tokenizer, load_tokenizer
+from corpus.tokenizer import load_tokenizer
+from evals.baselines import load_baseline
 from evals.results import STAGES, run_folders, trained_weights
 from evals.stats import Estimate
 from model import GPT, ModelConfig
@@ -32,6 +32,7 @@ ORDER = (  # in which tasks are run
 )
 NEEDS = {"rerank": "a tuned stage and a verifier", "published": "a tuned stage and a verifier"}
 NEEDS |= {"tales": "a tuned stage and the toy world's pairs", "streaming": "a trained stage"}
+CHATS = ("chats", "problems", "preference", "dialogsum")  # what they ask is told as a chat
 PROTOCOLS = ("per_line", "tokens", "strided", "words", "bpb")  # see perplexity.py
 
 
@@ -47,7 +48,7 @@ class EvalConfig:
     chats: str = "toy"  # conversations with an sft_val.jsonl; "" = none
     text: str = ""  # texts for perplexity, e.g. wikitext-2,wikitext-2-valid
     protocols: tuple[str, ...] = ()  # of perplexity (see perplexity.py); none = all
-    baselines: tuple[str, ...] = ()  # folders of transformers' GPT-2: rows of perplexity
+    baselines: tuple[str, ...] = ()  # folders of transformers' causal LMs: rows of every task
     published: str = ""  # published solutions of GSM8K's test problems; "" = none
     sst2: str = ""  # SST-2: sentences with labels; "" = none
     shots: str = ""  # SST-2's training sentences, for few-shot prompts; "" = none
@@ -85,9 +86,10 @@ class EvalConfig:
             unknown = ", ".join(name for name in names if name not in possible)
             if unknown:
                 raise UserError(f"unknown {what} {unknown}; there are {', '.join(possible)}")
-        if self.baselines and not (self.text and "text_perplexity" in (self.tasks or ORDER)):
+        shared = ("text_perplexity", "sst2", *CHATS)
+        if self.baselines and not set(shared) & set(self.tasks or ORDER):
             names = ", ".join(self.baselines)
-            raise UserError(f"baselines {names}: for the task text_perplexity only: give --text=")
+            raise UserError(f"baselines {names}: they take part in the tasks {', '.join(shared)}")
         if self.no_overwrite and self.force:
             raise UserError("no_overwrite and force exclude each other")
 
@@ -138,6 +140,9 @@ class Subject:
         self.log_once = functools.cache(print)  # print, each text once
         self.kept = None  # of the task that runs: a hash of what it kept, if not all
         self.sha256 = functools.cache(sha256)  # of a file that several tasks read
+        self.baselines = []
+        for folder in cfg.baselines:  # without weights there is no hash
+            self.add_baseline(folder, cfg.data_dir)
 
     def model(self, stage: str) -> GPT:
         if stage not in self.models:
@@ -151,11 +156,15 @@ class Subject:
         numbers = [number for number, row in enumerate(map(str, rows)) if row in there]
         self.kept = digest(numbers) if len(numbers) < len(rows) else None
 
-    def add(self, name: str, model: torch.nn.Module, tokenizer: Tokenizer) -> None:
-        """Add a model that is no stage of ours, with a tokenizer of its own."""
+    def add_baseline(self, folder: str, data_dir: str) -> None:
+        """Add a model that is no stage of ours, under the name of its folder."""
+        name = os.path.basename(os.path.abspath(folder))
+        if name in self.checkpoints:
+            raise UserError(f"baseline {folder}: a row is called {name} already; rename the folder")
+        model, self.tokenizers[name] = load_baseline(folder, data_dir)
         self.models[name] = model.to(self.device, self.dtype).eval()
-        self.tokenizers[name] = tokenizer
         self.checkpoints[name] = {"weights_hash": weights_hash(self.models[name].state_dict())}
+        self.baselines.append(name)
 
     def start_model(self, stage: str) -> GPT | None:
         """Return the model of the weights that a stage was made from, if they are still there."""
@@ -177,7 +186,8 @@ class Subject:
     def lineage(self, folder: str) -> dict[str, dict]:
         """Return the weights of every stage, and from which it was made, for results.current."""
         stages = {}
-        for name, run in self.checkpoints.items():
+        for name in self.starts:
+            run = self.checkpoints[name]
             origin = run.get("init_from") or {"weights_hash": None}
             stages[name] = {"weights_hash": run["weights_hash"], "start": self.starts[name]}
             stages[name]["start_hash"] = origin["weights_hash"]
@@ -234,6 +244,11 @@ def untrained(checkpoint: dict) -> dict:
     return {"model": state, "weights_hash": weights_hash(state), **about}
 
 
+def own_policies(subject: Subject, cfg: EvalConfig) -> list[str]:
+    """Return the policies alone, for what baselines cannot do."""
+    return subject.policies
+
+
 def judged(subject: Subject, cfg: EvalConfig) -> list[str]:
     """Return the verifiers; each judges the solutions of a policy."""
     return list(subject.judges)
@@ -256,8 +271,8 @@ TASKS: dict[str, Task] = {}
 def task(
     name: str, data: str, files: str = "", settings: str = "", stages: Callable | None = None
 ) -> Callable:
-    """Register a function as a task, of all policies; blanks separate data, files and settings."""
-    stages = stages or (lambda subject, cfg: subject.policies)
+    """Register a function as a task, of all policies and baselines; blanks separate names."""
+    stages = stages or (lambda subject, cfg: subject.policies + subject.baselines)
 
     def register(run: Callable) -> Callable:
         TASKS[name] = Task(name, run, data.split(), files.split(), settings.split(), stages)
@@ -278,15 +293,6 @@ def chosen_tasks(cfg: EvalConfig) -> list[Task]:
     specs = [getattr(cfg, task.data[0]) for task in tasks if task.files]
     ensure_toy(",".join(specs), cfg.data_dir)
     return tasks
-
-
-def inputs_of(task: Task, subject: Subject, cfg: EvalConfig) -> dict:
-    """Return what decides a task's numbers: a hash of its files, and settings as JSON has them."""
-    settings = {key: getattr(cfg, key) for key in (*task.data, *task.settings)}
-    settings["dtype"] = str(subject.dtype)
-    paths = data_files([settings[key] for key in task.data], task.files, cfg.data_dir)
-    hashes = [[os.path.relpath(path, cfg.data_dir), subject.sha256(path)] for path in paths]
-    return {"data_hash": digest(hashes), "settings": json.loads(json.dumps(settings))}
 
 
 def read_records(data_dir: str, kind: str, name: str) -> list[dict]:

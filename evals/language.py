@@ -9,16 +9,15 @@ from configurator import UserError
 from corpus.chat import drop_too_long, render_prompt
 from corpus.records import load_records
 from corpus.shards import Mixture, read_shard
-from corpus.tokenizer import load_tokenizer
-from evals.base import PROTOCOLS, EvalConfig, Row, Subject, data_files, task
-from evals.perplexity import Peer, detokenize, overlap, perplexity
+from evals.base import PROTOCOLS, EvalConfig, Row, Subject, data_files, own_policies, task
+from evals.perplexity import detokenize, overlap, perplexity
 from evals.stats import Estimate, mean, proportion, ratio
 from inference.answers import answer_stats
 from inference.scoring import Window, windows_nll
 from runtime.files import open_text
 
 
-@task("val_loss", data="data", files="val")
+@task("val_loss", data="data", files="val", stages=own_policies)
 def val_loss(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     """Measure nats per token on the validation shards."""
     model = subject.model(stage)
@@ -40,18 +39,7 @@ def unigram_entropy(ids: list[int]) -> Estimate:
     return Estimate(-sum(c / n * math.log(c / n) for c in Counter(ids).values()), n)
 
 
-def with_baselines(subject: Subject, cfg: EvalConfig) -> list[str]:
-    """Load the baselines, for without weights there is no hash; return them after the stages."""
-    names = [os.path.basename(os.path.abspath(folder)) for folder in cfg.baselines]
-    for name, folder in zip(names, cfg.baselines, strict=True):
-        if name in subject.checkpoints:
-            raise UserError(f"baseline {folder}: a row is called {name} already; rename the folder")
-        tokenizer = load_tokenizer("gpt2", cfg.data_dir)  # not the run's own
-        subject.add(name, Peer(folder, tokenizer), tokenizer)
-    return [*subject.policies, *names]
-
-
-@task("text_perplexity", data="text", files="test.txt", settings="protocols", stages=with_baselines)
+@task("text_perplexity", data="text", files="test.txt", settings="protocols")
 def text_perplexity(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     """Measure every protocol on every text, and how much of it stood in the pretraining shards."""
     protocols = cfg.protocols or PROTOCOLS
@@ -103,7 +91,10 @@ def chats(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     subject.note_kept(every, windows)
     windows = windows[:512]
     loss = ratio(windows_nll(model, windows), [window.n_scored for window in windows])
-    prompts = [prompt for prompt in prompts if len(prompt) < model.cfg.seq_len][: cfg.n_chats]
+    room = space - (cfg.max_new_tokens if stage in subject.baselines else 1)  # they do not roll
+    prompts = [prompt for prompt in prompts if len(prompt) <= room][: cfg.n_chats]
+    if not prompts:
+        raise UserError(f"{what} leave no room for max_new_tokens={cfg.max_new_tokens}")
     own = answer_stats(model, tokenizer, prompts, cfg.max_new_tokens)
     results = [Row("response_loss", "teacher", loss, "val")]
     results.append(Row("stop_rate", "greedy", proportion(own["stop_rate"]), "val"))

@@ -1,69 +1,16 @@
-"""Perplexity under named protocols, of our models and of transformers' GPT-2 by the same code."""
+"""Perplexity under named protocols, of our models and of baselines by the same code."""
 
-import os
 import re
-from types import SimpleNamespace
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from configurator import UserError
+from corpus.foreign import ForeignTokenizer
 from corpus.sources import documents
 from corpus.tokenizer import Tokenizer
 from evals.base import PROTOCOLS, Row
 from evals.stats import ratio
 from inference.scoring import Window, windows_nll
 from model import GPT
-
-
-class Peer(torch.nn.Module):
-    """transformers' GPT-2 from a folder, with the methods of our GPT that windows_nll calls."""
-
-    def __init__(self, folder: str, tokenizer: Tokenizer):
-        super().__init__()
-        self.model = load_gpt2(folder)
-        vocab_size = self.model.config.vocab_size
-        if vocab_size != tokenizer.eos + 1:
-            expected = f"expected GPT-2's own vocabulary of {tokenizer.eos + 1}"
-            raise UserError(f"baseline {folder} has {vocab_size} ids, {expected}")
-        self.cfg = SimpleNamespace(seq_len=self.model.config.n_positions)
-
-    def hidden(self, idx: Tensor) -> Tensor:
-        return self.model.transformer(idx, use_cache=False).last_hidden_state
-
-    def logprobs(self, x: Tensor, targets: Tensor) -> Tensor:
-        parts = []  # all logits at once would be gigabytes
-        chunks = zip(x.flatten(0, 1).split(1024), targets.flatten().split(1024), strict=True)
-        for h, t in chunks:
-            logits = self.model.lm_head(h).float()
-            parts.append(-F.cross_entropy(logits, t, ignore_index=-1, reduction="none"))
-        return torch.cat(parts).view(targets.shape)
-
-
-def load_gpt2(folder: str) -> torch.nn.Module:
-    """Return transformers' GPT-2 with every weight from the folder, or raise a UserError."""
-    try:
-        from transformers import GPT2LMHeadModel
-    except ImportError:
-        how = "pip install -r requirements-peers.txt"
-        raise UserError(f"baseline {folder} needs the transformers library: {how}") from None
-    if not os.path.isfile(os.path.join(folder, "config.json")):
-        raise UserError(f"baseline {folder} has no config.json: give the folder of a GPT-2")
-    options = {"local_files_only": True, "output_loading_info": True, "dtype": torch.float32}
-    try:
-        model, info = GPT2LMHeadModel.from_pretrained(folder, **options)
-    except Exception as error:  # whatever the library raises
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
-        raise UserError(f"baseline {folder} cannot be loaded ({reason})") from None
-    unexpected = info["unexpected_keys"]  # old versions of the library saved a constant
-    info["unexpected_keys"] = [key for key in unexpected if not key.endswith(".attn.masked_bias")]
-    for what, names in info.items():
-        if names:  # from_pretrained alone would go on with random weights
-            some = f"{what.replace('_', ' ')} {sorted(map(str, names))[:3]}"
-            raise UserError(f"baseline {folder} is not a whole GPT-2: {some}")
-    return model
 
 
 def disjoint(ids: list[int], length: int) -> list[Window]:
@@ -102,7 +49,7 @@ def lines_alone(text: str, tokenizer: Tokenizer, length: int) -> list[Window]:
 
 
 def perplexity(
-    model: GPT | Peer, tokenizer: Tokenizer, text: str, protocols: tuple[str, ...] = PROTOCOLS
+    model: GPT, tokenizer: Tokenizer, text: str, protocols: tuple[str, ...] = PROTOCOLS
 ) -> list[Row]:
     """Return a row for the same text under each protocol.
 
@@ -127,7 +74,9 @@ def perplexity(
         loss = ratio(windows_nll(model, own), [window.n_scored for window in own], "exp")
         rows.append(Row("perplexity", protocol, loss))
     articles = articles_of(text) if {"words", "bpb"} & set(protocols) else []
-    ids = [tokenizer.encode(detokenize(article)) for article in articles]
+    # The harness scores what a tokenizer puts before a text; ours is the context of its first id.
+    before = tokenizer.prefix if isinstance(tokenizer, ForeignTokenizer) else []
+    ids = [[*before, *tokenizer.encode(detokenize(article))] for article in articles]
     nll = [sum(windows_nll(model, rolling(own, length, tokenizer.bos))) for own in ids]
     if "words" in protocols:
         # The harness counts so: the empty strings at both ends are words too.

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from configurator import UserError
 from corpus.shards import Mixture
-from evals.base import EvalConfig, Row, Subject, task
+from evals.base import EvalConfig, Row, Subject, own_policies, task
 from evals.stats import Estimate, difference, ratio
 from inference.sampling import KVCache, kept_tokens
 from model import GPT, Attention, Mask, ModelConfig, attention_weights, training_mask
@@ -241,7 +241,7 @@ def streaming(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     return [replace(row, split="val", extra=about | row.extra) for row in rows]
 
 
-@task("attention", data="sentences")
+@task("attention", data="sentences", stages=own_policies)
 def attention(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     """Measure every head on each of the given sentences; attention/ keeps the weights, to draw."""
     model, tokenizer = subject.model(stage), subject.tokenizers[stage]

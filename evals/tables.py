@@ -171,7 +171,8 @@ def paired_cell(before: dict | None, after: dict | None, folder: str, other: str
 
 def gains_table(results: list[dict], folder: str, stages: dict[str, dict]) -> str:
     """Return what each stage changed against the one it was made from, if that is still there."""
-    names = list(dict.fromkeys(row["stage"] for row in results))
+    own = [row["stage"] for row in results if not row.get("baseline")]
+    names = list(dict.fromkeys(own))
     pairs = []
     for before, after in pairwise(names):
         start = stages[after]["start"]

@@ -10,7 +10,7 @@ from corpus.schemas import SUMMARIES
 from corpus.tokenizer import Tokenizer
 from evals.base import EvalConfig, Row, Subject, task
 from evals.stats import mean, proportion
-from inference.answers import answer_text
+from inference.answers import Ending, answer_text
 from inference.sampling import GREEDY, generate
 from inference.scoring import Window, windows_nll
 from model import GPT
@@ -98,7 +98,7 @@ def dialogsum(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     dialogues = [tokenizer.encode(record["dialogue"]) for record in records]
     requests = [SUMMARIZE + tokenizer.decode(ids[-room:]) for ids in dialogues]
     prompts = [render_prompt(user_turn(text), tokenizer)[-T:] for text in requests]
-    outputs = generate(model, prompts, cfg.max_new_tokens, tokenizer.stops, sampling=GREEDY)
+    outputs = generate(model, prompts, cfg.max_new_tokens, Ending(tokenizer), sampling=GREEDY)
     summaries = {stage: [answer_text(ids, tokenizer) for ids in outputs]}
     if stage == subject.first:
         turns = [record["dialogue"].replace("\r", "").split("\n") for record in records]

@@ -6,6 +6,7 @@ template. A GGUF file is opened by transformers, which gives its weights back as
 
 import json
 import os
+from functools import partial
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -15,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from configurator import UserError, as_dict
-from corpus.foreign import SPEC_FILE, ForeignTokenizer
+from corpus.foreign import HUMAN, SPEC_FILE, ForeignTokenizer, Template, plain_template
 from corpus.tokenizer import CHAT_1, SPECIAL, chat_1
-from exchange.template import read_template
+from exchange.template import encode, read_template
 from exchange.weights import from_files, sizes_of, to_ours, without_idle_sinks
 from model import ModelConfig
 from runtime.checkpoint import save_checkpoint
@@ -97,8 +98,12 @@ def tokenizer_spec(found: Found, source: str, template: str, n_rows: int) -> tup
     name = os.path.basename(os.path.normpath(source)).removesuffix(".gguf")
     is_chat = template == "auto" and found.jinja is not None
     n_known = n_ids(backend)
+    is_plain = template == "plain"
     if is_chat:
         template = read_template(found.jinja, found.special, backend, name)
+    elif is_plain:
+        prefix = backend.encode("", add_special_tokens=True).ids
+        template = plain_template(partial(encode, backend=backend), prefix)
     else:
         backend.add_special_tokens([t for t in SPECIAL if backend.token_to_id(t) is None])
         template = chat_1({token: backend.token_to_id(token) for token in SPECIAL})
@@ -106,7 +111,11 @@ def tokenizer_spec(found: Found, source: str, template: str, n_rows: int) -> tup
         added = f"{n_ids(backend) - n_known} ids are added for it, with the mean embedding"
         print(f"convert: {source} {why}: {CHAT_1} is its template; {added}")
     meanings = meanings_of(found, backend, template.roles["assistant"][1][0])
-    text = with_special(backend.to_str(), template, meanings)
+    special = template
+    if is_plain:  # its ids are text, and the first of those after an answer may be inside one
+        meanings |= {"stops": meanings["stops"][1:], "until": [HUMAN.rstrip()]}
+        special = Template("", [], {})
+    text = with_special(backend.to_str(), special, meanings)
     kept = {"json": text, "template": template._asdict(), **meanings}
     kept |= {"jinja": found.jinja if is_chat else None, "special_tokens": found.special}
     kept["vocab_size"] = n_ids(backend)
@@ -164,6 +173,12 @@ def with_special(text: str, template: object, meanings: dict) -> str:
 
 def from_folder(folder: str) -> Found:
     """Return what a transformers folder holds. Raises UserError for what is missing or damaged."""
+    found = without_weights(folder)
+    return found._replace(tensors=read_tensors(folder))
+
+
+def without_weights(folder: str) -> Found:
+    """Return what a transformers folder holds beside its weights."""
     if not os.path.isdir(folder):
         raise UserError(f"{folder} is no folder and no .gguf file")
     config = read_object(folder, "config.json")
@@ -179,9 +194,8 @@ def from_folder(folder: str) -> Found:
     stops = config.get("eos_token_id") if stops is None else stops
     special = {key: text_of(options[key]) for key in options if key.endswith("_token")}
     special = {key: text for key, text in special.items() if text is not None}
-    tensors = read_tensors(folder)
     jinja = read_jinja(folder, options)
-    return Found(config, tensors, tokenizer, special, jinja, as_list(stops, folder))
+    return Found(config, {}, tokenizer, special, jinja, as_list(stops, folder))
 
 
 def as_list(ids: int | list | None, source: str) -> list[int]:

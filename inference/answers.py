@@ -9,17 +9,39 @@ from inference.sampling import GREEDY, Ids, generate
 from model import GPT
 
 
+class Ending:
+    """An Ending knows where an answer ends: with an id, or before a text that begins a new turn."""
+
+    def __init__(self, tokenizer: Tokenizer, texts: tuple[str, ...] = ()):
+        self.tokenizer, self.texts = tokenizer, (*tokenizer.until, *texts)
+        self.longest = max((len(text.encode()) for text in self.texts), default=0)  # tokens
+
+    def __call__(self, ids: Ids) -> bool:
+        """Return whether the last of some ids ends the answer."""
+        if ids[-1] in self.tokenizer.stops:
+            return True
+        tail = self.tokenizer.decode(ids[-self.longest :]) if self.texts else ""
+        return any(text in tail for text in self.texts)
+
+    def text(self, ids: Ids) -> str:
+        """Return the text of an answer, without what ended it."""
+        text = self.tokenizer.decode(ids[:-1] if ids[-1] in self.tokenizer.stops else ids)
+        for end in self.texts:
+            text = text.partition(end)[0]
+        return text
+
+
 def answer_text(ids: Ids, tokenizer: Tokenizer) -> str:
-    """Return the text of an answer, without the id that ended it."""
-    stopped = ids[-1] in tokenizer.stops
-    return tokenizer.decode(ids[:-1] if stopped else ids)
+    """Return the text of an answer, without what ended it."""
+    return Ending(tokenizer).text(ids)
 
 
 def answer_stats(model: GPT, tokenizer: Tokenizer, prompts: list[Ids], max_new_tokens: int) -> dict:
     """Answer the prompts greedily. -> {measure: its value for every answer}"""
-    answers = generate(model, prompts, max_new_tokens, tokenizer.stops, sampling=GREEDY)
+    ending = Ending(tokenizer)
+    answers = generate(model, prompts, max_new_tokens, ending, sampling=GREEDY)
     return {
-        "stop_rate": [ids[-1] in tokenizer.stops for ids in answers],
+        "stop_rate": [ending(ids) for ids in answers],
         "length": [len(ids) for ids in answers],
         "repetition": [repetition(ids) for ids in answers],
         "distinct_2": distinct_2(answers),

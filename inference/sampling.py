@@ -14,8 +14,9 @@ from model import GPT, Mask, ModelConfig, rotary_angles, rotate
 
 Ids = list[int]
 Seed = int | tuple[int, ...]
-Stop = tuple[int, ...]
+Stop = tuple[int, ...] | Callable[[Ids], bool]  # ids that end a row, or a rule for its ids
 Calculate = Callable[[Ids], Ids] | None  # the ids that must follow those of a row so far
+CACHE_BYTES = 2 << 30, 16 << 30  # of the caches that generate() fills at once: CPU, GPU
 KEPT = 4  # first tokens of a stream that stay in the cache (arXiv 2309.17453, table 2)
 
 
@@ -173,7 +174,7 @@ def sample(logits: Tensor, sampling: Sampling = PLAIN, draws: Tensor | None = No
 class Writer:  # the state of one row
     def __init__(self, seed: Seed, stop: Stop, calculator: Calculate):
         self.random = np.random.default_rng(seed)
-        self.stop = stop
+        self.ends = stop if callable(stop) else lambda ids: ids[-1] in stop
         self.calculator = calculator
         self.ids = []
         self.pending = []  # ids of the calculator that are still to be written
@@ -186,8 +187,16 @@ class Writer:  # the state of one row
         elif self.calculator is not None:
             self.pending = self.calculator([*self.ids, token])
         self.ids.append(token)
-        self.done = token in self.stop
+        self.done = self.ends(self.ids)
         return token
+
+
+def cache_of(model: GPT, batch: int, slots: int) -> Any:
+    """Return an empty cache for a model; those of transformers bring their own."""
+    if hasattr(model, "new_cache"):
+        return model.new_cache(batch)
+    weight, kept = model.embed.weight, kept_tokens(model.cfg, slots)
+    return KVCache(model.cfg, batch, slots, weight.device, weight.dtype, kept)
 
 
 @torch.no_grad()
@@ -202,8 +211,8 @@ def stream(
 ) -> Iterator[dict[int, int]]:
     """Sample all prompts at once. -> step by step, {row: new id} of the rows that have not ended
 
-    A row ends with its first id of stop, and depends on its prompt and its seed (None: 0, 1, ...)
-    alone. The cache has room for the prompt and max_new_tokens, at most seq_len; then it rolls, and
+    A row ends where stop says so, and depends on its prompt and its seed (None: 0, 1, ...) alone.
+    The cache has room for the prompt and max_new_tokens, at most seq_len; then it rolls, and
     a model without sinks keeps its first tokens. A longer prompt is the caller's to cut. What the
     calculator returns replaces sampled ids.
     """
@@ -216,8 +225,7 @@ def stream(
     slots = min(space, width + max_new_tokens)
     pads = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
     idx = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-    kept = kept_tokens(model.cfg, slots)
-    cache = KVCache(model.cfg, len(prompts), slots, device, model.embed.weight.dtype, kept)
+    cache = cache_of(model, len(prompts), slots)
     rows = list(range(len(prompts)))  # the prompt that each row of the batch belongs to
     writers = [Writer(seed, stop, calculator) for seed in seeds or rows]
     x = model.hidden(idx, cache=cache, pads=pads if pads.any() else None)[:, -1]
@@ -243,10 +251,39 @@ def stream(
         x = model.hidden(ids.unsqueeze(1), cache=cache)[:, -1]
 
 
-def generate(model: GPT, prompts: list[Ids], *args: Any, **settings: Any) -> list[Ids]:
+def generate(
+    model: GPT,
+    prompts: list[Ids],
+    max_new_tokens: int,
+    stop: Stop = (),
+    seeds: Sequence[Seed] | None = None,
+    **settings: Any,
+) -> list[Ids]:
     """Return the new ids of every prompt, all that stream() yields for the same arguments."""
     texts = [[] for _ in prompts]
-    for step in stream(model, prompts, *args, **settings):
-        for row, token in step.items():
-            texts[row].append(token)
+    seeds = seeds or range(len(prompts))
+    for part in parts_of(model, prompts, max_new_tokens):
+        own = [prompts[i] for i in part], max_new_tokens, stop, [seeds[i] for i in part]
+        for step in stream(model, *own, **settings):
+            for row, token in step.items():
+                texts[part[row]].append(token)
     return texts
+
+
+def parts_of(model: GPT, prompts: list[Ids], max_new_tokens: int) -> list[list[int]]:
+    """Return the numbers of the prompts in parts, each of a cache that memory has room for.
+
+    One part keeps their order; of several each has prompts of similar length.
+    """
+    cfg, weight = model.cfg, model.embed.weight
+    token = 2 * cfg.n_layer * cfg.n_kv_head * cfg.d_head * weight.element_size()
+    room = CACHE_BYTES[weight.is_cuda] // token
+    slots = [min(cfg.seq_len, len(prompt) + max_new_tokens) for prompt in prompts]
+    if len(slots) * max(slots, default=0) <= room:
+        return [list(range(len(slots)))]
+    parts = [[]]
+    for i in sorted(range(len(slots)), key=slots.__getitem__):
+        if parts[-1] and (len(parts[-1]) + 1) * slots[i] > room:
+            parts.append([])
+        parts[-1].append(i)
+    return parts

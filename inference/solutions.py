@@ -16,11 +16,12 @@ from fractions import Fraction
 
 from corpus.chat import drop_too_long, render_prompt, user_turn
 from corpus.tokenizer import Tokenizer
-from inference.answers import answer_text
+from inference.answers import Ending
 from inference.sampling import Ids, Sampling, generate
 from model import GPT
 
 BATCH = 512  # solutions that are sampled at once
+SHOTS = "text with solved problems"  # a problem's field: what to continue, in place of its question
 OPERATORS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -140,22 +141,30 @@ class Attempts:
     max_new_tokens: int
     calculator: bool = False
     seed: int = 0
+    until: tuple[str, ...] = ()  # texts before which an answer ends
 
 
-def checked(ids: Ids, answer: str, tokenizer: Tokenizer) -> dict:
+def checked(ids: Ids, answer: str, ending: Ending) -> dict:
     """Return a solution {ids, text, stopped, correct}, checked by the strict rule."""
-    text = answer_text(ids, tokenizer)
+    text = ending.text(ids)
     found = final_answer(text)
     correct = is_same(found, final_answer(answer))  # which is the 1 of 1/2
     correct = correct and is_same(number_value(found), answer_value(answer))
-    return {"ids": ids, "text": text, "stopped": ids[-1] in tokenizer.stops, "correct": correct}
+    return {"ids": ids, "text": text, "stopped": ending(ids), "correct": correct}
+
+
+def prompt_of(row: dict, tokenizer: Tokenizer) -> Ids:
+    """Return the ids that a solution follows: a plain text if there is one, or the user's turn."""
+    if SHOTS in row:
+        return [*tokenizer.prefix, *tokenizer.encode(row[SHOTS])]
+    return render_prompt(user_turn(row["question"]), tokenizer)
 
 
 def with_room(model: GPT, tokenizer: Tokenizer, problems: list[dict], log: Callable) -> list[dict]:
     """Return the problems whose prompts leave room for an answer; log how many do not."""
 
     def length(problem: dict) -> int:
-        return len(render_prompt(user_turn(problem["question"]), tokenizer)) + 1
+        return len(prompt_of(problem, tokenizer)) + 1
 
     return drop_too_long(problems, length, model.cfg.seq_len, "problems", log)
 
@@ -174,24 +183,24 @@ def solve(
     room, see with_room(); an answer ends where the context does.
     """
     rows = [{**problem, "solutions": []} for problem in problems]
-    prompts = [render_prompt(user_turn(row["question"]), tokenizer) for row in rows]
+    prompts = [prompt_of(row, tokenizer) for row in rows]
     hashes = [hashlib.sha256(row["question"].encode()).hexdigest() for row in rows]
     by_length = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
     order = [(i, k) for i in by_length for k in range(attempts.n_samples)]
     length = attempts.max_new_tokens
-    end = tokenizer.stops
-    sampling = Sampling(attempts.temperature)
-    calculator = Calculator(tokenizer) if attempts.calculator else None
+    ending = Ending(tokenizer, attempts.until)
+    settings = {"sampling": Sampling(attempts.temperature)}
+    settings["calculator"] = Calculator(tokenizer) if attempts.calculator else None
     began = time.perf_counter()
     n_tokens = 0
     for first in range(0, len(order), BATCH):
         part = order[first : first + BATCH]
         batch = [prompts[i] for i, _ in part]
         seeds = [(attempts.seed, int(hashes[i][:8], 16), k) for i, k in part]
-        texts = generate(model, batch, length, end, seeds, sampling, calculator)
+        texts = generate(model, batch, length, ending, seeds, **settings)
         for (i, _), ids in zip(part, texts, strict=True):
             ids = ids[: model.cfg.seq_len - len(prompts[i])]
-            rows[i]["solutions"].append(checked(ids, rows[i]["answer"], tokenizer))
+            rows[i]["solutions"].append(checked(ids, rows[i]["answer"], ending))
             n_tokens += len(ids)
         n_done = first + len(part)
         if n_done == len(order) or (first // BATCH) % 4 == 3:

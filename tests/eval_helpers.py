@@ -85,3 +85,48 @@ def write_bytes(path: Path, text: str) -> None:
 def results_of(folder: Path, task: str) -> list[dict]:
     """Return the results of one task."""
     return [row for row in read_results(str(folder)) if row["task"] == task]
+
+
+def save_peer(folder: Path, kind: str = "Llama", seq_len: int = 64, **tokens):
+    """Save a small random transformers model with a tokenizer of bytes and words. -> the model"""
+    import torch
+    import transformers
+
+    tokenizer = peer_tokenizer(**tokens)
+    torch.manual_seed(0)
+    own = {"vocab_size": len(tokenizer), "max_position_embeddings": seq_len, "hidden_size": 32}
+    own |= {"num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embeddings": False}
+    own |= {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+    own |= {"pad_token_id": tokenizer.eos_token_id}
+    if kind != "GPT2":
+        own |= {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}
+    if kind in ("Mistral", "Flint"):
+        own |= {"sliding_window": 5}
+    model = getattr(transformers, f"{kind}ForCausalLM" if kind != "GPT2" else "GPT2LMHeadModel")
+    model = model(getattr(transformers, f"{kind}Config")(**own))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.15 * torch.randn_like(p))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model.eval()
+
+
+def peer_tokenizer(words: tuple[str, ...] = (), prefix: bool = False, template: str | None = None):
+    """Return a transformers tokenizer of bytes and whole words; prefix: <s> before texts."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE({x: i for i, x in enumerate(symbols)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>", "<|im_start|>", "<|im_end|>"])
+    backend.add_tokens([tokenizers.AddedToken(word, normalized=False) for word in words])
+    if prefix:
+        start = ("<s>", backend.token_to_id("<s>"))
+        backend.post_processor = processors.TemplateProcessing("<s> $A", None, [start])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=template
+    )

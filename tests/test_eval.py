@@ -318,8 +318,7 @@ def test_wrong_requests_are_errors_in_words(tmp_path):
     for argv, words in (
         (["--tasks=val_loss,sst3"], "unknown task sst3"),
         (["--force", "--no_overwrite"], "exclude each other"),
-        (["--baselines=gpt2"], "task text_perplexity only"),
-        (["--baselines=gpt2", "--text=x", "--tasks=problems"], "task text_perplexity only"),
+        (["--baselines=gpt2", "--tasks=val_loss,tales"], "baselines gpt2: they take part in"),
         (
             [
                 f"--out_dir={tmp_path / 'nowhere'}",

@@ -30,6 +30,7 @@ import eval as evaluation
 import evals.perplexity as ppl
 from corpus.tokenizer import load_tokenizer
 from evals import report
+from evals.baselines import Baseline, load_baseline
 from evals.results import read_results
 from inference.scoring import windows_nll
 from runtime.checkpoint import weights_hash
@@ -138,7 +139,7 @@ def test_padding_and_batches_change_nothing_for_gpt2_either(tmp_path):
     What is padded on the right is never seen. Each window has the nats it has alone.
     """
     model = save_gpt2(tmp_path / "gpt2", BYTE)
-    peer, draws = ppl.Peer(str(tmp_path / "gpt2"), BYTE), np.random.default_rng(0)
+    peer, draws = Baseline(str(tmp_path / "gpt2")), np.random.default_rng(0)
     windows = [
         (draws.integers(0, 257, n).tolist(), k)
         for n, k in ((9, 8), (2, 1), (30, 4), (17, 16), (32, 31))
@@ -164,7 +165,7 @@ def test_token_protocols_are_those_of_transformers_documentation(tmp_path):
     strided is the loop of its page "Perplexity of fixed-length models".
     """
     model = save_gpt2(tmp_path / "gpt2", BYTE)
-    peer = ppl.Peer(str(tmp_path / "gpt2"), BYTE)
+    peer = Baseline(str(tmp_path / "gpt2"))
     rows = {row.protocol: row.estimate for row in ppl.perplexity(peer, BYTE, MARKED)}
     ids = BYTE.encode(MARKED)
     for protocol, stride in (("tokens", 32), ("strided", 16)):
@@ -205,7 +206,7 @@ def test_a_baseline_is_a_row_of_every_table(tmp_path, capsys):
     assert evaluation.main(argv) == 0
     rows = read_results(str(tmp_path / "run"))
     own = {row["protocol"]: row for row in rows if row["model"] == "my-gpt2"}
-    peer = ppl.Peer(str(folder), tokenizer)
+    peer = Baseline(str(folder))
     wanted = ppl.perplexity(peer, tokenizer, (tmp_path / "data/wiki/test.txt").read_text())
     assert {protocol: row["value"] for protocol, row in own.items()} == {
         row.protocol: pytest.approx(row.estimate.value, rel=1e-6) for row in wanted
@@ -244,7 +245,7 @@ def test_a_baseline_must_be_loaded_whole(tmp_path):
 
     folder = str(tmp_path / "gpt2")
     model = save_gpt2(tmp_path / "gpt2", BYTE)
-    path, load = os.path.join(folder, "model.safetensors"), lambda: ppl.Peer(folder, BYTE)
+    path, load = os.path.join(folder, "model.safetensors"), lambda: Baseline(folder)
     weights = load_file(path)
     published = {
         name.removeprefix("transformer."): x for name, x in weights.items()
@@ -269,13 +270,14 @@ def test_a_baseline_must_be_loaded_whole(tmp_path):
     fails(load, folder, "cannot be loaded")
     os.remove(os.path.join(folder, "config.json"))
     fails(load, folder, "config.json")
-    fails(lambda: ppl.Peer(str(tmp_path / "nowhere"), BYTE), "nowhere")
+    fails(lambda: Baseline(str(tmp_path / "nowhere")), "nowhere")
 
 
 def test_a_baseline_of_another_vocabulary_is_refused(tmp_path):
     """Its numbers would be of other texts than the ones encoded."""
-    save_gpt2(tmp_path / "gpt2", load_tokenizer("toy"))
-    fails(lambda: ppl.Peer(str(tmp_path / "gpt2"), BYTE), "257", "vocabulary")
+    shutil.copy(real("gpt2.tiktoken"), tmp_path)
+    save_gpt2(tmp_path / "gpt2", BYTE)
+    fails(lambda: load_baseline(str(tmp_path / "gpt2"), str(tmp_path)), "257", "vocabulary")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -385,16 +387,14 @@ def test_words_and_bpb_of_gpt2_are_the_harnesss(which, tokens, tmp_path):
     )
     assert fast.encode(text) == tokenizer.encode(text) and fast.eos_token_id == tokenizer.eos
     lm = HFLM(pretrained=model, tokenizer=fast, batch_size=8)
-    assert_same(
-        ppl.Peer(str(tmp_path / "gpt2"), tokenizer), tokenizer, text, harness(lm, text, tmp_path)
-    )
+    assert_same(Baseline(str(tmp_path / "gpt2")), tokenizer, text, harness(lm, text, tmp_path))
 
 
 class Spy:
     """A tokenizer that encodes nothing, and keeps what it is asked to encode."""
 
     def __init__(self):
-        self.eos, self.scored = 0, []
+        self.eos, self.bos, self.scored = 0, 0, []
 
     def encode(self, article):
         self.scored.append(article)

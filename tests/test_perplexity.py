@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import evals.perplexity as ppl
 from configurator import UserError
+from evals.baselines import Baseline
 
 ARTICLES = [
     " = One = \n\n first words of it .\n second line ,",
@@ -237,7 +238,7 @@ def test_a_baseline_without_its_library_is_an_error_that_says_what_to_install(mo
     """transformers is no requirement of this code, only of this one row."""
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"requirements-peers\.txt"):
-        ppl.Peer("gpt2", BYTE)
+        Baseline("gpt2")
 
 
 @pytest.mark.parametrize("chunk", [4, 1 << 22])

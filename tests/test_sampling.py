@@ -8,6 +8,7 @@ import torch
 from helpers import fails
 from test_model import ids, randn, tiny, variants
 
+from inference import sampling
 from inference.sampling import GREEDY, KVCache, Sampling, generate, kept_tokens, sample, stream
 from model import Mask, attention_weights, rotary_angles, rotate
 
@@ -376,3 +377,41 @@ def test_padded_ids_are_never_sampled_nor_predicted():
 def test_min_p_keeps_ids_of_that_share_of_the_best(min_p, kept):
     """By hand: .30 .05 .50 .15 are .6 .1 1 .3 of the best."""
     assert drawn([math.log(p) for p in (0.30, 0.05, 0.50, 0.15)], min_p=min_p) == kept
+
+
+def test_a_cache_that_memory_has_no_room_for_is_filled_in_parts(monkeypatch):
+    """Every row is what it is in one batch, its seed too; parts hold prompts of similar length."""
+    model = tiny(seq_len=48)
+    prompts = [[i] * n for i, n in enumerate((9, 2, 30, 5, 47, 3))]
+    settings = {"seeds": None, "sampling": Sampling(0.9)}
+    whole = sampling.generate(model, prompts, 10, (7,), **settings)
+    sizes, stream = [], sampling.stream
+    cfg = model.cfg
+    token = 2 * cfg.n_layer * cfg.n_kv_head * cfg.d_head * model.embed.weight.itemsize
+
+    def counted(model, prompts, *args, **settings):
+        sizes.append([len(prompt) for prompt in prompts])
+        return stream(model, prompts, *args, **settings)
+
+    monkeypatch.setattr(sampling, "stream", counted)
+    assert sampling.generate(model, prompts, 10, (7,), **settings) == whole
+    monkeypatch.setattr(sampling, "CACHE_BYTES", (60 * token, 0))
+    assert sampling.generate(model, prompts, 10, (7,), **settings) == whole
+    assert sizes == [[9, 2, 30, 5, 47, 3], [2, 3, 5], [9], [30], [47]]
+    monkeypatch.setattr(sampling, "CACHE_BYTES", (0, 0))
+    assert sampling.generate(model, prompts, 10, (7,), **settings) == whole
+    assert sampling.generate(model, [], 10) == []
+
+
+def test_a_rule_on_a_rows_ids_ends_it_as_an_id_does():
+    """A text that ends answers may span several ids."""
+    model, prompts = tiny(), [[1, 2], [3], [4, 5, 6]]
+    free = sampling.generate(model, prompts, 12, sampling=GREEDY)
+    pair = tuple(free[0][3:5])
+    ended = sampling.generate(
+        model, prompts, 12, lambda own: tuple(own[-2:]) == pair, sampling=GREEDY
+    )
+    for row, own in zip(free, ended, strict=True):
+        ends = [i + 2 for i in range(11) if tuple(row[i : i + 2]) == pair]
+        assert own == row[: min(ends, default=12)]
+    assert len(ended[0]) < 12

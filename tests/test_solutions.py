@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from corpus.chat import render_prompt, user_turn
 from corpus.tokenizer import load_tokenizer
+from inference.answers import Ending
 from inference.sampling import GREEDY, generate
 from inference.solutions import (
     Attempts,
@@ -197,14 +198,18 @@ def test_an_answer_without_a_number_is_never_right():
     """No number is not the same number as no number."""
     for answer in ("none", "####", "#### .", "#### 3:30", "#### 10-15", "#### 1,5", "#### ½"):
         for text in (answer, "none", "#### .", "#### 3", "#### 10", "#### 15"):
-            rows = [{"answer": answer, "solutions": [checked([*text.encode()], answer, BYTE)]}]
+            rows = [
+                {"answer": answer, "solutions": [checked([*text.encode()], answer, Ending(BYTE))]}
+            ]
             assert not rows[0]["solutions"][0]["correct"], (answer, text)
             assert not label_by_value(rows)[0]["solutions"][0]["correct"], (answer, text)
 
 
 def test_of_a_fraction_the_strict_rule_does_not_take_a_part():
     """A reference of 1/2 is not the 1 that GSM8K's rule reads of it; by value it is 0.5."""
-    solutions = [checked([*text.encode()], "#### 1/2", BYTE) for text in ("#### 1", "#### 0.5")]
+    solutions = [
+        checked([*text.encode()], "#### 1/2", Ending(BYTE)) for text in ("#### 1", "#### 0.5")
+    ]
     assert [s["correct"] for s in solutions] == [False, False]
     (row,) = label_by_value([{"answer": "#### 1/2", "solutions": solutions}])
     assert [s["correct"] for s in row["solutions"]] == [False, True]
