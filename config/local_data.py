@@ -4,7 +4,9 @@
 
 English text, Alpaca, HH-RLHF pairs, GSM8K, WikiText-2, SST-2, DialogSum. FOLDER holds the files
 named below; each has the schema of the hub data set that it stands for. About a minute on 2 CPU
-cores.
+cores. With 4,096 symbols learnt from the text (27 s more), data/english-4096.tiktoken:
+
+    python data.py config/local_data.py --local_dir=FOLDER --train_tokenizer=4096
 """
 
 sources = (
