@@ -15,7 +15,7 @@ import os
 import time
 
 from configurator import UserError, load
-from evals import language, preferences, problems, sinks, tables, transfer
+from evals import few_shot, language, preferences, problems, sinks, tables, transfer
 from evals.base import (
     CHATS,
     NEEDS,
@@ -39,7 +39,7 @@ from runtime.files import digest, read_json, write_json
 from runtime.program import run
 from runtime.run_folder import provenance
 
-TASK_MODULES = (language, problems, preferences, transfer, sinks)  # they fill TASKS
+TASK_MODULES = (language, problems, few_shot, preferences, transfer, sinks)  # they fill TASKS
 
 
 def results_path(cfg: EvalConfig, existing: list[dict]) -> str:

@@ -28,7 +28,7 @@ from runtime.world import choose_device, choose_dtype
 VERSION = 5  # raised when a number changes its meaning
 ORDER = (  # in which tasks are run
     *("val_loss", "text_perplexity", "chats", "problems", "preference", "tales", "sst2"),
-    *("dialogsum", "rerank", "published", "streaming", "attention"),
+    *("dialogsum", "few_shot", "rerank", "published", "streaming", "attention"),
 )
 NEEDS = {"rerank": "a tuned stage and a verifier", "published": "a tuned stage and a verifier"}
 NEEDS |= {"tales": "a tuned stage and the toy world's pairs", "streaming": "a trained stage"}
@@ -49,6 +49,7 @@ class EvalConfig:
     text: str = ""  # texts for perplexity, e.g. wikitext-2,wikitext-2-valid
     protocols: tuple[str, ...] = ()  # of perplexity (see perplexity.py); none = all
     baselines: tuple[str, ...] = ()  # folders of transformers' causal LMs: rows of every task
+    problem_shots: str = ""  # solved problems, for five-shot prompts; "" = none
     published: str = ""  # published solutions of GSM8K's test problems; "" = none
     sst2: str = ""  # SST-2: sentences with labels; "" = none
     shots: str = ""  # SST-2's training sentences, for few-shot prompts; "" = none
@@ -86,10 +87,13 @@ class EvalConfig:
             unknown = ", ".join(name for name in names if name not in possible)
             if unknown:
                 raise UserError(f"unknown {what} {unknown}; there are {', '.join(possible)}")
-        shared = ("text_perplexity", "sst2", *CHATS)
+        shared = ("text_perplexity", "sst2", "few_shot", *CHATS)
         if self.baselines and not set(shared) & set(self.tasks or ORDER):
             names = ", ".join(self.baselines)
             raise UserError(f"baselines {names}: they take part in the tasks {', '.join(shared)}")
+        if self.problem_shots and self.problems in ("", self.problem_shots):
+            given = f"problem_shots={self.problem_shots}, problems={self.problems}"
+            raise UserError(f"{given}: give two different sets, to show and to solve")
         if self.no_overwrite and self.force:
             raise UserError("no_overwrite and force exclude each other")
 

@@ -5,6 +5,7 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
@@ -34,17 +35,27 @@ ANSWERS = "n_problems max_new_tokens calculator"  # settings of a greedy solutio
 SAMPLES = f"{ANSWERS} n_samples temperature seed"  # of samples
 
 
-def solutions(subject: Subject, stage: str, cfg: EvalConfig, greedy: bool) -> list[dict]:
-    """Return the test problems solved once greedily or n_samples times, and keep them in a file."""
+def solutions(
+    subject: Subject, stage: str, cfg: EvalConfig, greedy: bool, ask: Callable | None = None
+) -> list[dict]:
+    """Return the test problems solved once greedily or n_samples times, and keep them in a file.
+
+    ask(problems) returns them with the text that is to be continued, and what ends an answer.
+    """
     n, temperature = (1, 0.0) if greedy else (cfg.n_samples, cfg.temperature)
     seed = cfg.seed if temperature else 0
     settings = [VERSION, n, temperature, cfg.max_new_tokens, seed, cfg.problems, cfg.n_problems]
     settings += [cfg.calculator, str(subject.dtype)]
     weights = subject.checkpoints[stage]["weights_hash"]
-    path = f"{cfg.out_dir}/generations/{stage}_{weights}_{digest(settings)[:8]}.jsonl"
+    settings += [cfg.problem_shots] if ask else []
+    name = "few_shot_" * bool(ask) + f"{stage}_{weights}_{digest(settings)[:8]}.jsonl"
+    path = os.path.join(cfg.out_dir, "generations", name)
     problems = subject.records("problems", cfg.problems)[: cfg.n_problems]
+    until = ()
+    if ask:
+        problems, until = ask(problems)
     if not os.path.exists(path):
-        attempts = Attempts(n, temperature, cfg.max_new_tokens, cfg.calculator, seed)
+        attempts = Attempts(n, temperature, cfg.max_new_tokens, cfg.calculator, seed, until)
         log = partial(print, f"eval {stage}:", flush=True)
         model, tokenizer = subject.model(stage), subject.tokenizers[stage]
         fit = with_room(model, tokenizer, problems, log)

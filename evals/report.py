@@ -23,6 +23,7 @@ from runtime.program import run
 DETAILS = {  # task -> heading of the section with all of its numbers
     "published": "Published solutions of GSM8K's test problems, judged",
     "problems": "Word problems, greedily: right answers and kinds of error",
+    "few_shot": "Word problems after five solved ones",
     "sst2": "SST-2 by prompt",
     "dialogsum": "DialogSum",
     "text_perplexity": "Perplexity by protocol",

@@ -12,7 +12,7 @@ from evals.base import EvalConfig, Row, Subject, task
 from evals.stats import mean, proportion
 from inference.answers import Ending, answer_text
 from inference.sampling import GREEDY, generate
-from inference.scoring import Window, windows_nll
+from inference.scoring import Window, next_logprobs, windows_nll
 from model import GPT
 
 ORDERS = 4  # draws of few-shot examples: they decide more than the model
@@ -74,13 +74,20 @@ def label_scores(
     model: GPT, tokenizer: Tokenizer, before: str, sentences: list[str]
 ) -> np.ndarray | None:
     """Return log-probs of the labels after each sentence (n, 2); None where one does not fit."""
-    labels = [tokenizer.encode(label) for label in LABELS]
     windows = []
     for sentence in sentences:
-        prompt = tokenizer.encode(before + SST2_PROMPT.format(sentence.strip()))
-        windows += [Window([*tokenizer.prefix, *prompt, *label], len(label)) for label in labels]
+        text = before + SST2_PROMPT.format(sentence.strip())
+        prompt = tokenizer.encode(text)
+        for label in LABELS:  # its ids are those that follow the prompt's, as in the harness
+            ids = [*tokenizer.prefix, *tokenizer.encode(text + label)]
+            windows.append(Window(ids, len(ids) - len(tokenizer.prefix) - len(prompt)))
     if max(len(window.ids) for window in windows) > model.cfg.seq_len:
         return None
+    labels = [ids[-1] for ids, _ in windows[:2]]
+    prompts = [ids[:-1] for ids, _ in windows[::2]]
+    single = [Window([*ids, label], 1) for ids in prompts for label in labels]
+    if windows == single:  # one pass per sentence is enough
+        return next_logprobs(model, prompts, labels, 64)
     return -np.array(windows_nll(model, windows, 64)).reshape(-1, 2)
 
 

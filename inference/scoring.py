@@ -53,6 +53,19 @@ def windows_nll(model: nn.Module, windows: list[Window], batch: int = 16) -> lis
     return nll
 
 
+@torch.no_grad()
+def next_logprobs(model: GPT, prompts: list[list[int]], ids: list[int], batch: int) -> np.ndarray:
+    """Return the log-probs of these ids after each prompt, (prompts, ids), from one pass."""
+    found = np.zeros((len(prompts), len(ids)))
+    windows = [Window([*prompt, ids[0]], 1) for prompt in prompts]
+    for numbers, idx, targets in batches(model, windows, batch):
+        x = model.hidden(idx)[targets >= 0]  # (B, C): the last place of each prompt
+        for column, token in enumerate(ids):
+            wanted = torch.full((1, len(x)), token, device=x.device)
+            found[numbers, column] = model.logprobs(x[None], wanted)[0].tolist()
+    return found
+
+
 def sequence_logprobs(model: GPT, batch: dict) -> Tensor:
     """Return the summed log-probs of the supervised tokens, (2, B): chosen, rejected."""
     return model.logprobs(model.hidden(batch["idx"]), batch["targets"]).sum(-1).view(2, -1)

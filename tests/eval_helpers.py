@@ -62,6 +62,8 @@ def write_data(folder: Path) -> None:
     write_bytes(world / "val_000.bin", "".join(toy.records(toy.story, "val", 20, 0)))
     write_bytes(world / "train_000.bin", TEXT[: len(TEXT) // 2])
     write_jsonl(str(world / "problems_test.jsonl"), toy.records(toy.problem, "test", 3, 0))
+    shots = [{"question": f"{i}+1", "answer": f"#### {i + 1}"} for i in range(7)]
+    write_jsonl(str(folder / "shots" / "problems_test.jsonl"), shots)
     write_jsonl(str(world / "dpo_test.jsonl"), toy.records(toy.preference, "test", 4, 0))
     write_jsonl(str(world / "sft_val.jsonl"), toy.records(toy.instruction, "val", 4, 0))
     write_jsonl(str(folder / "larger" / "test.jsonl"), PUBLISHED)

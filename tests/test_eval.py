@@ -69,9 +69,10 @@ def test_every_result_carries_all_that_is_needed_to_judge_it(finished):
     }
     assert all(fields <= set(row) and row["n"] > 0 for row in rows)
     assert {row["task"] for row in rows} == set(TASKS) - {
+        "few_shot",
         "streaming",
         "attention",
-    }  # only on request: test_sinks.py
+    }  # only on request: test_few_shot.py, test_sinks.py
     assert {row["model"] for row in rows} >= {
         "untrained",
         "pretrain",
@@ -172,6 +173,7 @@ def test_a_task_names_every_setting_that_it_reads(finished):
     """
     _, argv = finished
     more = ["--shots=films-train", "--streaming=toy", "--sentences=Tom", "--n_streams=1"]
+    more += ["--problem_shots=shots"]
     cfg = load([*argv, *more], EvalConfig)
     read = set()
 
@@ -318,6 +320,7 @@ def test_wrong_requests_are_errors_in_words(tmp_path):
     for argv, words in (
         (["--tasks=val_loss,sst3"], "unknown task sst3"),
         (["--force", "--no_overwrite"], "exclude each other"),
+        (["--problem_shots=x", "--problems=x"], "two different sets"),
         (["--baselines=gpt2", "--tasks=val_loss,tales"], "baselines gpt2: they take part in"),
         (
             [

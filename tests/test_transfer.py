@@ -30,6 +30,21 @@ def test_label_scores_are_log_probs_of_the_labels():
     assert classify.label_scores(model, BYTE, "x" * 100, ["fine"]) is None
 
 
+def test_labels_of_one_token_need_one_pass_and_have_the_same_log_probs(monkeypatch):
+    """Both are read off the same place, in batches of prompts of unequal length."""
+    model = tiny(seq_len=128)
+    monkeypatch.setattr(classify, "LABELS", ("x", "y"))
+    seen = []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda idx: seen.extend(idx) or hidden(idx))
+    scores = classify.label_scores(model, BYTE, "", ["fine", "a bore ", "it was long"])
+    assert len(seen) == 3
+    for own, sentence in zip(scores, ("fine", "a bore", "it was long"), strict=True):
+        prompt = [EOS, *BYTE.encode(classify.SST2_PROMPT.format(sentence))]
+        wanted = [float(plain_logprobs(model, [*prompt, ord(x)])[-1]) for x in "xy"]
+        assert list(own) == pytest.approx(wanted, rel=1e-4)
+
+
 def test_few_shot_examples_are_balanced_and_their_order_is_drawn():
     pool = [{"sentence": f"s{i}", "label": i % 2} for i in range(20)]
     texts = [classify.four_shots(pool, seed) for seed in range(6)]
