@@ -149,7 +149,7 @@ def of_file(name: str, data_dir: str) -> Tokenizer:
     if not os.path.isfile(path):
         makers = "data.py --tokenizer=gpt2 with a network, or data.py --train_tokenizer=4096"
         what = f"tokenizer {name!r} has no ranks file at {path}"
-        advice = f"run {makers}, or give a .tiktoken file's path"
+        advice = f"run {makers}, or give the file's path, or its folder with --data_dir"
         raise UserError(f"{what}: {advice}; --tokenizer=byte needs none")
     ranks = read_ranks(path)
     digest = sha256(path)[:16]
