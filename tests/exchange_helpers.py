@@ -1,6 +1,7 @@
 """What the tests of exchange/ share: small models of every home, vocabularies, dialogues."""
 
 import base64
+import functools
 import gzip
 import json
 from pathlib import Path
@@ -79,6 +80,12 @@ def save_chat_model(folder: Path, tokenizer: Tokenizer = BYTE, **fields) -> GPT:
 
 def trained_bpe(n: int = 400, special: tuple[str, ...] = ()) -> tokenizers.Tokenizer:
     """Return a small byte-level BPE, trained on TEXT and the toy world as the library does it."""
+    return tokenizers.Tokenizer.from_str(trained_json(n, special))
+
+
+@functools.cache
+def trained_json(n: int, special: tuple[str, ...]) -> str:
+    """Return the text of tokenizer.json of a trained BPE."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
@@ -88,7 +95,7 @@ def trained_bpe(n: int = 400, special: tuple[str, ...] = ()) -> tokenizers.Token
     texts = [TEXT * 5, *toy.records(toy.story, "train", 200, 0)]
     backend.train_from_iterator(texts, trainer)
     assert backend.get_vocab_size() == n
-    return backend
+    return backend.to_str()
 
 
 def ranks_file(folder: Path) -> str:

@@ -242,7 +242,15 @@ def test_no_text_becomes_a_special_token(text):
         ids = tokenizer.encode(whole)
         assert min(ids, default=3) > 2 and tokenizer.decode(ids) == whole
         assert b"".join(map(tokenizer.token_bytes, ids)).decode() == whole
-        assert tokenizer.encode_batch([whole])[0].tolist() == ids
+
+
+def test_texts_are_encoded_together_as_each_alone():
+    """By the library's threads, half a surrogate pair included."""
+    tokenizer = KEPT["tokenizer"]
+    texts = [TEXT, SPECIAL_TEXT, "", "a\ud800"]
+    rows = [ids.tolist() for ids in tokenizer.encode_batch(texts)]
+    assert rows == [tokenizer.encode(text) for text in texts]
+    assert rows[3] == tokenizer.encode_array("a?").tolist()
 
 
 KEPT = {}
