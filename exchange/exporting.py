@@ -8,6 +8,8 @@ import glob
 import json
 import os
 import shutil
+from functools import partial
+from typing import BinaryIO
 
 import tokenizers
 from safetensors.torch import save
@@ -93,48 +95,39 @@ def write_folder(folder: str, files: dict[str, str | dict], tensors: dict[str, T
     try:
         write_weights(new, tensors)
         for name, content in files.items():
-            path = os.path.join(new, name)
-            if isinstance(content, str):
-                write_text(path, content)
-            else:
-                write_json(path, content)
+            text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
+            data = text.encode(errors="replace")
+            write_atomic(os.path.join(new, name), lambda f, data=data: f.write(data))
         os.rename(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def write_text(path: str, text: str) -> None:
-    write_atomic(path, lambda f: f.write(text.encode(errors="replace")))
-
-
 def write_weights(folder: str, tensors: dict[str, Tensor]) -> None:
     """Write model.safetensors, or several files of at most LARGEST bytes and their index."""
-    groups, total = [{}], 0
+    groups = [{}]
     for name, x in tensors.items():
-        held = sum(map(n_bytes, groups[-1].values()))
-        if groups[-1] and held + n_bytes(x) > LARGEST:
+        if groups[-1] and n_bytes(groups[-1] | {name: x}) > LARGEST:
             groups.append({})
         groups[-1][name] = x
-        total += n_bytes(x)
-    names, place = ["model.safetensors"], {}
-    if len(groups) > 1:
-        names = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
-    for name, group in zip(names, groups, strict=True):
-        save_tensors(os.path.join(folder, name), group)
+    n, place = len(groups), {}
+    for i, group in enumerate(groups, 1):
+        name = "model.safetensors" if n == 1 else f"model-{i:05}-of-{n:05}.safetensors"
+        own = {key: x.contiguous() for key, x in group.items()}
+        write = partial(write_tensors, own)
+        write_atomic(os.path.join(folder, name), write, n_bytes(own))
         place |= dict.fromkeys(group, name)
-    if len(groups) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": place}
+    if n > 1:
+        index = {"metadata": {"total_size": n_bytes(tensors)}, "weight_map": place}
         write_json(os.path.join(folder, "model.safetensors.index.json"), index)
 
 
-def n_bytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()
+def n_bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors.values())
 
 
-def save_tensors(path: str, tensors: dict[str, Tensor]) -> None:
-    own = {name: x.contiguous() for name, x in tensors.items()}
-    need = sum(map(n_bytes, own.values()))
-    write_atomic(path, lambda f: f.write(save(own, {"format": "pt"})), need)
+def write_tensors(tensors: dict[str, Tensor], f: BinaryIO) -> None:
+    f.write(save(tensors, {"format": "pt"}))
 
 
 # ------------------------------------------------------------------------------------------------

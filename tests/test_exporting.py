@@ -29,7 +29,7 @@ from exchange import exporting
 from exchange.exporting import backend_of, tokenizer_files
 from exchange.template import dialogues
 from runtime.checkpoint import load_checkpoint
-from runtime.files import write_jsonl
+from runtime.files import write_atomic, write_jsonl
 
 
 def to_and_fro(run, folder, *flags: str) -> dict:
@@ -153,11 +153,13 @@ def test_a_destination_that_exists_is_left_alone(tmp_path):
 def test_an_export_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
     """Half a folder would be loaded by others as a whole one."""
 
-    def full(path, value):
-        raise OSError(28, "No space left on device", path)
+    def full(path, write, need=0):
+        if path.endswith("README.md"):
+            raise OSError(28, "No space left on device", path)
+        write_atomic(path, write, need)
 
     save_chat_model(tmp_path / "run")
-    monkeypatch.setattr(exporting, "write_json", full)
+    monkeypatch.setattr(exporting, "write_atomic", full)
     with pytest.raises(OSError, match="No space left"):
         to_and_fro(tmp_path / "run", tmp_path)
     assert os.listdir(tmp_path) == ["run"]
