@@ -4,7 +4,6 @@ import re
 
 import numpy as np
 
-from corpus.foreign import ForeignTokenizer
 from corpus.sources import documents
 from corpus.tokenizer import Tokenizer
 from evals.base import PROTOCOLS, Row
@@ -74,9 +73,7 @@ def perplexity(
         loss = ratio(windows_nll(model, own), [window.n_scored for window in own], "exp")
         rows.append(Row("perplexity", protocol, loss))
     articles = articles_of(text) if {"words", "bpb"} & set(protocols) else []
-    # The harness scores what a tokenizer puts before a text; ours is the context of its first id.
-    before = tokenizer.prefix if isinstance(tokenizer, ForeignTokenizer) else []
-    ids = [[*before, *tokenizer.encode(detokenize(article))] for article in articles]
+    ids = [tokenizer.encode(detokenize(article)) for article in articles]
     nll = [sum(windows_nll(model, rolling(own, length, tokenizer.bos))) for own in ids]
     if "words" in protocols:
         # The harness counts so: the empty strings at both ends are words too.
