@@ -986,9 +986,9 @@ def test_samples_come_from_weights_of_the_compute_dtype(tmp_path, monkeypatch, d
     """A token reads every weight once: half the bytes, twice the speed. What is trained stays."""
     used, write = [], canned(["#### 1", "#### 2"])
 
-    def generate(model, *args):
+    def generate(model, *args, **settings):
         used.append(model.embed.weight.dtype)
-        return write(model, *args)
+        return write(model, *args, **settings)
 
     monkeypatch.setattr(solutions, "generate", generate)
     model = tiny(score_head=True)
