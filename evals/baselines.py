@@ -153,7 +153,7 @@ def found_by_library(folder: str, model: Any) -> Found:
         backend = tokenizer.backend_tokenizer.to_str()
     except Exception as error:  # whatever the library raises
         raise UserError(f"baseline {folder} has no tokenizer that can be read: {error}") from None
-    stops = as_list(model.generation_config.eos_token_id)
+    stops = as_list(model.generation_config.eos_token_id, folder)
     special = tokenizer.special_tokens_map
     return Found({}, {}, backend, special, tokenizer.chat_template, stops)
 
