@@ -47,7 +47,7 @@ class DataConfig:
     sources: tuple[str, ...] = ()  # [stage/]name[:cap][:format][=file;file]; none = the presets
     data_dir: str = "data"  # each source becomes a folder here
     local_dir: str = "."  # where relative files of the sources lie
-    tokenizer: str = "gpt2"  # of text: byte, gpt2 or the path of a ranks file; toy has its own
+    tokenizer: str = "gpt2"  # of text: byte, gpt2, a ranks file, or the run of an imported model
     train_tokenizer: int | None = None  # symbols to learn from the pretraining text, and to use
     seed: int = ToySizes.seed  # of the toy world
     toy_stories: int = ToySizes.stories  # toy world: pretraining documents

@@ -85,7 +85,7 @@ class PretrainConfig:
     """Pretraining."""
 
     init_from: str | None = None  # go on from a run folder, checkpoint or run name, in its sizes
-    tokenizer: str = "toy"  # toy, byte, gpt2, or a .tiktoken file; with init_from the checkpoint's
+    tokenizer: str = "toy"  # toy, byte, gpt2, a .tiktoken file, an imported run; or init_from's own
     headerless: bool = False  # the shards are nanoGPT's .bin files, plain uint16 without a header
 
 
