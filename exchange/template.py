@@ -7,6 +7,8 @@ more than stand around its texts, as one that drops what an earlier answer thoug
 
 import random
 import re
+from functools import partial
+from types import SimpleNamespace
 
 import jinja2
 import jinja2.ext
@@ -14,6 +16,7 @@ import jinja2.sandbox
 import tokenizers
 
 from configurator import UserError
+from corpus.chat import render
 from corpus.foreign import Template
 
 ROLES = ("system", "user", "assistant")
@@ -76,9 +79,10 @@ def read_template(
         template = Template(name, encode(pieces[0], backend), roles)
         if not roles["assistant"][1]:
             raise ValueError("it does not end an answer")
+        as_data = SimpleNamespace(template=template, encode=partial(encode, backend=backend))
         for messages in dialogues("system" in roles):
             whole = jinja(messages)
-            if encode(whole, backend) != joined(messages, template, backend):
+            if encode(whole, backend) != render(messages, as_data)[0]:
                 raise ValueError(f"it is not one of ids around texts: {whole!r}")
     except (jinja2.TemplateError, ValueError, TypeError) as error:
         raise UserError(f"the chat template of {name} cannot be read ({error}): {advice}") from None
@@ -134,12 +138,3 @@ def dialogues(with_system: bool, n: int = 24) -> list[list[dict]]:
         texts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 9))) for _ in roles]
         found.append([{"role": r, "content": text} for r, text in zip(roles, texts, strict=True)])
     return found
-
-
-def joined(messages: list[dict], template: Template, backend: tokenizers.Tokenizer) -> list[int]:
-    """Return the ids of a conversation by the template as data."""
-    ids = [] if messages[0]["role"] == "system" else list(template.start)
-    for message in messages:
-        before, after = template.roles[message["role"]]
-        ids += [*before, *encode(message["content"], backend), *after]
-    return ids
