@@ -236,6 +236,8 @@ def load_stages(folder: str) -> dict[str, dict]:
         if name not in names:
             print(f"eval: {name} is left out: it has no checkpoint yet")
     runs = {name: load_checkpoint(os.path.join(folder, name)) for name in names}
+    for run in runs.values():
+        run.pop("optimizers", None)  # twice the weights, and of no use here
     return dict(sorted(runs.items(), key=lambda item: STAGES.index(item[1]["task"])))
 
 

@@ -18,9 +18,9 @@ import eval as evaluation
 from configurator import UserError, load
 from corpus.tokenizer import load_tokenizer
 from evals import stats
-from evals.base import ORDER, TASKS, EvalConfig, Row, Subject
+from evals.base import ORDER, TASKS, EvalConfig, Row, Subject, load_stages
 from evals.results import item_key, read_results, read_stages
-from runtime.checkpoint import save_checkpoint, weights_hash
+from runtime.checkpoint import load_checkpoint, save_checkpoint, weights_hash
 from runtime.files import read_log, write_jsonl
 
 
@@ -245,6 +245,14 @@ def test_force_replaces_the_same_results_and_no_others(run):
     rows = read_log(path)
     assert len(rows) == len(old) + 1 and rows[0] == foreign
     assert all((row["date"] == "long ago") is (row["task"] != "val_loss") for row in rows[1:])
+
+
+def test_an_evaluation_holds_no_optimizer_state(run):
+    """It is twice as large as the weights; four runs of a real model must fit a laptop."""
+    folder = str(run[0])
+    saved = load_checkpoint(os.path.join(folder, "dpo"))
+    assert "optimizers" in saved
+    assert all("optimizers" not in stage for stage in load_stages(folder).values())
 
 
 @pytest.mark.slow
