@@ -1,9 +1,10 @@
-"""DPO of SmolLM2-135M-Instruct on HH-RLHF, three quarters of an hour on one CPU core.
+"""DPO of SmolLM2-135M-Instruct on HH-RLHF, half an hour on one CPU core.
 
     python align.py config/smollm2_dpo.py
 
-The pairs of at most 256 tokens among 1,000, once; 1,304 others are judged (smollm2_eval.py). The
-start is a 4-bit copy of the published model (smollm2_data.py).
+The pairs of at most 256 tokens among 1,000, once (692; 18 minutes of a free core). On 1,304 others
+its reward is right in 60.5 % [57.8, 63.1], the start's log-prob in 55.8 %, the shorter answer in
+55.7 % (docs/log.md). The start is a 4-bit copy of the published model (smollm2_data.py).
 """
 
 mode = "dpo"
