@@ -12,7 +12,8 @@ from torch import Tensor
 from configurator import UserError
 from corpus.foreign import HUMAN, ForeignTokenizer, plain_template
 from corpus.tokenizer import Tokenizer, load_tokenizer
-from exchange.importing import Found, as_list, tokenizer_spec, without_weights
+from exchange.importing import PEERS, Found, of_library, tokenizer_spec, without_weights
+from runtime.files import reason_of
 
 CONTEXT = 2048  # of a model that names none, as in lm-evaluation-harness
 
@@ -105,8 +106,7 @@ def load_causal(folder: str) -> Any:
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
-        how = "pip install -r requirements-peers.txt"
-        raise UserError(f"baseline {folder} needs the transformers library: {how}") from None
+        raise UserError(f"baseline {folder} needs the transformers library: {PEERS}") from None
     if not os.path.isfile(os.path.join(folder, "config.json")):
         raise UserError(f"baseline {folder} has no config.json: give the folder of a causal LM")
     options = {"local_files_only": True, "trust_remote_code": False, "dtype": torch.float32}
@@ -115,8 +115,7 @@ def load_causal(folder: str) -> Any:
             folder, output_loading_info=True, **options
         )
     except Exception as error:  # whatever the library raises
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
-        raise UserError(f"baseline {folder} cannot be loaded ({reason})") from None
+        raise UserError(f"baseline {folder} cannot be loaded ({reason_of(error)})") from None
     unexpected = info["unexpected_keys"]  # old versions of the library saved a constant
     info["unexpected_keys"] = [key for key in unexpected if not key.endswith(".attn.masked_bias")]
     for what, names in info.items():
@@ -150,12 +149,10 @@ def found_by_library(folder: str, model: Any) -> Found:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        backend = tokenizer.backend_tokenizer.to_str()
+        return of_library({}, {}, tokenizer, model, folder)
     except Exception as error:  # whatever the library raises
-        raise UserError(f"baseline {folder} has no tokenizer that can be read: {error}") from None
-    stops = as_list(model.generation_config.eos_token_id, folder)
-    special = tokenizer.special_tokens_map
-    return Found({}, {}, backend, special, tokenizer.chat_template, stops)
+        reason = f"has no tokenizer that can be read: {error}"
+        raise UserError(f"baseline {folder} {reason}") from None
 
 
 def ranks_of_gpt2(folder: str, n_rows: int, data_dir: str) -> Tokenizer:

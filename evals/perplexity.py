@@ -65,10 +65,11 @@ def perplexity(
     length = model.cfg.seq_len
     if "per_line" in protocols:
         windows["per_line"] = lines_alone(text, tokenizer, min(512, length))
+    whole = tokenizer.encode(text) if {"tokens", "strided"} & set(protocols) else []
     if "tokens" in protocols:
-        windows["tokens"] = disjoint(tokenizer.encode(text), length)
+        windows["tokens"] = disjoint(whole, length)
     if "strided" in protocols:
-        windows["strided"] = strided(tokenizer.encode(text), length, length // 2)
+        windows["strided"] = strided(whole, length, length // 2)
     for protocol, own in windows.items():
         loss = ratio(windows_nll(model, own), [window.n_scored for window in own], "exp")
         rows.append(Row("perplexity", protocol, loss))

@@ -8,7 +8,7 @@ import json
 import os
 from functools import partial
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tokenizers
 import torch
@@ -22,8 +22,9 @@ from exchange.template import encode, read_template
 from exchange.weights import from_files, sizes_of, to_ours, without_idle_sinks
 from model import ModelConfig
 from runtime.checkpoint import save_checkpoint
-from runtime.files import digest, write_json
+from runtime.files import digest, reason_of, write_json
 
+PEERS = "pip install -r requirements-peers.txt"  # has the libraries that are optional
 EMBEDDING = "model.embed_tokens.weight"
 SURPLUS = 0.01  # rows of the embedding without a token: some makers round their number up
 
@@ -270,8 +271,7 @@ def from_gguf(path: str) -> Found:
     if not os.path.isfile(path):
         raise UserError(f"{path} does not exist")
     if not all(map(find_spec, ("transformers", "gguf"))):
-        how = "pip install -r requirements-peers.txt"
-        raise UserError(f"{path} needs the libraries transformers and gguf: {how}")
+        raise UserError(f"{path} needs the libraries transformers and gguf: {PEERS}")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, name = os.path.split(os.path.abspath(path))
@@ -280,13 +280,15 @@ def from_gguf(path: str) -> Found:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # whatever the libraries raise at a damaged file
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
-        raise UserError(f"{path} cannot be read ({reason})") from None
+        raise UserError(f"{path} cannot be read ({reason_of(error)})") from None
     config = model.config.to_dict() | {"architectures": [type(model).__name__]}
-    texts = {
-        key: text for key, text in tokenizer.special_tokens_map.items() if isinstance(text, str)
-    }
-    stops = as_list(model.generation_config.eos_token_id, path)
+    return of_library(config, model.state_dict(), tokenizer, model, path)
+
+
+def of_library(config: dict, tensors: dict, tokenizer: Any, model: Any, source: str) -> Found:
+    """Return what transformers' own tokenizer and model say of a source, and these two."""
+    texts = tokenizer.special_tokens_map.items()
+    special = {key: text for key, text in texts if isinstance(text, str)}
+    stops = as_list(model.generation_config.eos_token_id, source)
     backend = tokenizer.backend_tokenizer.to_str()
-    jinja = tokenizer.chat_template
-    return Found(config, model.state_dict(), backend, texts, jinja, stops)
+    return Found(config, tensors, backend, special, tokenizer.chat_template, stops)

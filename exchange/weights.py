@@ -96,6 +96,8 @@ def to_ours(tensors: dict[str, Tensor], cfg: ModelConfig, source: str) -> dict[s
     if given != wanted:
         missing, surplus = sorted(wanted - given)[:3], sorted(given - wanted)[:3]
         raise UserError(f"{source}: weights missing {missing}, surplus {surplus}")
+    if cfg.tied:  # one tensor under two names
+        del names["head.weight"]
     state = {}
     for name, own in names.items():
         try:

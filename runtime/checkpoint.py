@@ -13,7 +13,7 @@ from torch import Tensor
 
 from configurator import UserError, as_dict
 from model import GPT, ModelConfig
-from runtime.files import write_atomic
+from runtime.files import reason_of, write_atomic
 
 FORMAT = 2  # of checkpoints; 2: optimizer state by parameter name
 NEW, SAVED = ".new", ".saved"  # in a run folder: what --force has begun; see replace_run
@@ -60,8 +60,7 @@ def read_checkpoint(path: str, whole: bool = True) -> dict:
     except UserError:
         raise
     except Exception as error:  # whatever the libraries raise at a foreign file
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
-        raise UserError(f"{path} is no readable checkpoint ({reason})") from None
+        raise UserError(f"{path} is no readable checkpoint ({reason_of(error)})") from None
     known = isinstance(checkpoint, dict) and isinstance(checkpoint.get("format"), int)
     if not known or "model" not in checkpoint:
         raise UserError(f"{path} was not written by this project: it has no format number")

@@ -81,6 +81,11 @@ def remove_if_there(path: str) -> None:
         os.remove(path)
 
 
+def reason_of(error: Exception) -> str:
+    """Return what a library raised, in one line of a message."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+
+
 def read_json(path: str) -> dict:
     """Return the object in a JSON file; {} where it is missing or damaged."""
     with contextlib.suppress(OSError, ValueError):

@@ -51,7 +51,7 @@ ARROWS = {
     "align": ["train", "corpus", "inference", "model", "runtime"],
     "sample": ["inference", "corpus", "model", "runtime"],
     "evals": ["inference", "corpus", "model", "runtime"],
-    "evals.baselines": ["corpus", "exchange.importing"],
+    "evals.baselines": ["corpus", "exchange.importing", "runtime.files"],
     "evals.report": [
         "evals.results",
         "evals.stats",
