@@ -134,7 +134,7 @@ def plot_streaming(results: list[dict], folder: str) -> str:
     figure, axes = plt.subplot_mosaic(layout, figsize=(12, 8.5))
     draw_losses(axes["loss"], rows)
     draw_curves(axes["ms"], stream_curves(rows, "ms_per_token"))
-    axes["ms"].set(title="Time per token, ms", ylim=(0, None))
+    axes["ms"].set(title="Time per step (one token of each stream), ms", ylim=(0, None))
     draw_head_shares(axes["share"], rows)
     for panel in axes.values():
         panel.title.set_fontsize(10)

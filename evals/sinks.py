@@ -55,13 +55,6 @@ def cached(model: GPT, ids: Tensor, slots: int, kept: int = 0) -> tuple[Tensor, 
 
 
 @torch.no_grad()
-def dense(model: GPT, ids: Tensor, batch: int = 4) -> Tensor:
-    """Read whole streams in one pass, `batch` at a time: the loss that an endless cache gives."""
-    batches = ids.split(batch)
-    return torch.cat([-model.logprobs(model.hidden(x[:, :-1]), x[:, 1:]) for x in batches])
-
-
-@torch.no_grad()
 def recomputed(
     model: GPT, ids: Tensor, positions: Iterable[int], slots: int
 ) -> tuple[Tensor, np.ndarray]:
@@ -206,7 +199,10 @@ def trained(subject: Subject, cfg: EvalConfig) -> list[str]:
 
 @task("streaming", "streaming", "val", "n_streams stream_slots", trained)
 def streaming(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
-    """Measure loss and ms per token by position, cache bytes, what sink and first token get."""
+    """Measure loss and ms by position, cache bytes, what sink and first token get.
+
+    ms_per_token is the time of a step, which reads one token of each stream.
+    """
     model = subject.model(stage)
     context = model.cfg.seq_len
     T = cfg.stream_slots or context
@@ -220,15 +216,13 @@ def streaming(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
     rows, nll = [], {}
     for way, cache in ways_to_read(model.cfg, T).items():
         how = way + size
-        losses = dense(model, ids) if way == "dense" else cached(model, ids, *cache)[0]
-        _, ms, n_bytes = cached(model, ids[:1], *cache)
-        rows.append(Row("cache_bytes", how, Estimate(n_bytes, 1)))
+        losses, ms, n_bytes = cached(model, ids, *cache)
+        rows.append(Row("cache_bytes", how, Estimate(n_bytes // len(ids), 1)))
         rows += by_position("loss_at_position", how, every, width, mean_loss, losses)
         rows += by_position("ms_per_token", how, every, width, fastest, ms)
         nll[how] = losses[:, few]
     how = f"recompute{size}"
-    nll[how] = recomputed(model, ids, few, T)[0]
-    ms = recomputed(model, ids[:1], few, T)[1]
+    nll[how], ms = recomputed(model, ids, few, T)
     rows += by_position("loss_at_position", how, few, T, mean_loss, nll[how])
     rows += by_position("ms_per_token", how, few, width, fastest, ms)
     rows += against_recompute(nll, T, few)

@@ -50,7 +50,7 @@ def test_within_the_training_context_all_ways_to_read_are_one(sink):
     """
     model, ids = tiny(sinks=sink), text()
     dense, rolling, recomputed = (
-        sinks.dense(model, ids, batch=2),
+        sinks.cached(model, ids, 3 * T)[0],
         sinks.cached(model, ids, T)[0],
         sinks.recomputed(model, ids, range(3 * T), T)[0],
     )
