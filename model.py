@@ -88,12 +88,13 @@ class RMSNorm(nn.Module):
         return cpu.rms_norm(x, self.weight.to(x.dtype), self.eps).to(x.dtype)
 
 
-def rotary_angles(pos: Tensor, d_head: int, base: float, dtype: torch.dtype) -> tuple:
-    """Return cos and sin (T, D/2) of integer positions (T,); scores see only their differences."""
+@fast.one_operator
+def rotary_angles(pos: Tensor, d_head: int, base: float, dtype: torch.dtype) -> Tensor:
+    """Return cos and sin (2, T, D/2) of positions (T,); scores see only their differences."""
     precise = torch.float32 if pos.device.type == "mps" else torch.float64  # a stream counts far
     exponent = -torch.arange(0, d_head, 2, device=pos.device, dtype=precise) / d_head
     angle = pos.to(precise)[:, None] * base**exponent
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.stack((angle.cos(), angle.sin())).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -109,18 +110,17 @@ def attention_weights(q: Tensor, k: Tensor, sinks: Tensor | None, mask: Mask) ->
     sinks (H,) are one more logit per head in the denominator: the last column is their share.
     """
     B, H, T, D = q.shape
-    S = k.size(2)
-    k = k.repeat_interleave(H // k.size(1), dim=1)
+    S, precise = k.size(2), torch.promote_types(q.dtype, torch.float32)
+    q, k = q.to(precise), k.to(precise).repeat_interleave(H // k.size(1), dim=1)
     scores = q @ k.transpose(-1, -2) / math.sqrt(D)  # (B, H, T, S)
     if mask.causal:
-        later = torch.full((T, S), -math.inf, device=q.device, dtype=q.dtype)
-        scores = scores + later.triu(1 + S - T)
+        scores = scores + torch.full_like(scores[0, 0], -math.inf).triu(1 + S - T)
     elif mask.bias is not None:
-        scores = scores + mask.bias.to(q.dtype)
+        scores = scores + mask.bias
     if sinks is not None:
-        column = sinks.to(q.dtype).view(1, H, 1, 1).expand(B, H, T, 1)
+        column = sinks.to(scores.dtype).view(1, H, 1, 1).expand(B, H, T, 1)
         scores = torch.cat((scores, column), dim=-1)
-    return F.softmax(scores, dim=-1)
+    return F.softmax(scores, dim=-1, dtype=precise)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, mask: Mask) -> Tensor:
@@ -129,10 +129,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, mask: Mask)
     if kernel := kernel_for(q, k, sinks, mask):  # computes what the last lines define
         return kernel(q, k, v, sinks, mask)
     weights = attention_weights(q, k, sinks, mask)[..., : k.size(2)]  # sinks give no value
-    return weights @ v.repeat_interleave(q.size(1) // v.size(1), dim=1)
+    return weights.to(q.dtype) @ v.repeat_interleave(q.size(1) // v.size(1), dim=1)
 
 
-def training_mask(docs: Tensor | None, window: int | None, T: int, device: torch.device) -> Mask:
+def training_mask(docs: Maybe, window: int | None, T: int, device: torch.device) -> Mask:
     """Return the mask: causal, inside one document of docs (B, T), at most `window` back."""
     if docs is None and (window is None or window >= T):
         return Mask(causal=True)
@@ -222,12 +222,12 @@ class MoE(nn.Module):
         weight = weight / weight.sum(-1, keepdim=True)
         order = expert.flatten().argsort()  # (N * active,) grouped by expert
         token = order // self.n_active
-        counts = torch.bincount(expert.flatten(), minlength=self.n_expert)  # (E,)
+        used = torch.zeros_like(scores).scatter(1, expert, 1 / self.n_active)
+        counts = (used > 0).sum(0)  # (E,); bincount would break a compiled graph
         gate, up = grouped_linear(rows[token], self.gate_up, counts).chunk(2, dim=-1)
         y = grouped_linear(F.silu(gate) * up, self.down, counts)
         y = y * weight.flatten()[order].unsqueeze(-1).to(y.dtype)
         y = torch.zeros_like(rows, dtype=y.dtype).index_add(0, token, y)
-        used = torch.zeros_like(scores).scatter(1, expert, 1 / self.n_active)
         self.routing = torch.stack((used, scores / scores.sum(-1, keepdim=True)))
         return (y if self.shared is None else y + self.shared(rows)).view(x.shape)
 

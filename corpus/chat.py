@@ -147,12 +147,16 @@ def lay_out(
         start = 0
         for place, document in enumerate(row):
             end = start + len(document["ids"]) - 1
-            batch["idx"][b, start:end] = torch.tensor(document["ids"][:-1])
+            batch["idx"][b, start:end] = torch.as_tensor(document["ids"][:-1])
             batch["docs"][b, start:end] = place
             for name in label_names:
-                batch[name][b, start:end] = torch.tensor(document[name][1:])
+                batch[name][b, start:end] = torch.as_tensor(document[name][1:])
             start = end
     return batch
+
+
+def tensors_of(document: dict) -> dict[str, Tensor]:
+    return {name: torch.tensor(ids, dtype=torch.int32) for name, ids in document.items()}
 
 
 class Packed:
@@ -163,9 +167,10 @@ class Packed:
         self.label_names = [key for key in documents[0] if key != "ids"]
         lengths = [len(document["ids"]) - 1 for document in documents]
         self.rows = pack(lengths, seq_len)  # the numbers of the documents in each row
+        self.tensors = [tensors_of(document) for document in documents]  # made once: they are slow
 
     def batch(self, numbers: list[int]) -> dict[str, Tensor]:
-        rows = [[self.documents[i] for i in self.rows[number]] for number in numbers]
+        rows = [[self.tensors[i] for i in self.rows[number]] for number in numbers]
         return lay_out(rows, self.label_names, self.seq_len, self.pad)
 
     def shuffled(self, first: int, last: int) -> list[int]:

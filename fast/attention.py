@@ -1,12 +1,15 @@
 """Attention on fused kernels, with sinks, windows and documents.
 
-    device  sinks  mask                     kernel
-    any     any    blocks                   flex: FlexAttention skips the blocks that are masked
-    cpu     no     one query, in 16 bits    one_query
-    any     no     causal, bias or none     dense: torch's scaled_dot_product_attention
-    cpu     yes    causal, bias or none     flash_sinks
-    cuda    yes    causal, in 16 bits       flash_sinks
-    else                                    none: the plain maths of model.py
+    device  sinks  mask                                      kernel
+    any     any    blocks                                    flex: skips the blocks that are masked
+    cpu     no     one query, in 16 bits                     one_query
+    cuda    any    one query and a bias, in 16 bits          one_query
+    any     no     causal, bias or none                      dense: torch's fused attention
+    cpu     yes    causal, bias or none                      flash_sinks
+    cuda    yes    causal or one query, D fits, in 16 bits   flash_sinks
+    else                                                     none: the plain maths of model.py
+
+On CUDA the flash kernel wants D in whole eights and at most 256.
 
 Shapes: B batch, H query heads, K key/value heads (H a multiple of K), T queries, S keys, D width.
 """
@@ -20,7 +23,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import (
+    AuxRequest,
+    BlockMask,
+    create_block_mask,
+    flex_attention,
+)
 
 import fast
 
@@ -42,12 +50,17 @@ def kernel_for(q: Tensor, k: Tensor, sinks: Tensor | None, mask: Mask) -> Callab
         return None
     if mask.blocks is not None:
         return flex
-    in_16_bits = q.dtype in (torch.bfloat16, torch.float16)
+    on_cpu, in_16_bits = q.device.type == "cpu", q.dtype in (torch.bfloat16, torch.float16)
+    unfused = sinks is None if on_cpu else q.is_cuda and mask.bias is not None
+    if in_16_bits and q.size(2) == 1 and unfused:
+        return one_query
     if sinks is None:
-        return one_query if q.device.type == "cpu" and in_16_bits and q.size(2) == 1 else dense
+        return dense
     square = mask.causal and q.size(2) == k.size(2)
-    flash_on_cuda = q.is_cuda and square and in_16_bits
-    return flash_sinks if flash_on_cuda or q.device.type == "cpu" else None
+    everything = q.size(2) == 1 and mask.bias is None
+    fits = q.size(3) % 8 == 0 and q.size(3) <= 256
+    flash_on_cuda = q.is_cuda and in_16_bits and fits and (square or everything)
+    return flash_sinks if on_cpu or flash_on_cuda else None
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, sinks: None, mask: Mask) -> Tensor:
@@ -57,16 +70,20 @@ def dense(q: Tensor, k: Tensor, v: Tensor, sinks: None, mask: Mask) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, enable_gqa=grouped)
 
 
-def one_query(q: Tensor, k: Tensor, v: Tensor, sinks: None, mask: Mask) -> Tensor:
+def one_query(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, mask: Mask) -> Tensor:
     """Attention of one query per row, q (B, H, 1, D), in a step of generation.
 
-    In 16 bits the CPU's fused kernel takes 8 times as long, and 100 times for large batches.
+    In 16 bits the CPU's fused kernel takes 8 times as long, and 100 times for large batches. On
+    CUDA no fused kernel takes a bias and grouped heads. Scores are rounded to 16 bits.
     """
     bias, _ = for_kernel(mask, q)
     q = q.reshape(q.size(0), k.size(1), -1, q.size(3))  # (B, K, H / K, D)
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.size(3))  # (B, K, H / K, S)
     scores = scores if bias is None else scores + bias
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32)
+    if sinks is not None:
+        column = sinks.to(q.dtype).view(1, *q.shape[1:3], 1).expand(*q.shape[:3], 1)
+        scores = torch.cat((scores, column), dim=-1)
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32)[..., : k.size(2)]
     return (weights.to(q.dtype) @ v).flatten(1, 2).unsqueeze(2)  # (B, H, 1, D)
 
 
@@ -83,10 +100,13 @@ def compiled_flex() -> Callable:  # it pays only when compiled
 
 def flex(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, mask: Mask) -> Tensor:
     """Attention over a block mask; sinks need only its log-sum-exp, which is differentiable."""
-    grouped = q.size(1) != k.size(1)
-    attend = compiled_flex()
-    o, lse = attend(q, k, v, block_mask=mask.blocks, return_lse=True, enable_gqa=grouped)
-    return o if sinks is None else o * sink_gate(lse, sinks).to(o.dtype)
+    grouped, width, scale = q.size(1) != k.size(1), q.size(3), 1 / math.sqrt(q.size(3))
+    if width < 16:  # its least: zeros change no score
+        q, k, v = (F.pad(x, (0, 16 - width)) for x in (q, k, v))
+    how = {"block_mask": mask.blocks, "enable_gqa": grouped, "scale": scale}
+    o, aux = compiled_flex()(q, k, v, return_aux=AuxRequest(lse=True), **how)
+    o = o[..., :width]
+    return o if sinks is None else o * sink_gate(aux.lse, sinks).to(o.dtype)
 
 
 def block_mask(allowed: Callable, batch: int, T: int, device: torch.device) -> Mask:
@@ -114,7 +134,7 @@ def flash(
 ) -> tuple:
     """Return output (B, H, T, D), lse (B, H, T), gate (B, H, T, 1) and the kernel's own state."""
     if q.is_cuda:
-        o, lse, *state = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
+        o, lse, *state = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
         state = state[:6]  # cum_seq_q, cum_seq_k, max_q, max_k, rng state, unused
     else:
         kernel = aten._scaled_dot_product_flash_attention_for_cpu
@@ -147,7 +167,7 @@ class FlashSinks(torch.autograd.Function):
         if q.is_cuda:
             kernel = aten._scaled_dot_product_flash_attention_backward
             sizes, rng = ctx.kernel_state[:4], ctx.kernel_state[4:]
-            dq, dk, dv = kernel(dgate, q, k, v, out, lse, *sizes, 0.0, True, *rng)
+            dq, dk, dv = kernel(dgate, q, k, v, out, lse, *sizes, 0.0, ctx.causal, *rng)
         else:
             kernel = aten._scaled_dot_product_flash_attention_for_cpu_backward
             dq, dk, dv = kernel(dgate, q, k, v, out, lse, 0.0, ctx.causal, attn_mask=bias)

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -19,7 +20,11 @@ def row_chunks(n_rows: int, n_columns: int, device: torch.device) -> int:
 
 def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> Tensor:
     """Return the summed cross-entropy of x (..., C) @ weight.T (V, C) over targets (...) >= 0."""
-    x, targets, _ = supervised_rows(x, targets)
+    x, targets, supervised = supervised_rows(x, targets)
+    if x.is_cuda and torch.compiler.is_compiling():  # one graph, whose parts Inductor fuses
+        logits = (x @ weight.to(x.dtype).T)[:, :n_vocab].float()
+        targets = targets.where(supervised, -1)
+        return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
     return LinearCrossEntropy.apply(x, weight, targets, n_vocab)
 
 
@@ -40,7 +45,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         w = weight.to(x.dtype)
         loss = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         need = any(ctx.needs_input_grad)
-        dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if need else (None, None)
+        dx = torch.empty_like(x) if need else None
+        # of weights in 16 bits too: it is a sum over chunks
+        dw = torch.zeros_like(weight, dtype=loss.dtype) if need else None
         n = row_chunks(len(x), w.size(0), x.device)
         for start in range(0, len(x), n):
             rows = slice(start, start + n)
@@ -61,12 +68,14 @@ class LinearCrossEntropy(torch.autograd.Function):
                 else:
                     dw += dlogits.T @ x[rows]
         ctx.save_for_backward(dx, dw)
+        ctx.weight_dtype = weight.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple:
         dx, dw = ctx.saved_tensors
-        return dx * dloss.to(dx.dtype), dw * dloss.to(dw.dtype), None, None
+        dw = (dw * dloss.to(dw.dtype)).to(ctx.weight_dtype)
+        return dx * dloss.to(dx.dtype), dw, None, None
 
 
 def logprobs(x: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> Tensor:

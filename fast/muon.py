@@ -7,6 +7,7 @@ import math
 from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -27,17 +28,15 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            for (rows, columns, _), members in self.updates_by_shape(group).items():
-                updates = [full_tensor(update).view(-1, rows, columns) for _, update in members]
-                sizes = [len(update) for update in updates]
-                updates = self.orthogonalize(torch.cat(updates), group["ns_steps"]).split(sizes)
-                lr = group["lr"] * math.sqrt(max(1, rows / columns))
-                for (p, _), update in zip(members, updates, strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(shard_like(update.reshape(p.shape).to(p.dtype), p), alpha=-lr)
+            for members in self.updates_by_shape(group).values():
+                # a model that FSDP shares out may not fit whole: one matrix for each rank at a time
+                sharded = isinstance(members[0][0], DTensor)
+                at_once = dist.get_world_size() if sharded else len(members)
+                for first in range(0, len(members), at_once):
+                    self.take_step(members[first : first + at_once], group)
 
     def updates_by_shape(self, group: dict) -> dict[tuple, list[tuple[Tensor, Tensor]]]:
-        """Return {(rows, columns, ...): [(parameter, its Nesterov momentum)]}."""
+        """Return {(rows, columns): [(parameter, its Nesterov momentum)]}."""
         by_shape = {}
         for p in group["params"]:
             if p.grad is None:
@@ -45,10 +44,31 @@ class Muon(torch.optim.Optimizer):
             buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
             buffer.lerp_(p.grad, 1 - group["momentum"])
             update = p.grad.lerp(buffer, group["momentum"])
-            # a model that FSDP shares out may not fit whole: one of its matrices at a time
-            alone = id(p) if isinstance(p, DTensor) else None
-            by_shape.setdefault((*p.shape[-2:], alone), []).append((p, update))
+            by_shape.setdefault(p.shape[-2:], []).append((p, update))
         return by_shape
+
+    def take_step(self, members: list[tuple[Tensor, Tensor]], group: dict) -> None:
+        """Change parameters of one shape by their orthogonalized updates."""
+        rows, columns = members[0][0].shape[-2:]
+        updates = [full_tensor(update).view(-1, rows, columns) for _, update in members]
+        sizes = [len(update) for update in updates]
+        updates = self.shared_out(torch.cat(updates), group["ns_steps"]).split(sizes)
+        lr = group["lr"] * math.sqrt(max(1, rows / columns))
+        for (p, _), update in zip(members, updates, strict=True):
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(shard_like(update.reshape(p.shape).to(p.dtype), p), alpha=-lr)
+
+    def shared_out(self, g: Tensor, steps: int) -> Tensor:
+        """Orthogonalize matrices (n, rows, columns), each on one of the ranks alone."""
+        if not dist.is_initialized():
+            return self.orthogonalize(g, steps)
+        n_ranks = dist.get_world_size()
+        each = -(-len(g) // n_ranks)
+        own = torch.arange(each, device=g.device) + dist.get_rank() * each
+        part = self.orthogonalize(g[own.clamp(max=len(g) - 1)], steps)  # the last again, to be even
+        every = part.new_empty(n_ranks * each, *part.shape[1:])
+        dist.all_gather_into_tensor(every, part.contiguous())
+        return every[: len(g)]
 
     def orthogonalize(self, g: Tensor, steps: int) -> Tensor:
         """Return U V^T of each matrix of g (n, rows, columns), approximately.

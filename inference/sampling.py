@@ -211,7 +211,8 @@ def stream(
 ) -> Iterator[dict[int, int]]:
     """Sample all prompts at once. -> step by step, {row: new id} of the rows that have not ended
 
-    A row ends where stop says so, and depends on its prompt and its seed (None: 0, 1, ...) alone.
+    A row ends where stop says so, and depends on its prompt and its seed (None: 0, 1, ...) alone;
+    on CUDA up to rounding, because kernels differ by the number of rows.
     The cache has room for the prompt and max_new_tokens, at most seq_len; then it rolls, and
     a model without sinks keeps its first tokens. A longer prompt is the caller's to cut. What the
     calculator returns replaces sampled ids.

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -78,7 +78,8 @@ class World:
         self.dtype = choose_dtype(dtype, self.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
+            exact = self.dtype == torch.float32
+            torch.set_float32_matmul_precision("highest" if exact else "high")  # high: TF32
 
     def __enter__(self) -> Self:
         if self.size > 1:
@@ -136,12 +137,16 @@ def distribute(module: nn.Module, world: World, compiled: bool, fsdp: bool) -> n
     (FSDP2); without, each rank has a copy (DDP).
     """
     if fsdp:
+        policy = MixedPrecisionPolicy()
+        if world.dtype != torch.float32:  # gather weights in it; the floats of a batch stay
+            policy = MixedPrecisionPolicy(world.dtype, torch.float32, cast_forward_inputs=False)
         mesh = init_device_mesh(world.device.type, (world.size,))
+        how = {"mesh": mesh, "mp_policy": policy}
         for block in module.model.blocks:
             if compiled:
                 block.compile(dynamic=False)
-            fully_shard(block, mesh=mesh)
-        fully_shard(module, mesh=mesh, reshard_after_forward=False)  # needed again at once
+            fully_shard(block, **how)
+        fully_shard(module, reshard_after_forward=False, **how)  # needed again at once
         return module
     module.model.to(world.device)
     module = torch.compile(module, dynamic=False) if compiled else module
