@@ -3,16 +3,23 @@
 With ENABLED = False, or MODERN_LLM_FAST=0 in the environment, the model runs by plain maths alone.
 """
 
+import functools
 import os
 from collections.abc import Callable
 
+import torch
 from torch.library import custom_op
 
 ENABLED = os.environ.get("MODERN_LLM_FAST", "1") != "0"
 
 
 def one_operator(function: Callable) -> Callable:
-    """Return a function as one operator, which torch.compile cannot compute anew in every layer."""
+    """Let torch.compile see a function as one operator, which it cannot compute anew elsewhere."""
     operator = custom_op(f"modern_llm::{function.__name__}", function, mutates_args=())
     operator.register_fake(function)
-    return operator
+
+    @functools.wraps(function)
+    def call(*args: object) -> object:
+        return (operator if torch.compiler.is_compiling() else function)(*args)
+
+    return call
