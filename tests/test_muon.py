@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fast.muon import Muon
 
@@ -163,3 +164,18 @@ def test_muon_chooses_float32_on_a_cpu():
         Muon([torch.nn.Parameter(randn(4, 4))]).orthogonalize(randn(1, 4, 4), 5).dtype
         == torch.float32
     )
+
+
+@pytest.mark.parametrize("n", [1, 4, 5])
+def test_every_rank_orthogonalizes_its_share_alone(monkeypatch, n):
+    """Three ranks' shares, in their order, are what one rank makes of all matrices."""
+    g, muon = randn(n, 6, 4), Muon([torch.zeros(6, 4)])
+    want, shares = muon.orthogonalize(g, 5), []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(dist, "all_gather_into_tensor", lambda out, part: shares.append(part))
+    for rank in range(3):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        muon.shared_out(g, 5)
+    assert [len(share) for share in shares] == [-(-n // 3)] * 3
+    torch.testing.assert_close(torch.cat(shares)[:n], want)
