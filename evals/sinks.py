@@ -26,7 +26,7 @@ from configurator import UserError
 from corpus.shards import Mixture
 from evals.base import EvalConfig, Row, Subject, own_policies, task
 from evals.stats import Estimate, difference, ratio
-from inference.sampling import KVCache, kept_tokens
+from inference.cache import KVCache, kept_tokens
 from model import GPT, Attention, Mask, ModelConfig, attention_weights, training_mask
 from runtime.files import write_jsonl
 

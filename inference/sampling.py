@@ -1,4 +1,4 @@
-"""This module samples text from a model: one row or many, a rolling cache, a seed per row."""
+"""This module samples text from a model: one row or many, a seed per row."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -10,124 +10,14 @@ import torch
 from torch import Tensor
 
 from configurator import UserError
-from model import GPT, Mask, ModelConfig, rotary_angles, rotate
+from inference.cache import FixedCache, KVCache, kept_tokens
+from model import GPT
 
 Ids = list[int]
 Seed = int | tuple[int, ...]
 Stop = tuple[int, ...] | Callable[[Ids], bool]  # ids that end a row, or a rule for its ids
 Calculate = Callable[[Ids], Ids] | None  # the ids that must follow those of a row so far
 CACHE_BYTES = 2 << 30, 16 << 30  # of the caches that generate() fills at once: CPU, GPU
-KEPT = 4  # first tokens of a stream that stay in the cache (arXiv 2309.17453, table 2)
-
-
-def kept_tokens(cfg: ModelConfig, slots: int) -> int:
-    """Return how many first tokens a cache keeps: those that a model without sinks leans on."""
-    return 0 if cfg.sinks or cfg.sliding_window or slots <= KEPT else KEPT
-
-
-class KVCache:
-    """A cache keeps the rotated keys and the values of the last `slots` tokens in every layer.
-
-    When they are full, the oldest are overwritten: memory and time per token stay constant. Rows
-    are padded on the left; nothing attends to the pads, and RoPE does not mind the shift.
-
-    The first `kept` tokens of each row, pads not counted, are never overwritten (StreamingLLM,
-    arXiv 2309.17453). Positions count inside the cache: before each step the kept keys are turned
-    on, so that they stand directly before the window. Scores see only differences of positions.
-    """
-
-    def __init__(
-        self,
-        cfg: ModelConfig,
-        batch: int,
-        slots: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        kept: int = 0,
-    ):
-        if not 0 <= kept < slots or (kept and cfg.sliding_window):
-            window = f"slots={slots}, sliding_window={cfg.sliding_window}"
-            raise UserError(f"kept={kept} with {window}: keep fewer than slots, 0 with a window")
-        shape = (cfg.n_layer, batch, cfg.n_kv_head, slots, cfg.d_head)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        # whether a slot holds a token and not a pad, and the position of its token
-        self.real = torch.ones(batch, slots, device=device, dtype=torch.bool)
-        self.pos = torch.full((slots,), -1, device=device)
-        self.slots = slots
-        self.window = cfg.sliding_window or slots
-        self.length = 0  # tokens seen so far
-        self.padded = False
-        self.cfg, self.kept = cfg, kept
-        self.pads = torch.zeros(batch, device=device, dtype=torch.long)  # of each row
-        self.first = self.k[..., :kept, :].clone()  # the kept keys as they were computed
-
-    def reserve(self, T: int, pads: Tensor | None = None) -> tuple[Tensor, Mask]:
-        """Take slots for T further tokens. -> their positions (T,), what they may attend to."""
-        assert T == 1 or self.length + T <= self.slots, "a full cache rolls token by token"
-        pos = torch.arange(self.length, self.length + T, device=self.pos.device)
-        self.length += T
-        if self.kept and self.length > self.slots:
-            return pos, self.roll()
-        self.taken = pos % self.slots
-        self.place = (slice(None), slice(None), (self.length - 1) % self.slots)  # of one token
-        self.pos[self.taken] = pos
-        self.real[:, self.taken] = True if pads is None else pos >= pads[:, None]
-        self.used = min(self.length, self.slots)
-        self.padded |= pads is not None
-        self.pads = self.pads if pads is None else pads
-        first = self.length == T  # else a single token sees all that is stored
-        if not self.padded and self.used <= self.window and (first or T == 1):
-            return pos, Mask(causal=first)
-        age = pos[:, None] - self.pos[: self.used]  # (T, used)
-        seen = (age >= 0) & (age < self.window) & self.real[:, None, : self.used]
-        return pos, self.mask(seen | (age == 0))  # a pad sees itself: no 0/0
-
-    def mask(self, seen: Tensor) -> Mask:
-        bias = torch.zeros(seen.shape, device=seen.device, dtype=self.k.dtype)
-        return Mask(bias=bias.masked_fill_(~seen, -math.inf).unsqueeze(1))
-
-    def roll(self) -> Mask:
-        """Take one slot in each row of a full cache that keeps its first tokens. -> the mask"""
-        if self.length == self.slots + 1 and self.padded:
-            self.align()
-        number = self.length - 1 - self.pads  # (B,) of the new token in its row
-        window = self.kept + (number - self.kept) % (self.slots - self.kept)
-        slot = torch.where(number < self.kept, number, window)
-        rows = torch.arange(len(slot), device=slot.device)
-        self.place = (rows, slice(None), slot)
-        self.real[rows, slot] = True
-        # a row that holds s tokens more than its slots sees its kept keys s positions later
-        shift = (number + 1 - self.slots).clamp(min=0)
-        untouched = shift <= 1
-        self.first[:, untouched] = self.k[:, untouched, :, : self.kept]
-        dtype = torch.promote_types(self.k.dtype, torch.float32)
-        cos, sin = rotary_angles(shift, self.cfg.d_head, self.cfg.rope_base, dtype)
-        turned = rotate(self.first.flatten(2, 3).to(dtype), cos, sin)  # (layers, B, K * kept, D)
-        self.k[..., : self.kept, :] = turned.view(self.first.shape)
-        return self.mask(self.real[:, None]) if self.padded else Mask()
-
-    def align(self) -> None:
-        """Turn each row of the cache so that its first token, behind the pads, has slot 0."""
-        for row, pads in enumerate(self.pads.tolist()):
-            self.k[:, row] = self.k[:, row].roll(-pads, dims=2)
-            self.v[:, row] = self.v[:, row].roll(-pads, dims=2)
-            self.real[row] = self.real[row].roll(-pads)
-
-    def put(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, K, T, D) in the reserved slots. -> everything stored, (B, K, used, D)."""
-        if k.size(2) == 1:  # a slice is written faster than an index
-            self.k[layer, *self.place] = k[:, :, 0].to(self.k.dtype)
-            self.v[layer, *self.place] = v[:, :, 0].to(self.v.dtype)
-        else:
-            self.k[layer].index_copy_(2, self.taken, k.to(self.k.dtype))
-            self.v[layer].index_copy_(2, self.taken, v.to(self.v.dtype))
-        return self.k[layer, :, :, : self.used], self.v[layer, :, :, : self.used]
-
-    def keep(self, rows: Tensor) -> None:
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
-        self.first = self.first[:, rows]
-        self.real, self.pads = self.real[rows], self.pads[rows]
 
 
 @dataclass(frozen=True)
@@ -199,6 +89,57 @@ def cache_of(model: GPT, batch: int, slots: int) -> Any:
     return KVCache(model.cfg, batch, slots, weight.device, weight.dtype, kept)
 
 
+class Steps:
+    """Steps of generation after the prompt, one id of each row at a time.
+
+    A step launches hundreds of small kernels, each of which takes longer to launch than to run. So
+    on CUDA a step is recorded once as a graph, and replayed.
+    """
+
+    def __init__(self, model: GPT, cache: Any):
+        self.model, self.cache, self.graph = model, cache, None
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Return the hidden states (B, C) after one more id of each row (B,)."""
+        if not self.is_replayed(ids):
+            return self.model.hidden(ids.unsqueeze(1), cache=self.cache)[:, -1]
+        if self.graph is None:
+            self.record(ids)
+        self.ids.copy_(ids.unsqueeze(1))
+        self.graph.replay()
+        self.cache.length += 1
+        self.cache.used = min(self.cache.length, self.cache.slots)
+        return self.x
+
+    def is_replayed(self, ids: Tensor) -> bool:
+        return ids.is_cuda and self.is_alike()
+
+    def is_alike(self) -> bool:
+        """Say whether the next step does on the device what every step does."""
+        cache = self.cache
+        if not isinstance(cache, KVCache) or (cache.kept and cache.length >= cache.slots):
+            return False
+        return not cache.cfg.n_expert or cache.k.dtype == torch.bfloat16  # else experts are counted
+
+    def record(self, ids: Tensor) -> None:
+        """Run a step once, for kernels that are prepared at their first call, and record it."""
+        self.ids, fixed = ids.unsqueeze(1).clone(), FixedCache(self.cache)
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            self.model.hidden(self.ids, cache=fixed)
+        torch.cuda.current_stream().wait_stream(beside)
+        fixed.next -= 1  # the first replay writes the same slot again
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.x = self.model.hidden(self.ids, cache=fixed)[:, -1]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone; the next step is recorded anew."""
+        self.cache.keep(rows)
+        self.graph = None
+
+
 @torch.no_grad()
 def stream(
     model: GPT,
@@ -226,10 +167,10 @@ def stream(
     slots = min(space, width + max_new_tokens)
     pads = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
     idx = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-    cache = cache_of(model, len(prompts), slots)
+    steps = Steps(model, cache_of(model, len(prompts), slots))
     rows = list(range(len(prompts)))  # the prompt that each row of the batch belongs to
     writers = [Writer(seed, stop, calculator) for seed in seeds or rows]
-    x = model.hidden(idx, cache=cache, pads=pads if pads.any() else None)[:, -1]
+    x = model.hidden(idx, cache=steps.cache, pads=pads if pads.any() else None)[:, -1]
     for step in range(max_new_tokens):
         draws = [writers[row].random.random(dtype=np.float32) for row in rows]
         ids = sample(model.logits(x), sampling, torch.tensor(draws, device=device))
@@ -246,10 +187,10 @@ def stream(
             return
         if len(running) <= 0.8 * len(rows):  # now and then: each time costs a copy of the cache
             keep = torch.tensor(running, device=device)
-            cache.keep(keep)
+            steps.keep(keep)
             ids = ids[keep]
             rows = [rows[i] for i in running]
-        x = model.hidden(ids.unsqueeze(1), cache=cache)[:, -1]
+        x = steps(ids)
 
 
 def generate(

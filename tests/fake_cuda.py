@@ -135,6 +135,38 @@ def compiled_step(mode: str = "pretrain", optimizer: str = "muon", **fields) -> 
     return {**found, "graphs": counters["stats"]["unique_graphs"], "ops": dict(ops)}
 
 
+def generation_step(**fields) -> dict:
+    """Take the step of generation that a CUDA graph records, after a padded prompt. -> operators
+
+    What waits for a number of the GPU cannot be recorded, and raises on fake tensors.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from inference.cache import FixedCache
+    from inference.sampling import cache_of
+    from model import GPT, ModelConfig
+
+    ops = Counter()
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            ops[str(op).split(".")[1]] += 1
+            return op(*args, **(kwargs or {}))
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"), torch.no_grad():
+        torch.set_default_dtype(torch.bfloat16)
+        model = GPT(ModelConfig(**SIZES | fields))
+        torch.set_default_dtype(torch.float32)
+        cache = cache_of(model, B, T)
+        model.hidden(torch.zeros(B, 8, dtype=torch.long), cache=cache, pads=torch.arange(B))
+        fixed = FixedCache(cache)
+        with Noted():
+            model.hidden(torch.zeros(B, 1, dtype=torch.long), cache=fixed)
+    return {"ops": dict(ops)}
+
+
 def compiled_step_on_cpu(mode: str) -> dict[str, int]:
     """Run a compiled task as the loop does. -> graphs compiled after each kind of batch"""
     import torch
@@ -181,4 +213,6 @@ if __name__ == "__main__":
     pretend(sys.argv[1])
     sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
     for case in sys.argv[2:]:
-        print(json.dumps(compiled_step(**json.loads(case))), flush=True)
+        fields = json.loads(case)
+        run = generation_step if fields.pop("generate", False) else compiled_step
+        print(json.dumps(run(**fields)), flush=True)

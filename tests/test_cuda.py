@@ -33,17 +33,26 @@ CASES = {
 }
 
 
+GENERATION = {
+    "sinks, grouped": {"generate": True, "n_kv_head": 2},
+    "kept": {"generate": True, "sinks": False},
+    "window": {"generate": True, "sliding_window": 64},
+    "experts": {"generate": True, "n_expert": 4},
+}
+
+
 @pytest.fixture(scope="session")
 def steps(tmp_path_factory) -> dict:
     """What a compiled training step calls on fake CUDA tensors: {case: operators, graphs}."""
     if shutil.which("g++") is None or torch.version.cuda is not None:
         pytest.skip("fake CUDA tensors need g++, and a torch without CUDA hooks of its own")
     guard = make_guard(tmp_path_factory.mktemp("guard"))
-    cases = [json.dumps(fields) for fields, *_ in CASES.values()]
+    every = {name: fields for name, (fields, *_) in CASES.items()} | GENERATION
+    cases = list(map(json.dumps, every.values()))
     command = [sys.executable, str(ROOT / "tests" / "fake_cuda.py"), guard, *cases]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
+    return dict(zip(every, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -64,14 +73,23 @@ def test_a_compiled_step_is_one_graph_on_the_fused_kernel(steps, case):
 
 def test_angles_are_computed_once_and_outside_the_layers(steps):
     """In float64 they would be fused into every layer's kernel."""
-    assert all(found["ops"]["modern_llm"] == 1 for found in steps.values())
-    assert not any({"cos", "sin"} & set(found["ops"]) for found in steps.values())
+    trained = [steps[case]["ops"] for case in CASES]
+    assert all(ops["modern_llm"] == 1 and not {"cos", "sin"} & set(ops) for ops in trained)
 
 
 def test_the_head_needs_no_loop_of_chunks_when_compiled(steps):
     """Chunks would be unrolled: hundreds of kernels, and minutes of compilation."""
-    assert all(found["ops"]["mm"] < 50 for found in steps.values())
+    assert all(steps[case]["ops"]["mm"] < 50 for case in CASES)
     assert steps["dense"]["ops"]["_log_softmax"] == 1
+
+
+@pytest.mark.parametrize("case", GENERATION)
+def test_a_step_of_generation_can_be_recorded(steps, case):
+    """It never waits for the GPU: nothing is read back, no shape depends on a number."""
+    ops = steps[case]["ops"]
+    assert ops["bmm"] == 2 and not {"_local_scalar_dense", "nonzero", "repeat_interleave"} & set(
+        ops
+    )
 
 
 class OnCuda(torch.Tensor):  # says so, and computes on the CPU

@@ -16,7 +16,7 @@ from fast import loss
 from fast.attention import Mask, dense, kernel_for, one_query
 from fast.cpu import FusedRMSNorm, linear
 from fast.loss import LinearCrossEntropy
-from inference.sampling import KVCache
+from inference.cache import KVCache
 from model import (
     GPT,
     ModelConfig,

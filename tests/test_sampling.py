@@ -1,7 +1,9 @@
 """Generation equals naive decoding, whatever the batch; sampling obeys its distribution."""
 
+import contextlib
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +11,9 @@ from helpers import fails
 from test_model import ids, randn, tiny, variants
 
 from inference import sampling
-from inference.sampling import GREEDY, KVCache, Sampling, generate, kept_tokens, sample, stream
-from model import Mask, attention_weights, rotary_angles, rotate
+from inference.cache import KVCache, kept_tokens
+from inference.sampling import GREEDY, Sampling, Steps, generate, sample, stream
+from model import GPT, Mask, attention_weights, rotary_angles, rotate
 
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5], [3, 5, 8, 9, 7, 9], [31, 41, 5, 9]]
 
@@ -415,3 +418,68 @@ def test_a_rule_on_a_rows_ids_ends_it_as_an_id_does():
         ends = [i + 2 for i in range(11) if tuple(row[i : i + 2]) == pair]
         assert own == row[: min(ends, default=12)]
     assert len(ended[0]) < 12
+
+
+# ------------------------------------------------------------------------------------------------
+# CUDA graphs, stood in for
+
+
+@pytest.fixture
+def replayed(monkeypatch) -> list:
+    """Record every step that can be; a replay runs it anew, and is noted by its rows."""
+    replays, calls, hidden = [], [], GPT.hidden
+
+    def noted(model, *args, **keys):
+        calls.append((model, args, keys))
+        return hidden(model, *args, **keys)
+
+    class Graph:
+        def replay(self):
+            model, args, keys = self.call
+            self.x.copy_(hidden(model, *args, **keys)[:, -1])
+            replays.append(len(args[0]))
+
+    @contextlib.contextmanager
+    def record(graph):
+        yield
+        graph.call = calls[-1]
+        graph.call[2]["cache"].next.sub_(1)  # a recording runs nothing
+
+    def keep_output(steps, ids):
+        record_step(steps, ids)
+        steps.graph.x = steps.x
+
+    record_step = Steps.record
+    beside = SimpleNamespace(wait_stream=lambda other: None)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: beside)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(GPT, "hidden", noted)
+    monkeypatch.setattr(Steps, "record", keep_output)
+    monkeypatch.setattr(Steps, "is_replayed", lambda steps, ids: steps.is_alike())
+    return replays
+
+
+@variants
+def test_replayed_steps_give_the_same_text(replayed, fields):
+    """Prompts of unequal length, rows that end, a cache that rolls, a window, experts."""
+    model = tiny(seed=5, **fields)
+    free = [naive(model, prompt, 12) for prompt in PROMPTS]
+    stop = (free[0][1], free[3][5], free[4][8])
+    want = [naive(model, prompt, 12, stop) for prompt in PROMPTS]
+    assert generate(model, PROMPTS, 12, stop, sampling=GREEDY) == want
+    # in float64 no experts: they are counted on the host
+    assert bool(replayed) == ("n_expert" not in fields) and len(set(replayed)) != 1
+
+
+@pytest.mark.parametrize("fields", [{}, {"sinks": False}], ids=["sinks", "kept"])
+def test_replayed_steps_roll_as_the_others_do(replayed, monkeypatch, fields):
+    """A full cache that keeps its first tokens goes on step by step."""
+    model = tiny(seed=5, seq_len=8, n_layer=2, **fields)
+    prompts = [prompt[:3] for prompt in PROMPTS]
+    found = generate(model, prompts, 20, sampling=GREEDY)
+    assert len(replayed) == (19 if model.cfg.sinks else 5)
+    monkeypatch.setattr(Steps, "is_replayed", lambda steps, ids: False)
+    assert found == generate(model, prompts, 20, sampling=GREEDY)
