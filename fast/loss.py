@@ -98,6 +98,8 @@ def chunk_logprobs(x: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> 
     logits = (x @ weight.to(x.dtype).T)[:, :n_vocab]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     chosen = logits.gather(1, targets.unsqueeze(1))
+    if torch.compiler.is_compiling():
+        return (chosen - logits.logsumexp(-1, keepdim=True)).squeeze(1)
     top = logits.detach().amax(-1, keepdim=True)  # it cancels out, and so does its gradient
     total = logits.sub_(top).exp_().sum(-1, keepdim=True)
     return (chosen - top - total.log()).squeeze(1)

@@ -34,10 +34,10 @@ CASES = {
 
 
 GENERATION = {
-    "sinks, grouped": {"generate": True, "n_kv_head": 2},
-    "kept": {"generate": True, "sinks": False},
-    "window": {"generate": True, "sliding_window": 64},
-    "experts": {"generate": True, "n_expert": 4},
+    "generation, sinks, grouped": {"generate": True, "n_kv_head": 2},
+    "generation, kept": {"generate": True, "sinks": False},
+    "generation, window": {"generate": True, "sliding_window": 64},
+    "generation, experts": {"generate": True, "n_expert": 4},
 }
 
 
