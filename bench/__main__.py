@@ -4,12 +4,17 @@
     python -m bench --nanogpt=PATH --nanochat=PATH --transformers           # beside these peers
     python -m bench --tasks=race --shapes=tiny,small --nanogpt=PATH --text=tinyshakespeare.txt
     python -m bench config/h100_bench.py --nanogpt=PATH     # on a GPU: tokens/s, MFU, memory
+    python -m bench --tasks=sft,dpo --shapes=smollm2 --model=RUN    # a run of ours, beside TRL
 
 Each system lives in a process of its own, as its users have it, and the processes take turns (A B A
 B ...). The speed of a shared machine moves by tens of percent from minute to minute, so only the
 ratio of neighbours means something: `ratio` is the median over the rounds of (time of the baseline)
 / (time of the system). Every system has its own optimizer; parameter counts are printed. A system
 that cannot run is left out, with a message. One table per task, and JSON lines in --out.
+
+Tasks: train, generate, tokenize, load, start, race; of a run of ours: sft and dpo (beside TRL),
+sample (answers to problems, beside transformers and llama.cpp), evaluate (sst2 and wikitext-2 of
+data_dir, beside lm_eval). Of their shape only seq_len and batch count: the tokens of a step.
 """
 
 import json
@@ -33,11 +38,21 @@ from runtime.run_folder import provenance
 from runtime.world import KEEP_MEMORY
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+ALL_LOGITS, TRL_CACHED = "ours with all logits", "TRL with cached reference"
 TASKS = {  # task -> the systems that can do it
     "train": tuple(SYSTEMS),
     "generate": tuple(name for name in SYSTEMS if "Muon" not in name),
     **dict.fromkeys(("tokenize", "load", "start", "race"), ("ours", "nanoGPT")),
+    "sft": ("ours", "ours without packing", ALL_LOGITS, "other", "TRL", "TRL with packing"),
+    "dpo": ("ours", "ours without cached reference", ALL_LOGITS, "other", "TRL", TRL_CACHED),
+    "sample": ("ours", "other", "transformers", "llama.cpp"),
+    "evaluate": ("ours", "other", "lm_eval"),
 }
+PROGRAMS = {"train": "worker.py", "generate": "worker.py", "sft": "tuning.py", "dpo": "tuning.py"}
+PROGRAMS |= {"sample": "usage.py", "evaluate": "usage.py"}  # of the others: jobs.py
+# What is no time, or a part of one
+NO_RATIO = ("forward_backward", "val_loss", "parameters", "tokens", "new_tokens")
+NO_RATIO += ("accuracy", "bits_per_byte")
 
 
 @dataclass
@@ -56,6 +71,7 @@ SHAPES = {
     "gpt2": Shape(4, 256, 4, 256, 8, 50304),
     "tiny": Shape(4, 128, 4, 64, 12, 65),
     "small": Shape(6, 192, 6, 256, 16, 65),
+    "smollm2": Shape(30, 576, 9, 1024, 8, 49152, 1536),
     "h100": Shape(12, 1024, 16, 1024, 16, 50304),
     "h100_recipe": Shape(12, 1024, 16, 1024, 32, 50304, 4096),
 }
@@ -65,15 +81,17 @@ SHAPES = {
 class BenchConfig:
     """The benchmark."""
 
-    tasks: tuple[str, ...] = ("train", "generate")  # train, generate, tokenize, load, start, race
-    shapes: tuple[str, ...] = ("char", "gpt2")  # char, gpt2, tiny, small, h100, h100_recipe
+    tasks: tuple[str, ...] = ("train", "generate")  # what is measured: see above
+    shapes: tuple[str, ...] = ("char", "gpt2")  # tiny, small, smollm2, h100, h100_recipe
     systems: tuple[str, ...] = ()  # ours and peers by name; none = all that can do the task
     baseline: str | None = None  # the system that ratios refer to; None = the first peer
     other: str | None = None  # path of another checkout of this project, to compare two states
     nanogpt: str | None = None  # path of a checkout
     nanochat: str | None = None  # path of a checkout
     transformers: bool = False  # Llama and Qwen3 from the installed transformers
-    text: str | None = None  # tokenize, start, race: a file (.txt, .jsonl, .parquet, also .gz)
+    model: str | None = None  # sft, dpo, sample, evaluate: the run that all systems start from
+    gguf: str | None = None  # sample: the same model as a file for llama.cpp
+    text: str | None = None  # a file (.txt, .jsonl, .parquet, .gz); sft, dpo, sample: of records
     tokenizer: str = "gpt2"  # tokenize: gpt2 or the path of a ranks file
     data_dir: str = "data"  # where gpt2's ranks are
     rounds: int = 9  # measurements of each system; race: seeds
@@ -95,6 +113,8 @@ class BenchConfig:
             raise UserError(f"unknown {', '.join(sorted(unknown))}; {known}")
         if not self.text and {"tokenize", "start", "race"} & set(self.tasks):
             raise UserError("tokenize, start and race need a text: --text=FILE")
+        if not self.model and {"sft", "dpo", "sample", "evaluate"} & set(self.tasks):
+            raise UserError("sft, dpo, sample and evaluate need a run of ours: --model=RUN")
 
 
 @dataclass
@@ -112,7 +132,7 @@ class Case:
 def answers(cfg: BenchConfig, case: Case, system: str) -> Iterator[dict | float]:
     """Yield the facts of a system, its rounds and its megabytes, from a process; see worker.py."""
     request = {**asdict(cfg), **asdict(case), "system": system}
-    program = "worker.py" if case.task in ("train", "generate") else "jobs.py"
+    program = PROGRAMS.get(case.task, "jobs.py")
     command = [sys.executable, "-P", os.path.join(HERE, program), json.dumps(request)]
     checkout = cfg.other if system == "other" else os.path.dirname(HERE)
     env = {**os.environ, "PYTHONPATH": os.path.abspath(checkout)}
@@ -133,7 +153,7 @@ def answers(cfg: BenchConfig, case: Case, system: str) -> Iterator[dict | float]
 
 def systems_for(cfg: BenchConfig, task: str) -> list[str]:
     given = {"other": cfg.other, "nanoGPT": cfg.nanogpt, "nanochat": cfg.nanochat}
-    given |= {"Llama": cfg.transformers, "Qwen3": cfg.transformers}
+    given |= {"Llama": cfg.transformers, "Qwen3": cfg.transformers, "llama.cpp": cfg.gguf}
     there = [name for name in TASKS[task] if given.get(name, True)]
     unknown = ", ".join(name for name in cfg.systems if name not in there)
     if unknown:
@@ -191,11 +211,15 @@ def summarize(cfg: BenchConfig, case: Case) -> list[dict]:
                 row[f"{key}_tok_s"] = n_tokens[key] / median(values)
             elif key == "tokenize":
                 row["mb_s"] = row["megabytes"] / median(values)
+            elif key == "token":
+                row["tok_s"] = 1 / median(values)
+                if "supervised" in row:
+                    row["supervised_tok_s"] = row["supervised"] / median(values)
             else:
                 row[key] = median(values)
             if key in ("seconds", "val_loss"):
                 row[f"{key}_of_each"] = values
-            if baseline and key not in ("forward_backward", "val_loss", "parameters", "tokens"):
+            if baseline and key not in NO_RATIO:
                 ratios = [theirs[key] / own for theirs, own in zip(baseline, values, strict=True)]
                 end = f"_{key}" if len(rounds[0]) > 1 else ""
                 row[f"ratio{end}"] = median(ratios)
