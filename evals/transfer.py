@@ -87,8 +87,8 @@ def label_scores(
     prompts = [ids[:-1] for ids, _ in windows[::2]]
     single = [Window([*ids, label], 1) for ids in prompts for label in labels]
     if windows == single:  # one pass per sentence is enough
-        return next_logprobs(model, prompts, labels, 64)
-    return -np.array(windows_nll(model, windows, 64)).reshape(-1, 2)
+        return next_logprobs(model, prompts, labels)
+    return -np.array(windows_nll(model, windows)).reshape(-1, 2)
 
 
 @task("dialogsum", data="dialogues", files="test.jsonl", settings="n_problems max_new_tokens")

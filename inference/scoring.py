@@ -12,6 +12,8 @@ from corpus.chat import Pair, render_prompt, user_turn
 from corpus.tokenizer import Tokenizer
 from model import GPT
 
+AT_ONCE = 4096, 65536  # tokens of a pass, CPU and GPU: on a CPU more would leave its cache
+
 
 class Window(NamedTuple):
     """A window is a piece of text whose last n_scored ids are scored, given all ids before them."""
@@ -20,16 +22,20 @@ class Window(NamedTuple):
     n_scored: int
 
 
-def batches(model: nn.Module, windows: list[Window], size: int) -> Iterator[tuple]:
+def batches(model: nn.Module, windows: list[Window]) -> Iterator[tuple]:
     """Yield (numbers of windows of similar length, their inputs, their targets (B, T)).
 
     Rows are padded on the right; targets are -1 where nothing is scored.
     """
     device = next(model.parameters()).device
+    room = AT_ONCE[device.type == "cuda"]
     lengths = [len(ids) for ids, _ in windows]
     order = sorted(range(len(windows)), key=lambda i: lengths[i])
-    for first in range(0, len(order), size):
-        numbers = order[first : first + size]
+    while order:
+        size = 1
+        while size < len(order) and (size + 1) * lengths[order[size]] <= room:
+            size += 1
+        numbers, order = order[:size], order[size:]
         width = max(lengths[i] for i in numbers) - 1
         idx = torch.zeros(len(numbers), width, dtype=torch.long)
         targets = torch.full_like(idx, -1)
@@ -43,10 +49,10 @@ def batches(model: nn.Module, windows: list[Window], size: int) -> Iterator[tupl
 
 
 @torch.no_grad()
-def windows_nll(model: nn.Module, windows: list[Window], batch: int = 16) -> list[float]:
+def windows_nll(model: nn.Module, windows: list[Window]) -> list[float]:
     """Return the nats of each window; the model is anything with hidden() and logprobs()."""
     nll = [0.0] * len(windows)
-    for numbers, idx, targets in batches(model, windows, batch):
+    for numbers, idx, targets in batches(model, windows):
         logp = model.logprobs(model.hidden(idx), targets)
         for i, total in zip(numbers, logp.sum(-1).tolist(), strict=True):
             nll[i] = -total
@@ -54,11 +60,11 @@ def windows_nll(model: nn.Module, windows: list[Window], batch: int = 16) -> lis
 
 
 @torch.no_grad()
-def next_logprobs(model: GPT, prompts: list[list[int]], ids: list[int], batch: int) -> np.ndarray:
+def next_logprobs(model: GPT, prompts: list[list[int]], ids: list[int]) -> np.ndarray:
     """Return the log-probs of these ids after each prompt, (prompts, ids), from one pass."""
     found = np.zeros((len(prompts), len(ids)))
     windows = [Window([*prompt, ids[0]], 1) for prompt in prompts]
-    for numbers, idx, targets in batches(model, windows, batch):
+    for numbers, idx, targets in batches(model, windows):
         x = model.hidden(idx)[targets >= 0]  # (B, C): the last place of each prompt
         for column, token in enumerate(ids):
             wanted = torch.full((1, len(x)), token, device=x.device)
@@ -76,7 +82,7 @@ def pair_logprobs(model: GPT, pairs: list[Pair]) -> np.ndarray:
     windows = []
     for prompt, *answers in pairs:
         windows += [Window(prompt + answer, len(answer)) for answer in answers]
-    return -np.array(windows_nll(model, windows, batch=64)).reshape(-1, 2)
+    return -np.array(windows_nll(model, windows)).reshape(-1, 2)
 
 
 def with_prompts(rows: list[dict], tokenizer: Tokenizer) -> list[tuple[list[int], dict]]:
@@ -92,18 +98,18 @@ def log_likelihoods(model: GPT, tokenizer: Tokenizer, rows: list[dict]) -> None:
     """Write the log-likelihood of every solution under the model into it, as "loglik"."""
     items = with_prompts(rows, tokenizer)
     windows = [Window(ids, len(solution["ids"])) for ids, solution in items]
-    nll = windows_nll(model, windows, batch=128)
+    nll = windows_nll(model, windows)
     for (_, solution), nats in zip(items, nll, strict=True):
         solution["loglik"] = -nats
 
 
 @torch.no_grad()
-def score_solutions(model: GPT, tokenizer: Tokenizer, rows: list[dict], batch: int = 128) -> None:
+def score_solutions(model: GPT, tokenizer: Tokenizer, rows: list[dict]) -> None:
     """Write a verifier's logit at the last token of every solution into it, as "score"."""
     items = with_prompts(rows, tokenizer)
     # one more id follows each solution, so that its last token is an input and has a score
     windows = [Window([*ids, tokenizer.eos], len(solution["ids"])) for ids, solution in items]
-    for numbers, idx, targets in batches(model, windows, batch):
+    for numbers, idx, targets in batches(model, windows):
         scores = model.scores(model.hidden(idx), idx, targets >= 0)
         for row, i in enumerate(numbers):
             ids, solution = items[i]

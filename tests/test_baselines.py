@@ -81,7 +81,7 @@ def test_nats_are_transformers_own(kind, tmp_path):
         labels = torch.tensor([[-100] * (len(ids) - n) + ids[len(ids) - n :]])
         with torch.no_grad():
             wanted.append(model(torch.tensor([ids]), labels=labels).loss.item() * n)
-    assert windows_nll(peer, windows, 3) == pytest.approx(wanted, rel=1e-5)
+    assert windows_nll(peer, windows) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_beyond_its_context_a_baseline_neither_fails_nor_changes_what_is_within(tmp_path):

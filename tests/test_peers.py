@@ -32,6 +32,7 @@ from corpus.tokenizer import load_tokenizer
 from evals import report
 from evals.baselines import Baseline, load_baseline
 from evals.results import read_results
+from inference import scoring
 from inference.scoring import windows_nll
 from runtime.checkpoint import weights_hash
 
@@ -133,7 +134,7 @@ def theirs(model, ids: list[int], scored: int) -> float:
 # transformers' GPT-2 through our protocols
 
 
-def test_padding_and_batches_change_nothing_for_gpt2_either(tmp_path):
+def test_padding_and_batches_change_nothing_for_gpt2_either(tmp_path, monkeypatch):
     """Positions are absolute, and counted from the left.
 
     What is padded on the right is never seen. Each window has the nats it has alone.
@@ -145,8 +146,9 @@ def test_padding_and_batches_change_nothing_for_gpt2_either(tmp_path):
         for n, k in ((9, 8), (2, 1), (30, 4), (17, 16), (32, 31))
     ]
     wanted = [theirs(model, *window) for window in windows]
-    for batch in (1, 2, 16):
-        assert windows_nll(peer, windows, batch) == pytest.approx(wanted, rel=1e-5)
+    for room in (1, 40, 1000):
+        monkeypatch.setattr(scoring, "AT_ONCE", (room, room))
+        assert windows_nll(peer, windows) == pytest.approx(wanted, rel=1e-5)
     assert windows_nll(peer, [(list(range(33)), 32)]) == pytest.approx(
         [
             -model(torch.arange(32)[None])

@@ -8,10 +8,11 @@ import torch
 from helpers import ASSISTANT, BYTE, END, USER, plain_logprobs, tiny
 
 from corpus.chat import encode_pair, user_turn
+from inference import scoring
 from inference.scoring import pair_logprobs, score_solutions, windows_nll
 
 
-def test_windows_nll_equals_a_full_log_softmax_whatever_the_batch():
+def test_windows_nll_equals_a_full_log_softmax_whatever_the_batch(monkeypatch):
     """Sorting, padding and chunking are an economy: each window has the sum it has alone."""
     model, draws = tiny().double(), np.random.default_rng(0)
     windows = [
@@ -19,12 +20,13 @@ def test_windows_nll_equals_a_full_log_softmax_whatever_the_batch():
         for n, k in ((9, 8), (2, 1), (30, 4), (17, 16), (30, 29), (5, 0))
     ]
     wanted = [-plain_logprobs(model, ids)[len(ids) - 1 - k :].sum().item() for ids, k in windows]
-    for batch in (1, 2, 16):
-        assert windows_nll(model, windows, batch) == pytest.approx(wanted, abs=1e-9)
+    for room in (1, 40, 1000):
+        monkeypatch.setattr(scoring, "AT_ONCE", (room, room))
+        assert windows_nll(model, windows) == pytest.approx(wanted, abs=1e-9)
     assert windows_nll(model, []) == []
 
 
-def test_scores_are_read_at_the_last_token_of_each_solution_whatever_the_batch():
+def test_scores_are_read_at_the_last_token_of_each_solution_whatever_the_batch(monkeypatch):
     """Solutions of unequal length share a batch.
 
     The score of a short one must not come from its padding.
@@ -49,9 +51,10 @@ def test_scores_are_read_at_the_last_token_of_each_solution_whatever_the_batch()
             ids = torch.tensor([prompt(row) + s["ids"]])
             solution = torch.arange(ids.size(1))[None] >= len(prompt(row))
             wanted.append(verifier.scores(verifier.hidden(ids), ids, solution)[0, -1].item())
-    for batch in (1, 2, 128):
+    for room in (1, 20, 1000):
+        monkeypatch.setattr(scoring, "AT_ONCE", (room, room))
         scored = copy.deepcopy(rows)
-        score_solutions(verifier, BYTE, scored, batch)
+        score_solutions(verifier, BYTE, scored)
         assert [s["score"] for row in scored for s in row["solutions"]] == pytest.approx(
             wanted, abs=1e-6
         )
