@@ -33,6 +33,7 @@ class Ours:
         start = world.Ranks if flat else world.World
         start(cfg.device, cfg.dtype)  # its settings of torch are part of the system
         self.model = GPT(ModelConfig(**model_fields(cfg.shape) | fields)).to(cfg.device)
+        self.model.recompute = "recompute" in cfg.system
         self.optimizers = make_optimizers(self.model, LoopConfig(optimizer=optimizer))
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
@@ -138,18 +139,25 @@ SYSTEMS = {
     "ours without sinks": partial(Ours, sinks=False),
     "ours with Muon": partial(Ours, optimizer="muon"),
     "ours MoE 8 top 2": partial(Ours, n_expert=8, shared_expert=False),
+    "ours with recompute": Ours,
+    "ours eager": Ours,  # also with --compile
     "other": Ours,
     "nanoGPT": NanoGPT,
     "nanochat": NanoChat,
     "Llama": partial(HuggingFace, family="Llama"),
     "Qwen3": partial(HuggingFace, family="Qwen3"),
 }
+# groups of kernels, by words of their names; the first match
+KERNELS = {"attention, backward": "flash.*(bwd|backward)|attention, backward"}
+KERNELS |= {"attention, forward": "flash|attention, forward", "AdamW": "adam"}
+KERNELS |= {"products": "gemm|nvjet|cutlass|xmma|::(add|b)?mm|product", "element-wise": ""}
 
 
 def train(cfg: SimpleNamespace) -> Iterator[dict]:
-    """Measure training steps: forward, backward, optimizer."""
+    """Measure training steps: forward, backward, optimizer; for task=profile their kernels."""
     system = SYSTEMS[cfg.system](cfg)
-    loss_of = torch.compile(system.loss, dynamic=False) if cfg.compile else system.loss
+    compiled = cfg.compile and "eager" not in cfg.system
+    loss_of = torch.compile(system.loss, dynamic=False) if compiled else system.loss
     size = (2, cfg.shape.batch, cfg.shape.seq_len)
     idx, targets = torch.randint(cfg.shape.vocab, size, device=cfg.device)
 
@@ -168,7 +176,25 @@ def train(cfg: SimpleNamespace) -> Iterator[dict]:
         step()
     yield {"parameters": sum(p.numel() for p in system.model.parameters())}
     while True:
-        yield step()
+        yield kernels_of(step, cfg) if cfg.task == "profile" else step()
+
+
+def kernels_of(step: Callable, cfg: SimpleNamespace) -> dict[str, float]:
+    """Return the milliseconds that a step spends in each group of KERNELS."""
+    with torch.profiler.profile() as profiler:
+        step()
+    ms = dict.fromkeys(KERNELS, 0.0)
+    for event in profiler.events():
+        if cfg.device == "cpu":
+            ms[group_of(event.name)] += event.self_cpu_time_total / 1e3
+        elif event.device_type.name == "CUDA" and not event.is_user_annotation:
+            ms[group_of(event.name)] += event.self_device_time_total / 1e3
+    return ms
+
+
+def group_of(name: str) -> str:
+    """Return the group of a kernel, or of a part of a step as runtime/budget.py names it."""
+    return next(group for group, words in KERNELS.items() if re.search(words, name, re.I))
 
 
 def generate(cfg: SimpleNamespace) -> Iterator[dict]:
@@ -230,4 +256,4 @@ def serve(jobs: dict[str, Callable]) -> None:
 
 
 if __name__ == "__main__":
-    serve({"train": train, "generate": generate})
+    serve({"train": train, "profile": train, "generate": generate})

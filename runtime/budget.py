@@ -1,9 +1,10 @@
-"""What a run costs: FLOPs, memory, disk, and the share of a GPU's peak that it reaches."""
+"""What a run costs: FLOPs, memory, disk, the time of a step, and the share of a GPU's peak."""
 
 import os
 import re
 import shutil
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,31 @@ import torch.nn as nn
 from configurator import UserError
 from runtime.world import World
 
-# bf16 dense peak FLOP/s by words of the device's name, from the vendor's data sheets; first match
-PEAK_FLOPS = {"H100 PCIE": 756e12, "H100 HBM2E": 756e12, "H100 NVL": 835e12, "H100": 989e12}
-PEAK_FLOPS |= {"H200 NVL": 835e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+# words of a device's name -> bf16 dense FLOP/s and memory bytes/s of its data sheet; first match
+CARDS = {"H100 PCIE": (756e12, 2.0e12), "H100 HBM2E": (756e12, 2.0e12)}
+CARDS |= {"H100 NVL": (835e12, 3.9e12), "H100": (989e12, 3.35e12)}
+CARDS |= {"H200 NVL": (835e12, 4.8e12), "H200": (989e12, 4.8e12), "B200": (2250e12, 8.0e12)}
+CARDS |= {"A100 80GB": (312e12, 2.0e12), "A100": (312e12, 1.55e12)}
+CARDS |= {"RTX 4090": (165e12, 1.01e12), "RTX 3090": (71e12, 0.94e12)}
+OTHER_CARDS = {"MIG", "LAPTOP", "TI", "D"}  # a slice of a GPU, and chips that share a name
+# What share of these kernels are taken to reach. Attention forward: FlashAttention-2 at 1,024
+# tokens and heads of 64, causal, 229 TFLOP/s (arXiv 2407.08608, figure 5); the rest is assumed
+SHARES = {"product": 0.66, "attention": 0.23, "attention backward": 0.20, "memory": 0.84}
+LAUNCHES, LAUNCH_S, LOADED = 40, 5e-6, 50e6  # kernels a layer, seconds each, tokens/s; assumed
 GROUPS, OWN_GROUP = "/sys/fs/cgroup", "/proc/self/cgroup"  # Linux's limits, cgroup v2
 
 
-def device_peak_flops() -> float | None:
-    """Return the peak of this machine's GPU, or None where there is none that is known."""
+def device_rates() -> tuple[float, float] | None:
+    """Return this machine's GPU as CARDS knows it, or None where there is none that is known."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     words = set(re.findall(r"\w+", name.upper()))
-    known = [flops for key, flops in PEAK_FLOPS.items() if words >= set(key.split())]
-    return known[0] if known and "MIG" not in words else None  # MIG: a slice of a GPU
+    known = [rates for key, rates in CARDS.items() if words >= set(key.split())]
+    return known[0] if known and not words & OTHER_CARDS else None
+
+
+def device_peak_flops() -> float | None:
+    rates = device_rates()
+    return rates and rates[0]
 
 
 def flops_per_token(model: nn.Module) -> float:
@@ -38,6 +52,66 @@ def flops_per_token(model: nn.Module) -> float:
     span = min(cfg.seq_len, cfg.sliding_window or cfg.seq_len)
     # the second term is attention, with both halves of its triangle
     return 6.0 * weights + 12.0 * cfg.n_layer * cfg.n_head * cfg.d_head * span
+
+
+@dataclass
+class Part:
+    """A part of a training step, all micro-steps together, and what it costs."""
+
+    name: str
+    moved: float = 0.0  # bytes read and written in the GPU's memory
+    flops: float = 0.0
+    kind: str = "product"  # as SHARES calls it
+    cpu_s: float = 0.0  # seconds of the CPU, while the GPU has other work
+
+    def seconds(self, rates: tuple[float, float]) -> dict[str, float]:
+        """Return the time of the arithmetic and that of the memory; the longer one counts."""
+        arithmetic = self.flops / (SHARES[self.kind] * rates[0])
+        return {"arithmetic": arithmetic, "memory": self.moved / (SHARES["memory"] * rates[1])}
+
+
+def expected_step(
+    model: nn.Module, optimizer: str, at_once: int, micro_steps: int = 1, recompute: bool = False
+) -> list[Part]:
+    """Return the parts of a dense model's step in bf16, compiled, of micro_steps x at_once tokens.
+
+    A chain of element-wise operations is taken for one kernel. docs/gpu.md explains the counts.
+    """
+    cfg, matrices, in_all = model.cfg, model.param_groups()["muon"], model.num_params()
+    n, C, F, V = at_once * micro_steps, cfg.d_model, cfg.d_ff, cfg.padded_vocab
+    q, k = cfg.n_head * cfg.d_head, cfg.n_kv_head * cfg.d_head  # widths of queries and of keys
+    in_blocks, sides = sum(p.numel() for p in matrices), sum(sum(p.shape) for p in matrices)
+    forward, numbers = 1 + recompute, 2 * cfg.n_layer * n  # numbers: bytes of one a token and layer
+    causal = cfg.n_layer * n * q * cfg.seq_len  # FLOPs of one product, half of its square
+    blocks = (sides * n + in_blocks * micro_steps, in_blocks * n)  # of a product and pass, halves
+    parts = [Part("products of the blocks", *(2 * (2 + forward) * half for half in blocks))]
+    parts.append(
+        Part("product of the head", 6 * (n * (V + C) + V * C * micro_steps), 6 * V * C * n)
+    )
+    parts.append(Part("logits and cross-entropy", 12 * V * n))
+    flash = 2 * numbers * (q + k) * forward, 2 * causal * forward
+    parts.append(Part("attention, forward", *flash, "attention"))
+    flash = 4 * numbers * (q + k), 5 * causal
+    parts.append(Part("attention, backward", *flash, "attention backward"))
+    parts.append(Part("norms and residual", numbers * C * (8 * forward + 12)))
+    parts.append(Part("QK-norm and RoPE", numbers * ((q + k) * (2 * forward + 3) + 2 * k)))
+    parts.append(Part("SwiGLU", numbers * F * (3 * forward + 5)))
+    parts.append(Part("sinks", numbers * q * (2 * forward + 3) * cfg.sinks))
+    parts.append(Part("weights to bf16, gradients added", 24 * in_all * micro_steps))
+    parts.append(Part("gradient norm and clipping", 12 * in_all))
+    if optimizer == "muon":
+        short = [min(p.shape) for p in matrices]
+        flops = sum(20 * p.numel() * m + 10 * m**3 for p, m in zip(matrices, short, strict=True))
+        parts.append(Part("Muon, products", 0, flops))
+        parts.append(Part("Muon, element-wise", 120 * in_blocks + 70 * sum(m * m for m in short)))
+    parts.append(Part("AdamW", 28 * (in_all - in_blocks * (optimizer == "muon"))))
+    parts.append(Part("batches from shards", cpu_s=n / LOADED))
+    parts.append(Part("launches", cpu_s=LAUNCHES * LAUNCH_S * cfg.n_layer * micro_steps))
+    return parts
+
+
+def expected_seconds(parts: list[Part], rates: tuple[float, float]) -> float:
+    return sum(max(part.seconds(rates).values()) for part in parts)
 
 
 def expert_notes(cfg: Any) -> str:
@@ -57,7 +131,7 @@ def activation_bytes(cfg: Any, n_tokens: int, width: int, recompute: bool) -> in
     Per token and layer, eagerly: 4 C (residual stream and norm, twice), 2 (H + K) D (queries and
     keys before and after their norm), (H + 2 K) D (what the attention kernel reads), 2 H D (its
     output) and 4 F (gate, up, silu, product). With recompute C alone, and one layer in full. The
-    last norm adds C; the head's logits are chunked. Counted as in arXiv 2205.05198.
+    last norm adds C; logits come beside. Counted as in arXiv 2205.05198.
     """
     hidden = cfg.d_ff
     if cfg.n_expert:
@@ -94,6 +168,9 @@ def memory_bytes(model: Any, optimizers: list, width: int, loop: Any, world: Wor
     rows_of_rank = round(loop.batch_tokens / width / world.size)
     at_once = width * max(1, min(loop.micro_batch, rows_of_rank))
     activations = activation_bytes(model.cfg, at_once, world.dtype.itemsize, loop.recompute)
+    if world.device.type == "cuda" and loop.compile is not False:  # elsewhere they are chunked
+        logits_and_gradient = 2 * at_once * model.cfg.padded_vocab
+        activations += world.dtype.itemsize * logits_and_gradient
     return states / (world.size if loop.fsdp else 1), activations, at_once
 
 

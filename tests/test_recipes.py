@@ -28,7 +28,7 @@ def load(path: str):
     name = re.sub("^(local|h100|smollm2)_", "", name)
     if name in OTHERS:
         return configurator.load([path], OTHERS[name])
-    if name in ("pretrain", "smoke", "race_tiny", "race_small", "streaming"):
+    if name in ("pretrain", "smoke", "race_tiny", "race_small", "streaming", "gpu_24gb", "gpu_8gb"):
         return configurator.load([path], *PRETRAINING)
     parts = (train.LoopConfig, align.AlignConfig)
     return configurator.load([path], *parts, choose=("mode", align.MODES))
@@ -62,6 +62,12 @@ def test_the_h100_recipes_run_a_step_on_the_cpu_at_reduced_size(tmp_path):
         return [recipe, f"--out_dir={tmp_path}/{stage}", "--eval_rows=2", *small]
 
     assert train.main([*flags("pretrain"), *shape]) == 0
+    for card in ("24gb", "8gb"):
+        recipe = str(ROOT / "config" / f"gpu_{card}.py")
+        assert (
+            train.main([recipe, f"--out_dir={tmp_path}/{card}", "--eval_rows=2", *small, *shape])
+            == 0
+        )
     for stage, start in (("sft", "pretrain"), ("dpo", "sft"), ("verifier", "dpo")):
         few = ["--n_problems=2", "--n_samples=1", "--max_new_tokens=8"]
         few = few if stage == "verifier" else []
