@@ -4,23 +4,28 @@
     python -m bench --nanogpt=PATH --nanochat=PATH --transformers           # beside these peers
     python -m bench --tasks=race --shapes=tiny,small --nanogpt=PATH --text=tinyshakespeare.txt
     python -m bench config/h100_bench.py --nanogpt=PATH     # on a GPU: tokens/s, MFU, memory
+    python -m bench config/h100_bench.py --tasks=profile    # where a step's time goes, by kernels
     python -m bench --tasks=sft,dpo --shapes=smollm2 --model=RUN    # a run of ours, beside TRL
 
 Each system lives in a process of its own, as its users have it, and the processes take turns (A B A
-B ...). The speed of a shared machine moves by tens of percent from minute to minute, so only the
-ratio of neighbours means something: `ratio` is the median over the rounds of (time of the baseline)
-/ (time of the system). Every system has its own optimizer; parameter counts are printed. A system
-that cannot run is left out, with a message. One table per task, and JSON lines in --out.
+B ...); on a GPU, which may not hold two of them, one follows the other. The speed of a shared
+machine moves by tens of percent from minute to minute, so only the ratio of neighbours means
+something: `ratio` is the median over the rounds of (time of the baseline) / (time of the system).
+Every system has its own optimizer; parameter counts are printed. A system that cannot run is left
+out, with a message. Where the GPU is known, what runtime/budget.py expects stands beside it
+(docs/gpu.md). One table per task, and JSON lines in --out.
 
-Tasks: train, generate, tokenize, load, start, race; of a run of ours: sft and dpo (beside TRL),
-sample (answers to problems, beside transformers and llama.cpp), evaluate (sst2 and wikitext-2 of
-data_dir, beside lm_eval). Of their shape only seq_len and batch count: the tokens of a step.
+Tasks: train, profile, generate, tokenize, load, start, race; of a run of ours: sft and dpo (beside
+TRL), sample (answers to problems, beside transformers and llama.cpp), evaluate (sst2 and wikitext-2
+of data_dir, beside lm_eval). Of their shape only seq_len and batch count: the tokens of a step.
 """
 
 import json
 import os
+import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -29,10 +34,10 @@ from subprocess import PIPE, Popen
 
 import torch
 
-from bench.worker import SYSTEMS, model_fields
+from bench.worker import KERNELS, SYSTEMS, group_of, model_fields
 from configurator import UserError, load, require
 from model import GPT, ModelConfig
-from runtime.budget import device_peak_flops, flops_per_token
+from runtime.budget import Part, device_rates, expected_seconds, expected_step, flops_per_token
 from runtime.program import run
 from runtime.run_folder import provenance
 from runtime.world import KEEP_MEMORY
@@ -40,18 +45,18 @@ from runtime.world import KEEP_MEMORY
 HERE = os.path.dirname(os.path.abspath(__file__))
 ALL_LOGITS, TRL_CACHED = "ours with all logits", "TRL with cached reference"
 TASKS = {  # task -> the systems that can do it
-    "train": tuple(SYSTEMS),
-    "generate": tuple(name for name in SYSTEMS if "Muon" not in name),
+    **dict.fromkeys(("train", "profile"), tuple(SYSTEMS)),
+    "generate": tuple(name for name in SYSTEMS if not re.search("Muon|recompute|eager", name)),
     **dict.fromkeys(("tokenize", "load", "start", "race"), ("ours", "nanoGPT")),
     "sft": ("ours", "ours without packing", ALL_LOGITS, "other", "TRL", "TRL with packing"),
     "dpo": ("ours", "ours without cached reference", ALL_LOGITS, "other", "TRL", TRL_CACHED),
     "sample": ("ours", "other", "transformers", "llama.cpp"),
     "evaluate": ("ours", "other", "lm_eval"),
 }
-PROGRAMS = {"train": "worker.py", "generate": "worker.py", "sft": "tuning.py", "dpo": "tuning.py"}
-PROGRAMS |= {"sample": "usage.py", "evaluate": "usage.py"}  # of the others: jobs.py
+PROGRAMS = dict.fromkeys(("train", "profile", "generate"), "worker.py")
+PROGRAMS |= {"sft": "tuning.py", "dpo": "tuning.py", "sample": "usage.py", "evaluate": "usage.py"}
 # What is no time, or a part of one
-NO_RATIO = ("forward_backward", "val_loss", "parameters", "tokens", "new_tokens")
+NO_RATIO = ("forward_backward", "val_loss", "parameters", "tokens", "new_tokens", *KERNELS)
 NO_RATIO += ("accuracy", "bits_per_byte")
 
 
@@ -126,12 +131,13 @@ class Case:
     shape: Shape
     facts: dict[str, dict] = field(default_factory=dict)
     rounds: dict[str, list[dict]] = field(default_factory=dict)
-    peaks: list[float] = field(default_factory=list)  # FLOP/s of a matmul beside every round
+    peaks: dict[str, list[float]] = field(default_factory=dict)  # FLOP/s of a matmul at each round
 
 
 def answers(cfg: BenchConfig, case: Case, system: str) -> Iterator[dict | float]:
     """Yield the facts of a system, its rounds and its megabytes, from a process; see worker.py."""
-    request = {**asdict(cfg), **asdict(case), "system": system}
+    what = {"shape_name": case.shape_name, "shape": asdict(case.shape)}
+    request = {**asdict(cfg), **what, "task": case.task, "system": system}
     program = PROGRAMS.get(case.task, "jobs.py")
     command = [sys.executable, "-P", os.path.join(HERE, program), json.dumps(request)]
     checkout = cfg.other if system == "other" else os.path.dirname(HERE)
@@ -158,27 +164,28 @@ def systems_for(cfg: BenchConfig, task: str) -> list[str]:
     unknown = ", ".join(name for name in cfg.systems if name not in there)
     if unknown:
         raise UserError(f"no system {unknown} for {task} here; there are {', '.join(there)}")
-    return list(cfg.systems) or there
+    return list(cfg.systems) or [name for name in there if not re.search("recompute|eager", name)]
 
 
 def take_turns(cfg: BenchConfig, case: Case) -> None:
-    workers = {}
-    for system in systems_for(cfg, case.task):
-        worker = answers(cfg, case, system)
-        try:
-            case.facts[system], workers[system] = next(worker), worker
-        except UserError as error:
-            print(f"left out: {error}", flush=True)
-    if not workers:
-        raise UserError(f"no system could do {case.task} at {case.shape_name}: see above")
-    case.rounds = {system: [] for system in workers}
-    for _ in range(cfg.rounds):
+    systems = systems_for(cfg, case.task)
+    for group in [[system] for system in systems] if cfg.device == "cuda" else [systems]:
+        workers = {}
+        for system in group:
+            worker = answers(cfg, case, system)
+            try:
+                case.facts[system], workers[system] = next(worker), worker
+            except UserError as error:
+                print(f"left out: {error}", flush=True)
+        for _ in range(cfg.rounds if workers else 0):
+            peak = matmul_peak(cfg) if case.task == "train" else None
+            for system, worker in workers.items():
+                case.rounds.setdefault(system, []).append(next(worker))
+                case.peaks.setdefault(system, []).append(peak)
         for system, worker in workers.items():
-            case.rounds[system].append(next(worker))
-        if case.task == "train":
-            case.peaks.append(matmul_peak(cfg))
-    for system, worker in workers.items():
-        case.facts[system]["peak_mb"] = next(worker)
+            case.facts[system]["peak_mb"] = next(worker)
+    if not case.rounds:
+        raise UserError(f"no system could do {case.task} at {case.shape_name}: see above")
 
 
 def matmul_peak(cfg: BenchConfig) -> float:
@@ -225,22 +232,43 @@ def summarize(cfg: BenchConfig, case: Case) -> list[dict]:
                 row[f"ratio{end}"] = median(ratios)
                 row[f"range{end}"] = f"{min(ratios):.2f}-{max(ratios):.2f}"
         if case.task == "train" and "MoE" not in system:
-            row |= shares_of_peak(cfg, case, [measured["step"] for measured in rounds])
+            row |= shares_of_peak(cfg, case, system, [measured["step"] for measured in rounds])
         row["peak_mb"] = row.pop("peak_mb")  # the last column
         rows.append(row)
+        if case.task == "profile" and (parts := expected_parts(cfg, case, system)):
+            ms = Counter()
+            for part in parts:
+                ms[group_of(part.name)] += 1e3 * expected_seconds([part], device_rates())
+            rows.append({"system": f"{system}, expected", **ms})
     return rows
 
 
-def shares_of_peak(cfg: BenchConfig, case: Case, seconds: list[float]) -> dict:
+def shares_of_peak(cfg: BenchConfig, case: Case, system: str, seconds: list[float]) -> dict:
     """Return the dense model's FLOP/s as shares of the matmul's, and of the data sheet's."""
-    with torch.device("meta"):  # nothing is allocated
-        model = GPT(ModelConfig(**model_fields(case.shape)))
-    flops = flops_per_token(model) * case.shape.batch * case.shape.seq_len
-    shares = [flops / step / peak for step, peak in zip(seconds, case.peaks, strict=True)]
-    row = {"of_matmul_peak": median(shares)}
-    if cfg.device == "cuda" and device_peak_flops():
-        row["mfu"] = flops / median(seconds) / device_peak_flops()
+    flops = flops_per_token(dense_model(case, system)) * case.shape.batch * case.shape.seq_len
+    shares = [flops / step / peak for step, peak in zip(seconds, case.peaks[system], strict=True)]
+    row, rates = {"of_matmul_peak": median(shares)}, device_rates()
+    if cfg.device == "cuda" and rates:
+        row |= {"mfu": flops / median(seconds) / rates[0], "step_ms": 1e3 * median(seconds)}
+        if parts := expected_parts(cfg, case, system):
+            expected = expected_seconds(parts, rates)
+            row |= {"expected_mfu": flops / expected / rates[0], "expected_ms": 1e3 * expected}
     return row
+
+
+def dense_model(case: Case, system: str) -> GPT:
+    with torch.device("meta"):  # nothing is allocated
+        return GPT(ModelConfig(**model_fields(case.shape), sinks="without sinks" not in system))
+
+
+def expected_parts(cfg: BenchConfig, case: Case, system: str) -> list[Part]:
+    """Return the parts of a step of a dense system of ours, compiled in bf16; of others none."""
+    ours = system.startswith("ours") and not re.search("MoE|eager", system)
+    if not ours or not cfg.compile or cfg.dtype != "bfloat16" or not device_rates():
+        return []
+    at_once = case.shape.batch * case.shape.seq_len
+    how = ("muon" if "Muon" in system else "adamw", at_once, 1, "recompute" in system)
+    return expected_step(dense_model(case, system), *how)
 
 
 def in_columns(rows: list[dict]) -> str:

@@ -4,15 +4,22 @@ Its numbers are no test: docs/log.md.
 """
 
 import json
+import signal
 from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT, fails
 
+import configurator
 from bench import __main__ as bench
+from bench import gpu
 from bench.jobs import Race
+from bench.worker import KERNELS, group_of
+from configurator import UserError
+from corpus import folders
 from model import GPT, ModelConfig
+from runtime import budget
 
 FLAGS = ["--rounds=2", "--threads=1", "--new_tokens=4"]
 
@@ -25,8 +32,15 @@ def rows_of(tmp_path, *flags: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    flags = ("--shapes=tiny", "--tasks=train,generate,load", "--systems=ours")
+    flags = ("--shapes=tiny", "--tasks=train,generate,load,profile", "--systems=ours")
     return rows_of(tmp_path_factory.mktemp("bench"), *flags)
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    """A small toy world."""
+    folders.make_toy(folders.ToySizes(stories=200, problems=20, test=5), str(tmp_path / "data"))
+    return tmp_path / "data"
 
 
 @pytest.fixture
@@ -42,7 +56,7 @@ def test_every_row_says_what_was_measured(rows):
 
     The ratio of the only system to itself is 1.
     """
-    assert [row["task"] for row in rows] == ["train", "generate", "load"]
+    assert [row["task"] for row in rows] == ["train", "generate", "load", "profile"]
     keys = {"system", "shape", "commit", "torch", "device", "settings", "peak_mb"}
     assert all(keys <= set(row) for row in rows)
     assert rows[0]["ratio_step"] == rows[1]["ratio_batch_8"] == rows[2]["ratio"] == 1
@@ -53,12 +67,24 @@ def test_speeds_follow_from_each_other(rows):
 
     The parameters are the model's.
     """
-    train, generate, _ = rows
+    train, generate, *_ = rows
     assert 0 < train["step_tok_s"] < train["forward_backward_tok_s"]
     assert 0 < train["of_matmul_peak"] < 1.5
     assert generate["batch_1_tok_s"] < generate["batch_8_tok_s"]
     model = GPT(ModelConfig(vocab_size=65, n_layer=4, d_model=128, n_head=4))
     assert train["parameters"] == model.num_params()
+
+
+def test_a_profile_finds_the_kernels_of_a_step(rows):
+    """Products, attention both ways and the optimizer are known by their names on the CPU too."""
+    profile = rows[3]
+    assert all(profile[group] > 0 for group in KERNELS)
+    names = {
+        "void flash_bwd_dq_kernel": "attention, backward",
+        "triton_red_fused_1": "element-wise",
+    }
+    names |= {"flash_fwd_kernel": "attention, forward", "nvjet_tst_128x256": "products"}
+    assert {name: group_of(name) for name in names} == names
 
 
 def test_medians_and_ratios_are_taken_round_by_round():
@@ -70,6 +96,128 @@ def test_medians_and_ratios_are_taken_round_by_round():
     ours, peer = bench.summarize(bench.BenchConfig(tasks=("load",)), case)
     assert (ours["batch"], ours["ratio"], ours["range"]) == (2.0, 2.0, "1.50-2.00")
     assert peer["ratio"] == 1
+
+
+def on_an_h100(monkeypatch, task: str, systems: list[str]) -> tuple:
+    """Return settings and a case of the GPU recipe in which every system took 0.2 s a step."""
+    monkeypatch.setattr(bench, "device_rates", lambda: budget.CARDS["H100"])
+    cfg = configurator.load([str(ROOT / "config" / "h100_bench.py")], bench.BenchConfig)
+    case = bench.Case(task, "h100_recipe", bench.SHAPES["h100_recipe"])
+    case.rounds = {name: [{"step": 0.2, "forward_backward": 0.1}] * 2 for name in systems}
+    case.facts = {name: {"peak_mb": 1.0} for name in systems}
+    case.peaks = dict.fromkeys(systems, [989e12 / 2] * 2)
+    return cfg, case
+
+
+def test_the_expected_time_stands_beside_the_measured_one(monkeypatch):
+    """On a known card, for a compiled dense model of ours; a peer's and an eager step have none."""
+    systems = ["ours", "ours with Muon", "ours without sinks", "ours with recompute"]
+    without = ["ours eager", "nanoGPT"]
+    rows = bench.summarize(*on_an_h100(monkeypatch, "train", systems + without))
+    assert all(row["step_ms"] == 200 and row["mfu"] < 1 for row in rows)
+    assert [row["system"] for row in rows if "expected_ms" in row] == systems
+    for row in rows[:4]:
+        both = row["mfu"] * row["step_ms"], row["expected_mfu"] * row["expected_ms"]
+        assert both[0] == pytest.approx(both[1])
+    assert row["of_matmul_peak"] == pytest.approx(2 * row["mfu"])
+    ours, muon, no_sinks, recompute = (row["expected_ms"] for row in rows[:4])
+    assert no_sinks < ours < muon < recompute
+
+
+def test_a_profile_has_the_expected_groups_below(monkeypatch):
+    """Together they are the expected step; the rows of a table need no common keys."""
+    cfg, case = on_an_h100(monkeypatch, "profile", ["ours with Muon", "nanoGPT"])
+    case.rounds = {name: [dict.fromkeys(KERNELS, 7.0)] for name in case.rounds}
+    measured, expected, peer = bench.summarize(cfg, case)
+    assert measured["products"] == 7 and peer["system"] == "nanoGPT"
+    assert expected["system"] == "ours with Muon, expected"
+    parts = bench.expected_parts(cfg, case, "ours with Muon")
+    in_all = 1e3 * budget.expected_seconds(parts, budget.CARDS["H100"])
+    assert sum(expected[group] for group in KERNELS) == pytest.approx(in_all)
+    assert "products" in bench.in_columns([measured, expected, peer])
+
+
+@pytest.mark.parametrize("device, at_once", [("cpu", 3), ("cuda", 1)])
+def test_a_gpu_holds_one_system_at_a_time(monkeypatch, device, at_once):
+    """On the CPU they take turns, so all are alive; a GPU's memory is for one of them."""
+    alive, most = set(), []
+
+    def answers(cfg, case, system):
+        alive.add(system)
+        most.append(len(alive))
+        if system == "ours eager":
+            alive.remove(system)
+            raise UserError("ours eager: out of memory")
+        yield {}
+        for _ in range(cfg.rounds):
+            yield {"step": 1.0, "forward_backward": 0.5}
+        alive.remove(system)
+        yield 1.0
+
+    monkeypatch.setattr(bench, "answers", answers)
+    monkeypatch.setattr(bench, "matmul_peak", lambda cfg: 1.0)
+    systems = ("ours", "ours eager", "ours without sinks", "ours with Muon")
+    cfg = bench.BenchConfig(device=device, systems=systems, rounds=2)
+    case = bench.Case("train", "tiny", bench.SHAPES["tiny"])
+    bench.take_turns(cfg, case)
+    assert max(most) == at_once and not alive
+    assert {name: len(rounds) for name, rounds in case.rounds.items()} == {
+        name: 2 for name in systems if name != "ours eager"
+    }
+    assert case.peaks["ours with Muon"] == [1.0, 1.0]
+
+
+def test_what_takes_long_is_measured_where_it_is_named():
+    """A plain run does not take recompute and eager steps beside the same system's."""
+    cfg = bench.BenchConfig()
+    long = ("ours with recompute", "ours eager")
+    assert not {*bench.systems_for(cfg, "train")} & {*long}
+    cfg.systems = long
+    assert bench.systems_for(cfg, "train") == [*long]
+
+
+def test_the_first_minutes_on_a_card_run_on_the_cpu(tmp_path, data_dir):
+    """Every part is written down when it ends, a failed one too, and the next one begins.
+
+    Started again, a part alone is made again and the others stay.
+    """
+    out = tmp_path / "gpu.json"
+    flags = ["--device=cpu", f"--out={out}", f"--data_dir={data_dir}", "--seconds=1200"]
+    parts = "--parts=table of nanoGPT,train,profile,table of ours"
+    assert gpu.main([*flags, parts]) == 1
+    result = json.loads(out.read_text())
+    codes = {part: row["exit_code"] for part, row in result.items() if isinstance(row, dict)}
+    assert codes == {"train": 0, "profile": 0, "table of nanoGPT": 2, "table of ours": 0}
+    assert "no system nanoGPT" in " ".join(result["table of nanoGPT"]["last_lines"])
+    losses = [row["loss"] for row in result["train"]["rows"] if "loss" in row]
+    assert len(losses) == 3 and result["profile"]["rows"][0]["products"] > 0
+    tables = [row["step_tok_s"] for row in result["table of ours"]["rows"]]
+    assert len(tables) == 2 and result["torch"]
+    assert gpu.main([*flags, "--parts=table of nanoGPT"]) == 1
+    assert json.loads(out.read_text())["train"] == result["train"]
+
+
+def test_a_part_has_the_recipes_data_where_it_is(tmp_path):
+    """The flags of a part are keys of its program; an unknown part is an error in words."""
+    cfg = gpu.GpuConfig(data_dir=str(tmp_path))
+    assert "--data=toy" in gpu.programs(cfg, tmp_path)["train"]
+    for name in ("wikitext-103", "tinystories"):
+        (tmp_path / name).mkdir()
+    parts = gpu.programs(cfg, tmp_path)
+    assert "--data=toy" not in parts["train"] and next(iter(parts)) == "tests"
+    for part in (part for part in parts if part not in ("tests", "train")):
+        settings = configurator.load(parts[part][2:], bench.BenchConfig)
+        assert settings.device == "cuda" and settings.compile
+        assert settings.shapes == ("h100_recipe",) and settings.systems
+    flags = [f"--out={tmp_path}/gpu.json", "--parts=tabel"]
+    fails(lambda: gpu.main(flags), "tabel", "table of ours")
+
+
+def test_a_part_that_does_not_end_is_ended(tmp_path):
+    """By SIGTERM first, so that training saves; what it printed before is kept."""
+    code = "import time; print('begun', flush=True); time.sleep(100)"
+    result = gpu.perform(["-S", "-c", code], 3, tmp_path / "part")
+    assert result["exit_code"] == -signal.SIGTERM and result["last_lines"] == ["begun"]
 
 
 def test_tokenizing_counts_the_bytes_of_the_text(tmp_path, text):
