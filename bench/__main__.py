@@ -200,10 +200,7 @@ def matmul_peak(cfg: BenchConfig) -> float:
 
 
 def summarize(cfg: BenchConfig, case: Case) -> list[dict]:
-    """Return a row per system: medians, their ratio to the baseline, and what follows from them.
-
-    The time of a known amount is shown as a speed.
-    """
+    """Return a row per system: medians, their ratio to the baseline, and what follows from them."""
     peers = [system for system in case.rounds if not system.startswith("ours")]
     baseline = case.rounds.get(cfg.baseline or [*peers, *case.rounds][0])
     n_tokens = dict.fromkeys(("step", "forward_backward"), case.shape.batch * case.shape.seq_len)
@@ -214,16 +211,7 @@ def summarize(cfg: BenchConfig, case: Case) -> list[dict]:
         row |= case.facts[system]
         for key in rounds[0]:
             values = [measured[key] for measured in rounds]
-            if key in n_tokens:
-                row[f"{key}_tok_s"] = n_tokens[key] / median(values)
-            elif key == "tokenize":
-                row["mb_s"] = row["megabytes"] / median(values)
-            elif key == "token":
-                row["tok_s"] = 1 / median(values)
-                if "supervised" in row:
-                    row["supervised_tok_s"] = row["supervised"] / median(values)
-            else:
-                row[key] = median(values)
+            row |= in_speeds(key, median(values), row, n_tokens)
             if key in ("seconds", "val_loss"):
                 row[f"{key}_of_each"] = values
             if baseline and key not in NO_RATIO:
@@ -241,6 +229,18 @@ def summarize(cfg: BenchConfig, case: Case) -> list[dict]:
                 ms[group_of(part.name)] += 1e3 * expected_seconds([part], device_rates())
             rows.append({"system": f"{system}, expected", **ms})
     return rows
+
+
+def in_speeds(key: str, value: float, row: dict, n_tokens: dict[str, int]) -> dict[str, float]:
+    """Return a measured value as it is shown: the time of a known amount as a speed."""
+    if key in n_tokens:
+        return {f"{key}_tok_s": n_tokens[key] / value}
+    if key == "tokenize":
+        return {"mb_s": row["megabytes"] / value}
+    if key == "token":
+        share = {"supervised_tok_s": row["supervised"] / value} if "supervised" in row else {}
+        return {"tok_s": 1 / value} | share
+    return {key: value}
 
 
 def shares_of_peak(cfg: BenchConfig, case: Case, system: str, seconds: list[float]) -> dict:
