@@ -63,6 +63,7 @@ def llama_writer(start: Start, prompts: list[Ids]) -> Callable:
     def write(n: int, seed: int) -> list[Ids]:
         ids = []
         model.set_seed(seed)
+        model.reset()  # else it would keep the prompt of the round before
         for token in model.generate(prompts[0], temp=1.0, top_k=0, top_p=1.0, min_p=0.0):
             ids.append(token)
             if len(ids) == n or token in start.tokenizer.stops:

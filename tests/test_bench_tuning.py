@@ -5,6 +5,7 @@ Its numbers are no test: docs/log.md.
 
 import importlib.util
 import json
+import sys
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -99,6 +100,34 @@ def test_a_new_token_counts_up_to_the_end_of_its_row(run):
     job = usage.sample(cfg)
     assert next(job)["prompts"] == 5
     assert 5 <= next(job)["new_tokens"] <= 30
+
+
+def test_llama_cpp_writes_one_row_afresh(run, monkeypatch):
+    """A stand-in for the library: prompt, seed, temperature 1 and the end of a row reach it."""
+    calls = []
+
+    class Llama:
+        def __init__(self, path, **keys):
+            calls.append((path, keys["n_ctx"] > 8))
+
+        def set_seed(self, seed):
+            calls.append(seed)
+
+        def reset(self):
+            calls.append("reset")
+
+        def generate(self, prompt, **keys):
+            assert prompt and keys == {"temp": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+            yield from (5, 6, WORDS.stops[0], 7)
+
+    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=Llama))
+    cfg = settings(run, "sample", "llama.cpp", new_tokens=8, gguf="x.gguf")
+    cfg.shape.batch = 1
+    job = usage.sample(cfg)
+    assert next(job)["prompts"] == 1 and next(job)["new_tokens"] == 3
+    assert calls == [("x.gguf", True), 0, "reset", 1, "reset"]
+    cfg.shape.batch = 2
+    fails(lambda: next(usage.sample(cfg)), "one row", "--batches=1")
 
 
 def test_the_evaluation_asks_both_tasks(run, data):
