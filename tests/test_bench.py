@@ -176,6 +176,7 @@ def test_what_takes_long_is_measured_where_it_is_named():
     assert bench.systems_for(cfg, "train") == [*long]
 
 
+@pytest.mark.slow
 def test_the_first_minutes_on_a_card_run_on_the_cpu(tmp_path, data_dir):
     """Every part is written down when it ends, a failed one too, and the next one begins.
 
