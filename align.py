@@ -29,7 +29,7 @@ from runtime.files import digest, read_jsonl, read_log, write_atomic, write_json
 from runtime.program import run
 from runtime.run_folder import PREEMPTED, is_done
 from runtime.world import World
-from train import LoopConfig, make_optimizers, train
+from train import LoopConfig, is_compiled, make_optimizers, train
 
 
 @dataclass
@@ -215,6 +215,7 @@ class DPO:
         self.prompts = [pair.prompt for pair in pairs]  # of val
         longest = max(pair.longest - 1 for kept in self.pairs.values() for pair in kept)
         self.width = min(space, -(-longest // 64) * 64)
+        self.one_shape = is_compiled(loop, setup.world)
         self.tokens_per_row = 2 * self.width
         self.n_val_rows = len(kept)
         log(f"dpo: {chat.describe_pairs(self.pairs['train'])}")
@@ -265,7 +266,8 @@ class DPO:
     def tensors(self, split: str, numbers: list | range) -> dict[str, Tensor]:
         """Return idx and targets (2B, T) of pairs, chosen answers first; lengths (2, B)."""
         pairs = [self.pairs[split][number] for number in numbers]
-        return chat.pair_rows(pairs, self.width, self.pad)
+        longest = max(pair.longest for pair in pairs) - 1
+        return chat.pair_rows(pairs, self.width if self.one_shape else longest, self.pad)
 
     def batch(self, split: str, first: int, last: int) -> dict[str, Tensor]:
         numbers = list(range(first, last))

@@ -133,7 +133,7 @@ def train(loop: LoopConfig, task: Task, model: GPT, world: World, parts: tuple) 
     with RunFolder(loop, task, world, parts) as run:
         plan = Plan(loop, task, world)
         model.recompute = loop.recompute
-        compiled = world.device.type == "cuda" if loop.compile is None else loop.compile
+        compiled = is_compiled(loop, world)
         step_module = TrainStep(model, task)
         module = distribute(step_module, world, compiled, loop.fsdp)
         optimizers = make_optimizers(model, loop)
@@ -166,6 +166,10 @@ def train(loop: LoopConfig, task: Task, model: GPT, world: World, parts: tuple) 
                 optimizer.zero_grad(set_to_none=True)
             run.log(step, sums, units, norm, lr_share)
         return run.finish(step, preempted=stopping)
+
+
+def is_compiled(loop: LoopConfig, world: World) -> bool:
+    return world.device.type == "cuda" if loop.compile is None else loop.compile
 
 
 class Plan:

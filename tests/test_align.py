@@ -184,6 +184,21 @@ def test_a_pair_as_literal_arrays(tmp_path):
     assert batch["reference"].shape == (2, 1) and task.units(batch) == 1
 
 
+def test_pairs_are_padded_to_the_longest_beside_them_unless_compiled(tmp_path):
+    """Compiled code wants one shape; else padding is only work. Losses are the same."""
+    model, found = tiny(), []
+    for compiled in (False, True):
+        task = build(config(tmp_path, "dpo", compile=compiled), model)
+        batches = [task.batch("val", i, i + 2) for i in range(0, 8, 2)]
+        found.append([task.loss(model, batch)[0].item() for batch in batches])
+        widths = [batch["idx"].size(1) for batch in batches]
+        longest = [
+            max(pair.longest - 1 for pair in task.pairs["val"][i : i + 2]) for i in (0, 2, 4, 6)
+        ]
+        assert widths == ([task.width] * 4 if compiled else longest) and len(set(longest)) > 1
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
 QUESTION = (USER, 113, END, ASSISTANT)  # "q"
 
 
