@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 
 def row_chunks(n_rows: int, n_columns: int, device: torch.device) -> int:
@@ -21,11 +20,31 @@ def row_chunks(n_rows: int, n_columns: int, device: torch.device) -> int:
 def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> Tensor:
     """Return the summed cross-entropy of x (..., C) @ weight.T (V, C) over targets (...) >= 0."""
     x, targets, supervised = supervised_rows(x, targets)
-    if x.is_cuda and torch.compiler.is_compiling():  # one graph, whose parts Inductor fuses
-        logits = (x @ weight.to(x.dtype).T)[:, :n_vocab].float()
-        targets = targets.where(supervised, -1)
-        return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+    if is_fused(x):
+        return plain_nll(x, weight, targets.where(supervised, -1), n_vocab).sum()
     return LinearCrossEntropy.apply(x, weight, targets, n_vocab)
+
+
+def logprobs(x: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> Tensor:
+    """Return log p(target) of x (..., C) and targets (...), 0 where a target is below 0: (...)."""
+    rows, target, supervised = supervised_rows(x, targets)
+    if is_fused(x):
+        return -plain_nll(rows, weight, target.where(supervised, -1), n_vocab).view(targets.shape)
+    logp = LinearLogprobs.apply(rows, weight, target.clamp(min=0), n_vocab)
+    if torch.compiler.is_compiling():
+        return (logp * supervised).view(targets.shape)
+    return logp.new_zeros(targets.numel()).masked_scatter(supervised, logp).view(targets.shape)
+
+
+def is_fused(x: Tensor) -> bool:
+    """Say whether Inductor makes few kernels of the plain form; a loop it would unroll."""
+    return x.is_cuda and torch.compiler.is_compiling()
+
+
+def plain_nll(x: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> Tensor:
+    """Return -log p(target) of x (N, C) and targets (N,), 0 where a target is -1: (N,)."""
+    logits = (x @ weight.to(x.dtype).T)[:, :n_vocab].float()
+    return F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
 
 
 def supervised_rows(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,10 +82,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 softmax = logits.mul_(share / total)
                 dlogits = softmax.scatter_add_(1, target, -share).to(x.dtype)  # less 1 at target
                 dx[rows] = dlogits @ w
-                if dw.dtype == x.dtype:
-                    dw.addmm_(dlogits.T, x[rows])
-                else:
-                    dw += dlogits.T @ x[rows]
+                add_product(dw, dlogits, x[rows])
         ctx.save_for_backward(dx, dw)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -78,28 +94,44 @@ class LinearCrossEntropy(torch.autograd.Function):
         return dx * dloss.to(dx.dtype), dw, None, None
 
 
-def logprobs(x: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> Tensor:
-    """Return log p(target) of x (..., C) and targets (...), 0 where a target is below 0: (...).
+class LinearLogprobs(torch.autograd.Function):
+    """Log p(target) of each row; the backward pass makes each chunk's logits again."""
 
-    The backward pass makes each chunk's logits again, and holds their exponentials and a gradient.
-    """
-    rows, target, supervised = supervised_rows(x, targets)
-    n = row_chunks(len(rows), 2 * weight.size(0), x.device)
-    parts = []
-    for h, t in zip(rows.split(n), target.clamp(min=0).split(n), strict=True):
-        parts.append(checkpoint(chunk_logprobs, h, weight, t, n_vocab, use_reentrant=False))
-    logp = torch.cat(parts)
-    if torch.compiler.is_compiling():
-        return (logp * supervised).view(targets.shape)
-    return logp.new_zeros(targets.numel()).masked_scatter(supervised, logp).view(targets.shape)
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> Tensor:
+        w, precise = weight.to(x.dtype), torch.promote_types(x.dtype, torch.float32)
+        logp, lse = torch.empty(2, len(x), 1, device=x.device, dtype=precise)
+        n = row_chunks(len(x), w.size(0), x.device)
+        for start in range(0, len(x), n):
+            rows = slice(start, start + n)
+            logits = (x[rows] @ w.T).to(precise)[:, :n_vocab]
+            top, chosen = logits.amax(-1, keepdim=True), logits.gather(1, targets[rows, None])
+            lse[rows] = logits.sub_(top).exp_().sum(-1, keepdim=True).log() + top
+            logp[rows] = chosen - lse[rows]
+        ctx.save_for_backward(x, w, targets, lse)
+        ctx.n_vocab, ctx.weight_dtype = n_vocab, weight.dtype
+        return logp.squeeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, dlogp: Tensor) -> tuple:
+        x, w, targets, lse = ctx.saved_tensors
+        dx, dw = torch.empty_like(x), torch.zeros_like(w, dtype=lse.dtype)
+        n = row_chunks(len(x), w.size(0), x.device)
+        for start in range(0, len(x), n):
+            rows = slice(start, start + n)
+            d = dlogp[rows, None]
+            logits = (x[rows] @ w.T).to(lse.dtype)
+            dlogits = logits.sub_(lse[rows]).exp_().mul_(-d)
+            dlogits[:, ctx.n_vocab :] = 0
+            dlogits = dlogits.scatter_add_(1, targets[rows, None], d).to(x.dtype)
+            dx[rows] = dlogits @ w
+            add_product(dw, dlogits, x[rows])
+        return dx, dw.to(ctx.weight_dtype), None, None
 
 
-def chunk_logprobs(x: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> Tensor:
-    logits = (x @ weight.to(x.dtype).T)[:, :n_vocab]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    chosen = logits.gather(1, targets.unsqueeze(1))
-    if torch.compiler.is_compiling():
-        return (chosen - logits.logsumexp(-1, keepdim=True)).squeeze(1)
-    top = logits.detach().amax(-1, keepdim=True)  # it cancels out, and so does its gradient
-    total = logits.sub_(top).exp_().sum(-1, keepdim=True)
-    return (chosen - top - total.log()).squeeze(1)
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a.T @ b to a sum whose precision may be higher."""
+    if total.dtype == a.dtype:
+        total.addmm_(a.T, b)
+    else:
+        total += a.T @ b

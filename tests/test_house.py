@@ -35,7 +35,7 @@ TOP = {
 }
 BUDGETS = {"model.py": 380, "train.py": 380, "align.py": 460, "data.py": 300, "eval.py": 200}
 BUDGETS |= {"configurator.py": 210}
-LARGEST, ALL = 330, 11700
+LARGEST, ALL = 330, 11750
 
 # Who may import whom; a folder may import itself, everyone but fast may import configurator
 ARROWS = {
