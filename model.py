@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import fast
 from configurator import UserError, require
 from fast import cpu, loss
-from fast.attention import Mask, block_mask, kernel_for
+from fast.attention import Mask, fused_mask, kernel_for
 
 Maybe = Tensor | None
 
@@ -144,8 +144,8 @@ def training_mask(docs: Maybe, window: int | None, T: int, device: torch.device)
         return ok if docs is None else ok & (docs[b, q] == docs[b, k])
 
     B = 1 if docs is None else docs.size(0)
-    if fast.ENABLED and device.type == "cuda":
-        return block_mask(allowed, B, T, device)
+    if mask := fused_mask(allowed, docs, window, (B, T), device):
+        return mask
     b, t = torch.arange(B, device=device), torch.arange(T, device=device)
     ok = allowed(b.view(B, 1, 1, 1), 0, t.view(1, 1, T, 1), t.view(1, 1, 1, T))
     return Mask(bias=torch.zeros(B, 1, T, T, device=device).masked_fill(~ok, -math.inf))

@@ -2,6 +2,7 @@
 
     device  sinks  mask                                      kernel
     any     any    blocks                                    flex: skips the blocks that are masked
+    cpu     any    lengths                                   by_document: leaves out what is masked
     cpu     no     one query, in 16 bits                     one_query
     cuda    any    one query and a bias, in 16 bits          one_query
     any     no     causal, bias or none                      dense: torch's fused attention
@@ -33,6 +34,7 @@ from torch.nn.attention.flex_attention import (
 import fast
 
 aten = torch.ops.aten
+LONG = 512  # tokens of a row from which documents one by one are faster than all under a mask
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Mask:
     causal: bool = False  # the last query stands at the last key and sees all, others less
     bias: Tensor | None = None  # (B or 1, 1, T, S): 0 where a query sees a key, -inf elsewhere
     blocks: BlockMask | None = None  # the same for FlexAttention
+    lengths: list[int] | None = None  # of documents side by side that fill all rows; each causal
 
 
 def kernel_for(q: Tensor, k: Tensor, sinks: Tensor | None, mask: Mask) -> Callable | None:
@@ -50,6 +53,8 @@ def kernel_for(q: Tensor, k: Tensor, sinks: Tensor | None, mask: Mask) -> Callab
         return None
     if mask.blocks is not None:
         return flex
+    if mask.lengths is not None:
+        return by_document
     on_cpu, in_16_bits = q.device.type == "cpu", q.dtype in (torch.bfloat16, torch.float16)
     unfused = sinks is None if on_cpu else q.is_cuda and mask.bias is not None
     if in_16_bits and q.size(2) == 1 and unfused:
@@ -109,8 +114,31 @@ def flex(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, mask: Mask) -> T
     return o if sinks is None else o * sink_gate(aux.lse, sinks).to(o.dtype)
 
 
-def block_mask(allowed: Callable, batch: int, T: int, device: torch.device) -> Mask:
-    return Mask(blocks=create_block_mask(allowed, batch, None, T, T, device=device))
+def fused_mask(
+    allowed: Callable, docs: Tensor | None, window: int | None, shape: tuple, device: torch.device
+) -> Mask | None:
+    """Return the mask of a kernel that leaves out what is masked, None where no kernel does.
+
+    allowed(b, h, q, k) says what a query sees; docs (B, T) are numbers of documents side by side.
+    """
+    B, T = shape
+    if fast.ENABLED and device.type == "cuda":
+        return Mask(blocks=create_block_mask(allowed, B, None, T, T, device=device))
+    pays = fast.ENABLED and T >= LONG and not torch.compiler.is_compiling()
+    if docs is None or window is not None or device.type != "cpu" or not pays:
+        return None
+    number = docs + (T + 1) * torch.arange(B).unsqueeze(1)  # rows have none in common
+    return Mask(lengths=number.flatten().unique_consecutive(return_counts=True)[1].tolist())
+
+
+def by_document(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, mask: Mask) -> Tensor:
+    """Attention of one document after the other: q (B, H, T, D), k and v (B, K, T, D)."""
+    B, T = q.size(0), q.size(2)
+    attend = dense if sinks is None else flash_sinks
+    flat = (x.transpose(1, 2).flatten(0, 1).transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    documents = zip(*(x.split(mask.lengths, dim=2) for x in flat), strict=True)  # (1, H, n, D)
+    parts = [attend(*own, sinks, Mask(causal=True)).transpose(1, 2) for own in documents]
+    return torch.cat(parts, dim=1).unflatten(1, (B, T)).squeeze(0).transpose(1, 2)
 
 
 def sink_gate(lse: Tensor, sinks: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import fast
 from configurator import UserError
+from fast import attention as attention_kernels
 from fast import loss
 from fast.attention import Mask, dense, kernel_for, one_query
 from fast.cpu import FusedRMSNorm, linear
@@ -362,6 +363,24 @@ def test_every_fast_path_equals_the_reference_in_value_and_gradient(
     close(ours, slow.to(dtype), tol)
     for a, b in zip(grads(ours, inputs), grads(slow.to(dtype), inputs), strict=False):
         close(a, b, tol)
+
+
+@pytest.mark.parametrize("sinks", [True, False], ids=["sinks", "no_sinks"])
+def test_documents_one_by_one_are_documents_under_a_mask(monkeypatch, sinks):
+    """Long rows on a CPU: value and gradient, grouped heads, padding, a whole row of one document.
+
+    Documents of the same number in neighbouring rows are not one.
+    """
+    docs = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2], [2, 2, 3, 3, 3, -1, -1, -1], [0] * 8])
+    model, found = tiny(n_kv_head=2, sinks=sinks), []
+    for least in (4, 100):
+        monkeypatch.setattr(attention_kernels, "LONG", least)
+        mask = training_mask(docs, None, 8, CPU)
+        assert (mask.lengths == [3, 4, 1, 2, 3, 3, 8]) == (least == 4)
+        loss = model.nll(model.hidden(ids(3, 8), docs), ids(3, 8, seed=9))
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for one_by_one, masked in zip(*found, strict=True):
+        close(one_by_one, masked, 1e-9)
 
 
 def test_a_sink_at_minus_infinity_is_no_sink():
