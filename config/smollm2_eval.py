@@ -2,6 +2,9 @@
 
     python eval.py config/smollm2_eval.py --no_overwrite                  # all of it
     python eval.py config/smollm2_eval.py --stages=base --tasks=sst2      # or part by part
+    python eval.py config/smollm2_eval.py --tasks=problems,rerank --calculator --no_overwrite
+    python eval.py config/smollm2_eval.py --tasks=streaming --streaming=novels-smollm2 \
+        --stream_slots=512 --n_streams=4 --stages=base --no_overwrite     # 41 minutes
 
 WikiText-2, SST-2, DialogSum, GSM8K, and the HH-RLHF pairs that DPO did not see. bfloat16 is three
 times as fast here as float32, on a CPU that has it.

@@ -2,7 +2,9 @@
 
     python align.py config/smollm2_verifier.py
 
-400 problems that SFT never saw, four samples each.
+400 problems that SFT never saw, four samples each, with the calculator: 3.6 % right. AUC on samples of
+300 test problems 0.823 [0.781, 0.862], that of the likelihood 0.816; a weighted vote of eight is
+right in 8.3 %, as one greedy answer (docs/log.md). Evaluate with --calculator.
 """
 
 mode = "verifier"
@@ -14,6 +16,7 @@ seq_len = 512
 n_problems = 400
 n_samples = 4
 max_new_tokens = 256
+calculator = True
 optimizer = "adamw"
 learning_rate = 1e-4
 schedule = "cosine"
