@@ -2,8 +2,8 @@
 
     python align.py config/smollm2_verifier.py
 
-400 problems that SFT never saw, four samples each, with the calculator: 3.6 % right. AUC on samples of
-300 test problems 0.823 [0.781, 0.862], that of the likelihood 0.816; a weighted vote of eight is
+400 problems that SFT never saw, four samples each, with the calculator: 3.6 % right. AUC on samples
+of 300 test problems 0.823 [0.781, 0.862], that of the likelihood 0.816; a weighted vote of eight is
 right in 8.3 %, as one greedy answer (docs/log.md). Evaluate with --calculator.
 """
 
