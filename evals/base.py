@@ -224,7 +224,7 @@ def find_weights(origin: dict) -> dict | None:
 def load_stages(folder: str) -> dict[str, dict]:
     """Return the newest checkpoint of every run in a folder, or of the folder itself.
 
-    They stand in the order of the loop, by what they were trained for, not by their names.
+    They stand in the order of the loop, by what they were trained for and started from.
     """
     names = run_folders(folder, "ckpt_*.pt", "best.pt")
     if "untrained" in names:
@@ -238,7 +238,11 @@ def load_stages(folder: str) -> dict[str, dict]:
     runs = {name: load_checkpoint(os.path.join(folder, name)) for name in names}
     for run in runs.values():
         run.pop("optimizers", None)  # twice the weights, and of no use here
-    return dict(sorted(runs.items(), key=lambda item: STAGES.index(item[1]["task"])))
+
+    def place(item: tuple[str, dict]) -> tuple[int, bool]:
+        return STAGES.index(item[1]["task"]), find_start(item[1], runs) is not None
+
+    return dict(sorted(runs.items(), key=place))
 
 
 def untrained(checkpoint: dict) -> dict:

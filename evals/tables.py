@@ -153,6 +153,10 @@ def paired_cell(before: dict | None, after: dict | None, folder: str, other: str
     """
     if before is None or after is None or before.get("data_hash") != after.get("data_hash"):
         return ""
+    asked, again = before.get("settings") or {}, after.get("settings") or {}
+    shared = (asked.keys() & again.keys()) - {"dtype"}
+    if any(asked[key] != again[key] for key in shared):  # with the calculator, and without
+        return ""
     if before.get("kept") != after.get("kept"):  # some did not fit a context, and not the same
         return ""
     old, new = items_of(folder, before), items_of(other or folder, after)
@@ -212,6 +216,7 @@ def compare(folders: list[str]) -> str:
     parts = [f"## {task}\n\n{table(heads, rows)}" for task, rows in lines.items() if rows]
     text = (
         f"# {home} beside {', '.join(others)}\n\nDifferences are paired, item by item, with 95 % "
-        "intervals, bold where these exclude 0 and p < 0.05; none is given where the data differ."
+        "intervals, bold where these exclude 0 and p < 0.05; none is given where data or settings "
+        "differ."
     )
     return "\n\n".join([text, *(parts or ["They share no number."])]) + "\n"

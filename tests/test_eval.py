@@ -12,7 +12,7 @@ import pytest
 import torch
 from corpus_helpers import snapshot
 from eval_helpers import make_run, make_stage, results_of
-from helpers import fails
+from helpers import fails, save_start, tiny
 
 import eval as evaluation
 from configurator import UserError, load
@@ -245,6 +245,17 @@ def test_force_replaces_the_same_results_and_no_others(run):
     rows = read_log(path)
     assert len(rows) == len(old) + 1 and rows[0] == foreign
     assert all((row["date"] == "long ago") is (row["task"] != "val_loss") for row in rows[1:])
+
+
+def test_a_run_stands_behind_the_one_it_was_made_from(tmp_path):
+    """An imported chat model and its SFT are both of the kind sft; the name sft comes first."""
+    for name in ("imported", "sft"):
+        (tmp_path / name).mkdir()
+    save_start(tmp_path / "imported", tiny(), task="sft")
+    origin = load_checkpoint(str(tmp_path / "imported"))["weights_hash"]
+    origin = {"ref": str(tmp_path / "imported"), "weights_hash": origin}
+    save_start(tmp_path / "sft", tiny(seed=1), task="sft", init_from=origin)
+    assert list(load_stages(str(tmp_path))) == ["imported", "sft"]
 
 
 def test_an_evaluation_holds_no_optimizer_state(run):

@@ -65,6 +65,18 @@ def test_items_are_paired_only_where_the_same_ones_were_kept(
     assert ("p < 0.001" in text_of(write_run(tmp_path, rows))) == (compared and not swap)
 
 
+@pytest.mark.parametrize("changed, compared", [("calculator", False), ("dtype", True)])
+def test_answers_under_other_settings_are_not_compared(tmp_path, no_plots, changed, compared):
+    """With the calculator against without it is no gain; what one alone has may differ."""
+    items = {"pretrain": [0] * 50, "sft": [1] * 50}
+    rows = [row("problems", model, "exact_match", "greedy", 0) for model in items]
+    rows[0]["settings"] = {"problems": "exam", "calculator": "no", "dtype": "no", "n_samples": 8}
+    rows[1]["settings"] = {"problems": "exam", "calculator": "no", "dtype": "no"}
+    rows[1]["settings"][changed] = "yes"
+    with_items(tmp_path, rows, items)
+    assert ("p < 0.001" in text_of(write_run(tmp_path, rows))) == compared
+
+
 def test_runs_are_compared_item_by_item(tmp_path, capsys):
     """eval.py --compare shows both values, and the paired difference where the data are the same.
 
