@@ -238,11 +238,9 @@ def load_stages(folder: str) -> dict[str, dict]:
     runs = {name: load_checkpoint(os.path.join(folder, name)) for name in names}
     for run in runs.values():
         run.pop("optimizers", None)  # twice the weights, and of no use here
-
-    def place(item: tuple[str, dict]) -> tuple[int, bool]:
-        return STAGES.index(item[1]["task"]), find_start(item[1], runs) is not None
-
-    return dict(sorted(runs.items(), key=place))
+    made_here = {name: find_start(run, runs) is not None for name, run in runs.items()}
+    place = {name: (STAGES.index(run["task"]), made_here[name]) for name, run in runs.items()}
+    return {name: runs[name] for name in sorted(runs, key=place.get)}
 
 
 def untrained(checkpoint: dict) -> dict:
