@@ -53,6 +53,10 @@ class KVCache:
         self.pads = torch.zeros(batch, device=device, dtype=torch.long)  # of each row
         self.first = self.k[..., :kept, :].clone()  # the kept keys as they were computed
 
+    @property
+    def used(self) -> int:  # slots that hold something
+        return min(self.length, self.slots)
+
     def reserve(self, T: int, pads: Tensor | None = None) -> tuple[Tensor, Mask]:
         """Take slots for T further tokens. -> their positions (T,), what they may attend to."""
         assert T == 1 or self.length + T <= self.slots, "a full cache rolls token by token"
@@ -64,7 +68,6 @@ class KVCache:
         self.place = (slice(None), slice(None), (self.length - 1) % self.slots)  # of one token
         self.pos[self.taken] = pos
         self.real[:, self.taken] = True if pads is None else pos >= pads[:, None]
-        self.used = min(self.length, self.slots)
         self.padded |= pads is not None
         self.pads = self.pads if pads is None else pads
         first = self.length == T  # else a single token sees all that is stored

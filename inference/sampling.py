@@ -108,7 +108,6 @@ class Steps:
         self.ids.copy_(ids.unsqueeze(1))
         self.graph.replay()
         self.cache.length += 1
-        self.cache.used = min(self.cache.length, self.cache.slots)
         return self.x
 
     def is_replayed(self, ids: Tensor) -> bool:
