@@ -73,6 +73,7 @@ def llama_writer(start: Start, prompts: list[Ids]) -> Callable:
     return write
 
 
+@torch.no_grad()  # as a decorator: a `with` would switch gradients off for whoever asks
 def sample(cfg: SimpleNamespace) -> Iterator[dict]:
     """Measure answers to as many problems as a batch has rows, in seconds per new token."""
     start = Start(cfg)
@@ -80,16 +81,15 @@ def sample(cfg: SimpleNamespace) -> Iterator[dict]:
     writers = {"transformers": transformers_writer, "llama.cpp": llama_writer}
     prompts = [prompt_of(row, start.tokenizer) for row in problems]
     write, stops = writers.get(cfg.system, our_writer)(start, prompts), start.tokenizer.stops
-    with torch.no_grad():
-        write(4, 0)
-        yield {"prompts": len(prompts), "prompt_tokens": sum(map(len, prompts))}
-        for seed in count(1):
-            began, n = clock(cfg), 0
-            texts = write(cfg.new_tokens, seed)
-            seconds = clock(cfg) - began
-            for ids in texts:  # what follows the end of a row is padding
-                n += next((i for i, token in enumerate(ids, 1) if token in stops), len(ids))
-            yield {"token": seconds / n, "new_tokens": n}
+    write(4, 0)
+    yield {"prompts": len(prompts), "prompt_tokens": sum(map(len, prompts))}
+    for seed in count(1):
+        began, n = clock(cfg), 0
+        texts = write(cfg.new_tokens, seed)
+        seconds = clock(cfg) - began
+        for ids in texts:  # what follows the end of a row is padding
+            n += next((i for i, token in enumerate(ids, 1) if token in stops), len(ids))
+        yield {"token": seconds / n, "new_tokens": n}
 
 
 def evaluate(cfg: SimpleNamespace) -> Iterator[dict]:

@@ -24,6 +24,17 @@ def no_patience(monkeypatch):
     monkeypatch.setattr(run_folder, "WAIT", 0.0)
 
 
+@pytest.fixture(autouse=True)
+def torch_as_it_was():
+    """A test leaves gradients switched on, float32 the default type and one thread."""
+    yield
+    left = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
+    torch.set_grad_enabled(True)
+    torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(1)
+    assert left == (True, torch.float32, 1)
+
+
 @pytest.fixture
 def no_network(monkeypatch):
     """Every attempt to open a socket fails the test."""
