@@ -93,7 +93,8 @@ class Work:
                 self.items.append(item)
                 self.n_tokens += sum(lengths)
                 n_supervised += sum(t >= 0 for _, targets in texts for t in targets)
-            if self.n_tokens >= shape.batch * shape.seq_len:
+            enough = self.n_tokens >= shape.batch * shape.seq_len
+            if enough and len(self.items) % MICRO_STEPS == 0:  # TRL logs means of micro-steps
                 break
         else:
             fit = f"{self.n_tokens} tokens of records that fit {shape.seq_len}"

@@ -130,7 +130,8 @@ def ask_lm_eval(start: Start) -> Callable:
     cfg, folder = start.cfg, start.home
     with open_text(f"{cfg.data_dir}/wikitext-2/test.txt") as f:
         pages = [{"page": article} for article in articles_of(f.read())]
-    sentences = read_jsonl(f"{cfg.data_dir}/sst2/test.jsonl")
+    rows = read_jsonl(f"{cfg.data_dir}/sst2/test.jsonl")
+    sentences = [{**row, "label": int(row["label"])} for row in rows]
     items = {"sst2": sentences, "wikitext": pages}
     files = {"sst2": "glue/sst2/default.yaml", "wikitext": "wikitext/wikitext.yaml"}
     for task, rows in items.items():

@@ -46,7 +46,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for name in ("sst2", "wikitext-2"):
         (folder / name).mkdir()
-    rows = [{"sentence": text, "label": i % 2} for i, text in enumerate(SENTENCES)]
+    rows = [{"sentence": text, "label": str(i % 2)} for i, text in enumerate(SENTENCES)]
     (folder / "sst2" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "wikitext-2" / "test.txt").write_text(TEXT)
     return folder
