@@ -1,8 +1,9 @@
-"""Alignment: SFT, DPO and the verifier, as three tasks for the one loop in train.py.
+"""Alignment: SFT, DPO, RL and the verifier, as four tasks for the one loop in train.py.
 
 --init_from is a run folder, a checkpoint file or a run's name:
     python align.py config/sft.py --init_from=out/toy/pretrain
     python align.py config/dpo.py --init_from=out/toy/sft
+    python align.py config/rl_problems.py --init_from=out/toy/sft
     python align.py config/verifier.py --init_from=out/toy/dpo
     torchrun --nproc_per_node=4 align.py config/h100_sft.py --init_from=out/h100/pretrain
 """
@@ -10,6 +11,7 @@
 import copy
 import math
 import os
+import time
 from dataclasses import astuple, dataclass
 from typing import ClassVar, NamedTuple
 
@@ -19,12 +21,19 @@ from torch import Tensor
 from configurator import UserError, load, require
 from corpus import chat, folders, records, shards
 from corpus.tokenizer import Tokenizer, load_tokenizer
-from inference import answers, scoring
-from inference.scoring import preference_loss, sequence_logprobs, verifier_loss
-from inference.solutions import Attempts, label_by_value, solve, with_room
+from inference import answers, rollouts, scoring
+from inference.scoring import policy_loss, preference_loss, sequence_logprobs, verifier_loss
+from inference.solutions import Attempts, Calculator, label_by_value, prompt_of, solve, with_room
 from model import GPT, ModelConfig
 from runtime.budget import check_memory
-from runtime.checkpoint import beside, checkpoint_files, model_from, open_start, weights_hash
+from runtime.checkpoint import (
+    beside,
+    checkpoint_files,
+    load_checkpoint,
+    model_from,
+    open_start,
+    weights_hash,
+)
 from runtime.files import digest, read_jsonl, read_log, write_atomic, write_json, write_jsonl
 from runtime.program import run
 from runtime.run_folder import PREEMPTED, is_done
@@ -36,12 +45,12 @@ from train import LoopConfig, is_compiled, make_optimizers, train
 class AlignConfig:
     """Alignment, in every mode."""
 
-    mode: str = "sft"  # sft, dpo or verifier
+    mode: str = "sft"  # sft, dpo, rl or verifier
     init_from: str = ""  # run folder, checkpoint file or run name to start from
     tokenizer: str | None = None  # None = the checkpoint's; another must have the same ids
     seq_len: int | None = None  # tokens per packed row (dpo: longest pair); None = the checkpoint's
     max_new_tokens: int = 64  # longest solution; also of the answers before and after
-    n_answers: int = 32  # sft, dpo: held-out prompts answered before and after; 0 = none
+    n_answers: int = 32  # sft, dpo, rl: held-out prompts answered before and after; 0 = none
 
     def __post_init__(self):
         require(self, {"[1, inf)": "seq_len max_new_tokens", "[0, inf)": "n_answers"})
@@ -85,6 +94,28 @@ class DPOConfig:
 
 
 @dataclass
+class RLConfig:
+    """RL."""
+
+    n_problems: int = 32  # problems of a step
+    n_samples: int = 8  # answers to each of them
+    temperature: float = 1.0  # of these samples, and of the policy that is trained
+    calculator: bool = False  # work out <<3+4= for the model; what it wrote is not learned
+    reward: str = "answer"  # right final answers, or the run of a verifier: its probability
+    loss_type: str = "dr_grpo"  # dr_grpo or grpo
+    epochs: int = 1  # optimizer steps on the same answers
+    clip: float = 0.2  # with more epochs: most that a token's ratio to its old probability changes
+    clip_high: float | None = None  # the same upwards; None = clip
+    beta: float = 0.0  # strength of the pull to the starting weights, by KL; 0 = none
+
+    def __post_init__(self):
+        counts = {"[1, 1e6]": "n_problems epochs", "[2, 1e6]": "n_samples"}
+        ranges = {"(0, inf)": "temperature", "(0, 1)": "clip", "(0, inf]": "clip_high"}
+        ranges["[0, inf)"] = "beta"
+        require(self, counts | ranges, {"loss_type": ("dr_grpo", "grpo")})
+
+
+@dataclass
 class VerifierConfig:
     """The verifier."""
 
@@ -118,7 +149,7 @@ class Setup(NamedTuple):  # what a task is made from
     world: World
     loop: LoopConfig
     align: AlignConfig
-    mode: SFTConfig | DPOConfig | VerifierConfig
+    mode: SFTConfig | DPOConfig | RLConfig | VerifierConfig
     sampling: SamplingConfig | None = None
 
     @property
@@ -296,6 +327,145 @@ class DPO:
         return sums["loss"], sums
 
 
+class RL:
+    """RL learns from its own answers to problems, by what each is worth beside the others."""
+
+    name = "rl"
+    val_metrics: ClassVar = ["loss", "reward", "accuracy", "length"]  # of greedy answers
+
+    def __init__(self, setup: Setup):
+        self.setup, self.cfg, loop, log = setup, setup.mode, setup.loop, setup.world.log
+        cfg, model, tokenizer = self.cfg, setup.model, setup.tokenizer
+        self.metrics = [*self.val_metrics, "entropy", "signal", "sampled_per_s"]
+        self.metrics += ["clipped"] + ["kl"] * (cfg.beta > 0)
+        if loop.fsdp:
+            raise UserError("rl samples from whole weights, which --fsdp shares out: leave it out")
+        if loop.batch_tokens != LoopConfig.batch_tokens:
+            given = f"batch_tokens={loop.batch_tokens} has no meaning for rl"
+            raise UserError(f"{given}: a step has n_problems x n_samples answers")
+        self.problems, length = {}, setup.align.max_new_tokens
+        for split, sources in {"train": ("train", "verifier"), "val": ("val",)}.items():
+            rows = []
+            for source in sources:
+                rows += records.load_records(loop.data, loop.data_dir, "problems", source)
+            self.problems[split] = with_room(model, tokenizer, rows, log)
+        if cfg.n_problems > (n := len(self.problems["train"])):
+            raise UserError(f"n_problems={cfg.n_problems} of a step, and there are {n} in all")
+        self.prompts = [prompt_of(row, tokenizer) for row in self.problems["val"]]
+        prompts = [prompt_of(row, tokenizer) for row in self.problems["train"]]
+        self.width = min(model.cfg.seq_len, max(map(len, prompts)) + length - 1)
+        self.one_shape = is_compiled(loop, setup.world)
+        self.tokens_per_row, self.n_val_rows = self.width, len(self.problems["val"])
+        self.rows_per_step = cfg.n_problems * cfg.n_samples
+        self.judge = None if cfg.reward == "answer" else self.open_judge()
+        self.reference = copy.deepcopy(model).to(setup.world.device) if cfg.beta else None
+        self.round, self.extra = None, {}
+        judged = self.judge and weights_hash(self.judge.state_dict())
+        self.fingerprint = digest([self.problems, judged])
+
+    def open_judge(self) -> GPT:
+        saved = load_checkpoint(self.cfg.reward)
+        if saved.get("task") != "verifier" or saved["tokenizer"] != self.setup.tokenizer.spec():
+            what = f"reward={self.cfg.reward!r} is no verifier with the tokenizer of this model"
+            raise UserError(f"{what}: give the folder of one, or answer")
+        return model_from(saved).to(self.setup.world.device)
+
+    def solved(self, problems: list[dict], number: int, n_samples: int, temperature: float) -> list:
+        """Return problems with answers by the weights of now, each with its reward."""
+        setup, cfg = self.setup, self.cfg
+        settings = (n_samples, temperature, setup.align.max_new_tokens, cfg.calculator)
+        attempts = Attempts(*settings, seed=10**6 * setup.loop.seed + number)
+        return rollouts.rewarded(writer_of(setup), self.judge, setup.tokenizer, problems, attempts)
+
+    def sample(self, number: int) -> dict:
+        """Return the answers of a round, made by all ranks together with the weights of now.
+
+        They depend on the weights, the seed and the number of the round alone.
+        """
+        cfg, world, tokenizer = self.cfg, self.setup.world, self.setup.tokenizer
+        began, known, seed = time.perf_counter(), self.problems["train"], self.setup.loop.seed
+        draws = range(number * cfg.n_problems, (number + 1) * cfg.n_problems)
+        problems = [known[shards.shuffled_index(i, len(known), seed)[1]] for i in draws]
+        own = problems[world.rank :: world.size]
+        rows = world.gather(self.solved(own, number, cfg.n_samples, cfg.temperature))
+        calculator = Calculator(tokenizer) if cfg.calculator else None
+        answers = rollouts.answers_of(rows, tokenizer, calculator, cfg.loss_type == "grpo")
+        kept, seconds = rollouts.with_signal(answers, world.size), time.perf_counter() - began
+        speed = sum(len(answer["ids"]) for answer in answers) / seconds
+        if number * cfg.epochs % self.setup.loop.log_interval < cfg.epochs:
+            text = f"{rollouts.describe_answers(answers, cfg.n_samples)}; {speed:,.0f} tok/s"
+            world.log(f"rl round {number:05d}: sampled {text}")
+        found = {"number": number, "answers": answers, "kept": kept, "speed": speed}
+        if cfg.epochs > 1:
+            self.remember(kept)
+            self.extra["round"] = found  # kept in checkpoints: amid a round the weights are others
+        return found
+
+    def remember(self, kept: list[dict]) -> None:
+        """Write into the answers the log-probs that they have before the first step."""
+        setup = self.setup
+        world, n = setup.world, setup.loop.micro_batch
+        found = []
+        for first in range(world.rank * n, len(kept), world.size * n):
+            batch = world.to_device(self.rows(kept[first : first + n], n))
+            with torch.no_grad(), world.autocast():
+                policy = self.logprobs(setup.model, batch).cpu()
+            ours = batch["targets"].cpu() >= 0
+            rows = zip(policy, ours, strict=True)
+            found += [(first + i, p[own]) for i, (p, own) in enumerate(rows) if own.any()]
+        for i, old in world.gather(found):
+            kept[i]["old"] = old
+
+    def rows(self, answers: list[dict], n: int) -> dict[str, Tensor]:
+        """Return answers as rows; n of them, and as wide as any, where a compiler wants it so."""
+        n, width = (n, self.width) if self.one_shape else (1, None)
+        fill = [rollouts.NOBODY] * (n - len(answers))
+        return rollouts.answer_rows(answers + fill, width, self.setup.tokenizer.pad)
+
+    def logprobs(self, model: GPT, batch: dict) -> Tensor:
+        """Return log p(target) (B, T) under the policy that samples at this temperature."""
+        return model.logprobs(model.hidden(batch["idx"]) / self.cfg.temperature, batch["targets"])
+
+    def batch(self, split: str, first: int, last: int) -> dict[str, Tensor]:
+        """Return a part of a step's answers; of validation, greedy answers by the weights of now.
+
+        The parts share out the answers with signal evenly, whatever was dropped.
+        """
+        if split == "val":
+            rows = self.solved(self.problems["val"][first:last], 0, 1, 0.0)
+            return rollouts.columns([row["solutions"][0] for row in rows])
+        n = self.rows_per_step
+        step = first // n
+        number = step // self.cfg.epochs
+        if self.round is None or self.round["number"] != number:
+            before = self.extra.get("round", {})  # of the checkpoint that a run goes on from
+            self.round = before if before.get("number") == number else self.sample(number)
+        found = self.round
+        kept, begin = found["kept"], step * n
+        a, b = (-(-(i - begin) * len(kept) // n) for i in (first, last))
+        some = found["answers"][first - begin : last - begin]
+        about = rollouts.columns(some, signal=len(kept) / n, sampled_per_s=found["speed"])
+        return self.rows(kept[a:b], last - first) | about
+
+    def units(self, batch: dict) -> int:
+        return len(batch["reward"])
+
+    def loss(self, model: GPT, batch: dict) -> tuple[Tensor, dict]:
+        sums = {key: batch[key].sum() for key in self.metrics if key in batch}
+        if "idx" not in batch:  # validation
+            return -sums["reward"], sums | {"loss": -sums["reward"]}
+        policy, reference = self.logprobs(model, batch), None
+        if self.reference is not None:
+            with torch.no_grad():
+                reference = self.logprobs(self.reference, batch)
+        old, own = batch.get("old", policy.detach()), batch["targets"] >= 0
+        settings = self.cfg, self.setup.align.max_new_tokens
+        loss, means = policy_loss(policy, old, reference, batch["advantages"], own, *settings)
+        kept = batch["signal"][0].clamp(min=1e-9)  # the share of the answers that are in the rows
+        sums |= {key: x.sum() / kept for key, x in means.items()}
+        return loss.sum(), sums | {"loss": loss.detach().sum()}
+
+
 class Verifier(PackedTask):
     """The verifier learns to score the model's own samples, of problems that SFT never saw."""
 
@@ -330,6 +500,12 @@ class Verifier(PackedTask):
         return loss + self.cfg.lm_coef * lm_loss, sums
 
 
+def writer_of(setup: Setup) -> GPT:
+    """Return the model that samples text: its weights are those of now, in the compute dtype."""
+    model, dtype = setup.model.to(setup.world.device), setup.world.dtype
+    return model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
+
+
 def sampled_solutions(setup: Setup, split: str) -> list[dict]:
     """Return the problems of a split with sampled solutions: from the run folder, or made now."""
     loop, cfg, world = setup.loop, setup.sampling, setup.world
@@ -343,11 +519,8 @@ def sampled_solutions(setup: Setup, split: str) -> list[dict]:
     key = digest([weights_hash(trunk), problems, *astuple(attempts)])
     path = os.path.join(loop.out_dir, f"samples_{split}_{key}.jsonl")
     if not os.path.exists(path):
-        model = setup.model.to(world.device)
-        if world.dtype != torch.float32:  # text is sampled from weights of the compute dtype
-            model = copy.deepcopy(model).to(world.dtype)
         own = problems[world.rank :: world.size]
-        rows = world.gather(solve(model, setup.tokenizer, own, attempts, world.log))
+        rows = world.gather(solve(writer_of(setup), setup.tokenizer, own, attempts, world.log))
         if world.main:
             write_jsonl(path, rows)
         world.barrier()
@@ -367,7 +540,7 @@ def sampled_pairs(setup: Setup, split: str) -> list[dict]:
     return pairs
 
 
-def tune(task: SFT | DPO | Verifier, setup: Setup, parts: list, files: list[str]) -> int:
+def tune(task: SFT | DPO | RL | Verifier, setup: Setup, parts: list, files: list[str]) -> int:
     """Train, and say what that did to the answers, in files too. -> exit code"""
     model, tokenizer, world, loop, align = setup[:5]
     limits = (lambda ids: len(ids) + 1, model.cfg.seq_len)  # an answer has one token or more
@@ -400,9 +573,9 @@ def tune(task: SFT | DPO | Verifier, setup: Setup, parts: list, files: list[str]
     return 0
 
 
-TASKS = {"sft": SFT, "dpo": DPO, "verifier": Verifier}
+TASKS = {"sft": SFT, "dpo": DPO, "rl": RL, "verifier": Verifier}
 MODES = {"sft": (SFTConfig,), "dpo": (DPOConfig, SamplingConfig)}  # the settings of each
-MODES["verifier"] = (VerifierConfig, SamplingConfig)
+MODES |= {"rl": (RLConfig,), "verifier": (VerifierConfig, SamplingConfig)}
 
 
 def main(argv: list[str]) -> int:

@@ -25,7 +25,8 @@ from runtime.run_folder import PREEMPTED, command, lock, read_state
 from runtime.world import KEEP_MEMORY, die_with_parent
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-STAGES = ("pretrain", "sft", "dpo", "verifier", "eval")
+STAGES = ("pretrain", "sft", "dpo", "verifier", "eval")  # of the whole loop; rl is by request
+START = {"sft": "pretrain", "dpo": "sft", "rl": "sft", "verifier": "dpo"}  # of each stage
 
 
 @dataclass
@@ -33,11 +34,14 @@ class SpeedrunConfig:
     """The stages and their recipes."""
 
     out_dir: str = "out/toy"  # one folder per stage goes into it, and results.jsonl, report.md
-    stage: str = "all"  # all, or pretrain, sft, dpo, verifier, eval (eval writes the report too)
+    stage: str = (
+        "all"  # all, or pretrain, sft, dpo, rl, verifier, eval (which writes the report too)
+    )
     checkpoint: str | None = None  # start the stage from this one instead of the stage before
     pretrain: str = "config/pretrain.py"  # recipe of each stage
     sft: str = "config/sft.py"
     dpo: str = "config/dpo.py"
+    rl: str = "config/rl_problems.py"
     verifier: str = "config/verifier.py"
     eval: str | None = None  # config file for eval.py; None = its defaults
     data_dir: str = "data"  # where data.py put, or will put, the data
@@ -49,15 +53,16 @@ class SpeedrunConfig:
 
     def __post_init__(self) -> None:
         bounds = {"[1, inf)": "nproc max_steps", "[0, inf)": "seed"}
-        require(self, bounds, {"stage": ("all", *STAGES)})
-        if self.checkpoint and self.stage not in STAGES[1:-1]:
-            raise UserError(f"checkpoint is for stage sft, dpo or verifier, not for {self.stage!r}")
+        require(self, bounds, {"stage": ("all", *STAGES, "rl")})
+        if self.checkpoint and self.stage not in START:
+            known = ", ".join(START)
+            raise UserError(f"checkpoint is for the stages {known}, not for {self.stage!r}")
         if self.force and self.no_overwrite:
             raise UserError("force and no_overwrite exclude each other")
         most = max(os.cpu_count() or 1, torch.cuda.device_count())
         if self.nproc > most:
             raise UserError(f"nproc={self.nproc} is more than the {most} cores or GPUs there are")
-        for stage in STAGES:
+        for stage in (*STAGES, "rl"):
             if getattr(self, stage):
                 setattr(self, stage, find_recipe(stage, getattr(self, stage)))
 
@@ -128,14 +133,13 @@ class Programs:
         return code or self.run(["-P", "-m", "evals.report", out_dir, keep])
 
     def run_stages(self, cfg: SpeedrunConfig) -> int:
-        start = cfg.checkpoint
-        for stage in STAGES:
-            if cfg.stage in ("all", stage):
-                print(f"\n=== {stage} ===", flush=True)
-                code = self.evaluate(cfg) if stage == "eval" else self.train(cfg, stage, start)
-                if code:
-                    return code
-            start = cfg.checkpoint or os.path.join(cfg.out_dir, stage)
+        for stage in STAGES if cfg.stage == "all" else (cfg.stage,):
+            print(f"\n=== {stage} ===", flush=True)
+            before = os.path.join(cfg.out_dir, START[stage]) if stage in START else None
+            start = cfg.checkpoint or before
+            code = self.evaluate(cfg) if stage == "eval" else self.train(cfg, stage, start)
+            if code:
+                return code
         return 0
 
 

@@ -177,7 +177,8 @@ class Plan:
 
     def __init__(self, loop: LoopConfig, task: Task, world: World):
         self.loop, self.task, self.world = loop, task, world
-        self.rows_per_step = max(1, round(loop.batch_tokens / task.tokens_per_row))
+        wanted = max(1, round(loop.batch_tokens / task.tokens_per_row))
+        self.rows_per_step = getattr(task, "rows_per_step", wanted)
         rows = f"batch_tokens={loop.batch_tokens} is {self.rows_per_step} rows"
         if self.rows_per_step < world.size:
             needed = f"use at least {world.size * task.tokens_per_row}"
@@ -210,7 +211,7 @@ class Plan:
 
 def evaluate(module: nn.Module, task: Task, loop: LoopConfig, world: World) -> dict[str, float]:
     """Return the task's metrics over the validation rows: sums over all ranks, then divided."""
-    totals, units = dict.fromkeys(task.metrics, 0.0), 0
+    totals, units = dict.fromkeys(getattr(task, "val_metrics", task.metrics), 0.0), 0
     rows = min(task.n_val_rows, loop.eval_rows or task.n_val_rows)
     for start in range(0, rows, world.size * loop.micro_batch):
         first = start + world.rank * loop.micro_batch

@@ -28,10 +28,11 @@ from runtime.world import choose_device, choose_dtype
 VERSION = 5  # raised when a number changes its meaning
 ORDER = (  # in which tasks are run
     *("val_loss", "text_perplexity", "chats", "problems", "preference", "tales", "sst2"),
-    *("dialogsum", "few_shot", "rerank", "published", "streaming", "attention"),
+    *("dialogsum", "few_shot", "samples", "rerank", "published", "streaming", "attention"),
 )
 NEEDS = {"rerank": "a tuned stage and a verifier", "published": "a tuned stage and a verifier"}
 NEEDS |= {"tales": "a tuned stage and the toy world's pairs", "streaming": "a trained stage"}
+NEEDS["samples"] = "a stage trained by RL"
 CHATS = ("chats", "problems", "preference", "dialogsum")  # what they ask is told as a chat
 PROTOCOLS = ("per_line", "tokens", "strided", "words", "bpb")  # see perplexity.py
 
@@ -125,7 +126,7 @@ class Subject:
         self.tokenizers = {name: loaded[spec["hash"]] for name, spec in specs.items()}
         saved = self.checkpoints.items()
         self.policies = [name for name, run in saved if run.get("task") != "verifier"]
-        self.tuned = [name for name, run in saved if run.get("task") in ("sft", "dpo")]
+        self.tuned = [name for name, run in saved if run.get("task") in ("sft", "dpo", "rl")]
         self.starts = {name: find_start(run, self.checkpoints) for name, run in saved}
         if unknown := set(cfg.stages) - set(specs):
             raise UserError(f"unknown stage {min(unknown)}; there are {', '.join(specs)}")

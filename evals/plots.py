@@ -76,6 +76,28 @@ def plot_dpo(rows: list[dict], folder: str, run: str) -> str | None:
     return save(figure, folder, f"{run}_curves.png")
 
 
+def plot_rl(rows: list[dict], folder: str, run: str) -> str | None:
+    """Plot what the answers are worth, which an RL run is to raise, and what that costs."""
+    sampled = [row for row in rows if "sampled_per_s" in row]
+    greedy = [row for row in rows if "val_reward" in row]
+    if not sampled:
+        return None
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5))
+    steps = column(sampled, "step")
+    for key, color in (("reward", "tab:blue"), ("accuracy", "tab:green")):
+        if key == "reward" and column(sampled, key) == column(sampled, "accuracy"):
+            continue
+        left.plot(steps, column(sampled, key, 100), lw=1, color=color, label=f"samples: {key}")
+        values = column(greedy, f"val_{key}", 100)
+        style = {"ms": 3, "color": color, "label": f"greedy, held out: {key}"}
+        left.plot(column(greedy, "step"), values, "o-", **style)
+    left.set(xlabel="step", ylabel="%", title=f"{run}: answers")
+    right.plot(steps, column(sampled, "entropy"), color="tab:red", label="nats per sampled token")
+    right.plot(steps, column(sampled, "signal"), color="tab:gray", label="share with signal")
+    right.set(xlabel="step", ylim=(0, None), title=f"{run}: what is left to learn from")
+    return save(figure, folder, f"{run}_curves.png")
+
+
 def plot_rerank(rows: list[dict], folder: str, greedy: dict | None, label: str = "") -> str:
     latest = {row["protocol"]: row for row in rows if "@" in row["protocol"]}
     ks = sorted({int(protocol.partition("@")[2]) for protocol in latest})

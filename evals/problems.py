@@ -15,7 +15,7 @@ from corpus.chat import drop_too_long
 from corpus.tokenizer import Tokenizer
 from evals.base import VERSION, EvalConfig, Row, Subject, judged, task
 from evals.results import RERANKERS
-from evals.stats import Estimate, auc, bootstrap, mean, proportion
+from evals.stats import Estimate, auc, bootstrap, mean, proportion, ratio
 from inference.scoring import log_likelihoods, score_solutions, with_prompts
 from inference.solutions import (
     Attempts,
@@ -80,6 +80,32 @@ def greedy(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
         share = proportion(answer == common for answer in answers)
         results.append(Row("exact_match", "greedy", share, model=f"always {common}"))
     return results
+
+
+def beside_rl(subject: Subject, cfg: EvalConfig) -> list[str]:
+    """Return the tuned stages if RL is one of them, for whose sake this is measured."""
+    tasks = {run.get("task") for run in subject.checkpoints.values()}
+    return subject.tuned if "rl" in tasks else []
+
+
+@task("samples", "problems", "problems_test.jsonl", SAMPLES, beside_rl)
+def samples(subject: Subject, stage: str, cfg: EvalConfig) -> list[Row]:
+    """Measure problems solved by any of k samples, their length, and their nats per token.
+
+    RL may only make likely what was possible before: then one sample is right more often, and any
+    of many is not (arXiv 2504.13837).
+    """
+    rows = solutions(subject, stage, cfg, greedy=False)
+    log_likelihoods(subject.model(stage), subject.tokenizers[stage], rows)
+    results = []
+    for k in (2**i for i in range(cfg.n_samples.bit_length())):
+        first = [{**row, "solutions": row["solutions"][:k]} for row in rows]
+        results.append(accuracy(first, f"any of {k}", "oracle"))
+    n_tokens = [sum(len(s["ids"]) for s in row["solutions"]) for row in rows]
+    nats = [-sum(s["loglik"] for s in row["solutions"]) for row in rows]
+    results.append(Row("nats_per_token", "sampled", ratio(nats, n_tokens)))
+    lengths = [n / len(row["solutions"]) for n, row in zip(n_tokens, rows, strict=True)]
+    return [*results, Row("length", "sampled", mean(lengths))]
 
 
 @task("rerank", "problems", "problems_test.jsonl", SAMPLES, judged)

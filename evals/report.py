@@ -196,7 +196,8 @@ def curves(run: Run) -> list[str]:
             points[model] = (answers, text)
     images = [plots.plot_tradeoff(points, run.target)]
     for name, log in run.logs.items():
-        images += [plots.plot_loss(log, run.target, name), plots.plot_dpo(log, run.target, name)]
+        kinds = (plots.plot_loss, plots.plot_dpo, plots.plot_rl)
+        images += [plot(log, run.target, name) for plot in kinds]
     return ["## Curves", *images] if any(images) else []
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from evals.stats import Items
 from runtime.files import read_json, read_log, write_jsonl
 
-STAGES = ("pretrain", "sft", "dpo", "verifier")  # of a pipeline, in their order
+STAGES = ("pretrain", "sft", "dpo", "rl", "verifier")  # of a pipeline, in their order
 RERANKERS = ("majority", "likelihood", "weighted", "best_of", "oracle")  # see problems.choose
 
 

@@ -17,6 +17,8 @@ def fields(task: str, metric: str, protocol: str) -> dict[str, str]:
 MEASURES = {  # of the first tables: heading -> fields
     "val loss (nats/token)": fields("val_loss", "val_loss", "windows"),
     "problems, exact match": fields("problems", "exact_match", "greedy"),
+    "problems, any of 8 samples right": fields("samples", "exact_match", "any of 8"),
+    "nats per sampled token": fields("samples", "nats_per_token", "sampled"),
     "stops by itself": fields("problems", "stop_rate", "greedy"),
     "prefers chosen, log-prob": fields("preference", "accuracy", "logprob"),
     "prefers chosen, reward": fields("preference", "accuracy", "reward"),
@@ -32,7 +34,11 @@ MEASURES = {  # of the first tables: heading -> fields
 LOSSES = ("val_loss", "response_loss", "bits_per_byte")
 SCORES = ("auc", "brier", "calibration_error", "loss_within_context", "loss_beyond_context")
 # Digits behind the point; a metric that has none here is a rate.
-DIGITS = dict.fromkeys(LOSSES, 4) | dict.fromkeys(SCORES, 3) | {"perplexity": 2, "length": 1}
+DIGITS = (
+    dict.fromkeys(LOSSES, 4)
+    | dict.fromkeys(SCORES, 3)
+    | {"perplexity": 2, "length": 1, "nats_per_token": 3}
+)
 DIGITS["cache_bytes"] = 0
 
 

@@ -144,6 +144,40 @@ def preference_loss(policy: Tensor, reference: Tensor, lengths: Tensor, cfg: Any
     return -(1 - smoothing) * F.logsigmoid(d) - smoothing * F.logsigmoid(-d)
 
 
+def policy_loss(
+    policy: Tensor,
+    old: Tensor,
+    reference: Tensor | None,
+    advantages: Tensor,
+    sampled: Tensor,
+    cfg: Any,
+    longest: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss (B,) of sampled answers; and of each answer means over its tokens (B,).
+
+    policy, old, reference: log-probs (B, T) under the weights of now, of the sampling and of the
+    start. sampled (B, T): which tokens count. advantages (B,): A. With r = exp(policy - old) and
+    d = reference - policy a token's loss is
+        -min(r A, clip(r, 1 - clip, 1 + clip_high) A) + beta (exp(d) - d - 1)
+    PPO, arXiv 1707.06347, equation 7, with DAPO's clip_high, 2503.14476, equation 8, and GRPO's
+    estimate of the KL divergence, 2402.03300, equation 4. grpo is the mean over an answer, equation
+    3 there; it prefers short right answers and long wrong ones. So dr_grpo divides the sum by a
+    constant, the longest answer: 2503.20783, section 3.2.
+    """
+    ratio, advantages = (policy - old).exp(), advantages[:, None]
+    low, high = 1 - cfg.clip, 1 + (cfg.clip if cfg.clip_high is None else cfg.clip_high)
+    loss = -torch.min(ratio * advantages, ratio.clamp(low, high) * advantages)
+    beyond = torch.where(advantages > 0, ratio > high, ratio < low) & (advantages != 0)
+    values = {"entropy": -policy.detach(), "clipped": beyond}
+    if reference is not None:
+        d = reference - policy
+        values["kl"] = d.exp() - d - 1
+        loss = loss + cfg.beta * values["kl"]
+    lengths = sampled.sum(-1).clamp(min=1)
+    loss = (loss * sampled).sum(-1) / (lengths if cfg.loss_type == "grpo" else longest)
+    return loss, {key: (x * sampled).sum(-1).detach() / lengths for key, x in values.items()}
+
+
 def verifier_loss(scores: Tensor, labels: Tensor) -> Tensor:
     """Return the cross-entropy over labels (B, T), -1 = none (arXiv 2110.14168, section 4.1)."""
     wanted = labels.clamp(min=0).to(scores.dtype)

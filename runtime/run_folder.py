@@ -218,6 +218,8 @@ class RunFolder:
         states = {"model_state_dict": saved["model"], "optim_state_dict": saved["optimizers"]}
         full.set_state_dict(model, optimizers, **states, options=FULL_STATE)
         torch.set_rng_state(saved["rng"])
+        if "round" in saved:  # of rl: answers that are still to be learned from
+            self.task.extra["round"] = saved["round"]
         self.world.log(f"{self.task.name}: resuming {path} at step {self.first}")
         return self.first
 

@@ -36,6 +36,13 @@ def torch_as_it_was():
 
 
 @pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
 def no_network(monkeypatch):
     """Every attempt to open a socket fails the test."""
 

@@ -8,7 +8,7 @@ from helpers import BYTE, save_start, tiny
 from corpus import toy
 from corpus.shards import write_shard
 from corpus.tokenizer import CHAT_1
-from evals.results import STAGES, read_results
+from evals.results import read_results
 from runtime.checkpoint import weights_hash
 from runtime.files import write_atomic, write_json, write_jsonl
 
@@ -25,6 +25,9 @@ PUBLISHED = [
     }
     for i in range(3)
 ]
+
+
+STAGES = ("pretrain", "sft", "dpo", "verifier")
 
 
 def make_run(folder: Path) -> list[str]:

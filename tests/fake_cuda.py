@@ -98,10 +98,15 @@ def task_of(mode: str, B: int = B):
         return Pretrain.__new__(Pretrain), batch
     batch["docs"] = ids
     task = align.TASKS[mode].__new__(align.TASKS[mode])
-    task.cfg = {"dpo": align.DPOConfig, "verifier": align.VerifierConfig, "sft": object}[mode]()
+    configs = {"dpo": align.DPOConfig, "rl": align.RLConfig, "verifier": align.VerifierConfig}
+    task.cfg = configs.get(mode, object)()
     if mode == "dpo":
         halves = torch.zeros(2, B // 2)
         batch |= {"reference": halves, "lengths": halves + 1}
+    if mode == "rl":
+        task.reference, task.metrics = None, ["reward"]
+        task.setup = SimpleNamespace(align=SimpleNamespace(max_new_tokens=T))
+        batch |= dict.fromkeys(("reward", "signal", "advantages"), torch.ones(B))
     return task, batch | ({"labels": ids} if mode == "verifier" else {})
 
 

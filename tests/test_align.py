@@ -96,13 +96,6 @@ def build(parts: list, model: GPT):
     return align.TASKS[setup.align.mode](setup)
 
 
-@pytest.fixture
-def double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def plain_logprobs(model: GPT, ids: list[int]) -> torch.Tensor:
     """log p of every id but the first, by a full log_softmax, with gradients: (n - 1,)"""
     x = model.hidden(torch.tensor([ids[:-1]]))[0]
@@ -1079,8 +1072,11 @@ def flags(tmp_path: Path, mode: str, **changes) -> list[str]:
         "max_new_tokens": 4,
         "optimizer": "adamw",
         **({} if mode == "sft" else {"n_samples": 2}),
+        **({"n_problems": 4} if mode == "rl" else {}),
         **changes,
     }
+    if mode == "rl":
+        values.pop("batch_tokens")
     return [f"--{key}={value}" for key, value in values.items()]
 
 
@@ -1118,7 +1114,7 @@ def test_a_resumed_dpo_refuses_a_starting_checkpoint_that_has_changed(tmp_path):
         align.main(flags(tmp_path, "dpo"))
 
 
-@pytest.mark.parametrize("mode", ["sft", "dpo", "verifier"])
+@pytest.mark.parametrize("mode", ["sft", "dpo", "rl", "verifier"])
 def test_a_run_is_stale_when_its_start_has_other_weights(tmp_path, mode):
     """Finished or not it is refused by name; --force makes it again, and then it is done."""
     world(tmp_path / "data")
@@ -1221,7 +1217,7 @@ def refused(argv: list[str], *words: str) -> None:
 def test_missing_start_and_unknown_choices_are_errors_in_words(tmp_path):
     """A typing mistake costs a sentence, and is found before anything is loaded."""
     refused(["--mode=sft"], "init_from is missing")
-    refused(["--mode=ppo", "--init_from=x"], "mode must be one of sft, dpo, verifier", "'ppo'")
+    refused(["--mode=ppo", "--init_from=x"], "mode must be one of sft, dpo, rl, verifier", "'ppo'")
     refused(
         ["--mode=dpo", "--init_from=x", "--loss_type=hinge"],
         "loss_type must be one of sigmoid, ipo, simpo",
@@ -1259,6 +1255,11 @@ def test_a_key_of_another_mode_is_refused(mode, flag, words):
         ("dpo", "--simpo_gamma=-1"),
         ("dpo", "--rpo_alpha=-1"),
         ("dpo", "--max_new_tokens=0"),
+        ("rl", "--n_samples=1"),
+        ("rl", "--temperature=0"),
+        ("rl", "--clip=1"),
+        ("rl", "--clip_high=0"),
+        ("rl", "--epochs=0"),
         ("verifier", "--n_samples=0"),
         ("verifier", "--n_problems=0"),
         ("verifier", "--temperature=-1"),
@@ -1300,7 +1301,7 @@ def test_a_checkpoint_of_another_template_is_refused(tmp_path):
 # ------------------------------------------------------------------------------------------------
 # Killed and resumed
 
-TIMES = ("step_ms", "tokens_per_s", "eta_s")
+TIMES = ("step_ms", "tokens_per_s", "eta_s", "sampled_per_s")
 
 
 def untimed(folder: Path) -> list[dict]:

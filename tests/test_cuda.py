@@ -31,6 +31,7 @@ CASES = {
     "window, narrow heads": ({"sliding_window": 64, "d_head": 8}, FLEX, 1),
     "sft": ({"mode": "sft"}, FLEX, 1),
     "dpo": ({"mode": "dpo"}, FLASH, 1),
+    "rl": ({"mode": "rl"}, FLASH, 1),
     "verifier": ({"mode": "verifier"}, FLEX, 1),
     "odd heads": ({"d_head": 20}, None, 0),  # the plain maths
 }

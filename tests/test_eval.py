@@ -72,7 +72,8 @@ def test_every_result_carries_all_that_is_needed_to_judge_it(finished):
         "few_shot",
         "streaming",
         "attention",
-    }  # only on request: test_few_shot.py, test_sinks.py
+        "samples",
+    }  # only on request, or beside RL: test_few_shot.py, test_sinks.py, test_problems.py
     assert {row["model"] for row in rows} >= {
         "untrained",
         "pretrain",

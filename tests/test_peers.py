@@ -1,4 +1,4 @@
-"""Beside others' code on the same numbers: transformers' GPT-2, lm-eval's wikitext, TRL's SimPO.
+"""Beside others' code on the same numbers: transformers' GPT-2, lm-eval's wikitext, TRL's losses.
 
 Run it by pytest -m peers. The libraries are imported where they are used, so that the default run,
 which leaves these tests out, does not wait for them.
@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import socket
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -504,3 +505,53 @@ def test_simpo_is_trls(smoothing, logps, lengths):
     assert ours.item() / 2 == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
     for name in align.DPO.metrics[1:]:
         assert sums[name].item() / 2 == pytest.approx(wanted[name], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["dr_grpo", "grpo"])
+@pytest.mark.parametrize("clip_high, beta", [(None, 0.0), (0.28, 0.0), (None, 0.04)])
+def test_the_loss_of_rl_is_trls(loss_type, clip_high, beta):
+    """Value and gradient of GRPOTrainer's own method, its clipped tokens and its divergence."""
+    pytest.importorskip("trl")
+    from trl import GRPOTrainer
+
+    cfg = align.RLConfig(loss_type=loss_type, clip_high=clip_high, beta=beta)
+    torch.manual_seed(0)
+    policy = -3 * torch.rand(6, 9, dtype=torch.float64)
+    old, reference = (policy + 0.4 * torch.randn_like(policy) for _ in range(2))
+    lengths = torch.tensor([9, 1, 4, 7, 2, 5])
+    sampled, advantages = torch.arange(9) < lengths[:, None], torch.randn(6).double()
+    found = []
+    for ours in (True, False):
+        logps = policy.clone().requires_grad_()
+        if ours:
+            some = (old, reference if beta else None, advantages, sampled, cfg, 9)
+            loss, means = scoring.policy_loss(logps, *some)
+            loss = loss.mean()
+        else:
+            place = SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x)
+            args = SimpleNamespace(use_bias_correction_kl=False, delta=None)
+            metrics = {"train": defaultdict(list)}
+            trainer = SimpleNamespace(args=args, accelerator=place, _metrics=metrics, beta=beta)
+            high = cfg.clip if clip_high is None else clip_high
+            vars(trainer).update(epsilon_low=cfg.clip, epsilon_high=high, loss_type=loss_type)
+            vars(trainer).update(importance_sampling_level="token", max_completion_length=9)
+            vars(trainer).update(current_gradient_accumulation_steps=1, top_entropy_quantile=1.0)
+            for name in ("aux_loss_enabled", "use_vllm", "_entropy_bonus_enabled"):
+                setattr(trainer, name, False)
+            trainer.off_policy_mask_threshold = None
+            trainer.model = SimpleNamespace(training=True)
+            got = (logps, torch.zeros_like(logps), None)
+            trainer._get_per_token_logps_and_entropies = lambda *a, got=got, **k: got
+            ids = torch.zeros(6, 9, dtype=torch.long)
+            inputs = {"prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids}
+            inputs |= {"completion_mask": sampled.long(), "advantages": advantages}
+            inputs |= {"old_per_token_logps": old, "ref_per_token_logps": reference}
+            loss = GRPOTrainer._compute_loss(trainer, None, inputs)
+        found.append((loss.detach(), torch.autograd.grad(loss, logps)[0]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+    per_token = lengths.double() / lengths.sum()
+    clipped = (means["clipped"] * per_token).sum().item()
+    assert clipped == pytest.approx(metrics["train"]["clip_ratio/region_mean"][0]) and clipped > 0
+    if beta:
+        kl = (means["kl"] * per_token).sum().item()
+        assert kl == pytest.approx(metrics["train"]["kl"][0])

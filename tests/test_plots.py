@@ -4,9 +4,10 @@ import re
 
 import matplotlib.image
 import numpy as np
+import pytest
 from report_helpers import hand_made, metrics_rows, row, text_of, write_run
 
-from evals import report
+from evals import plots, report
 from runtime.files import write_jsonl
 
 
@@ -60,3 +61,19 @@ def test_a_sweep_gets_its_trade_off_curve(tmp_path):
         report.main([f"--out_dir={tmp_path}", "--force"]) == 0
         and (tmp_path / "tradeoff.png").read_bytes() != before
     )
+
+
+@pytest.mark.parametrize("judged", [False, True])
+def test_an_rl_run_gets_its_curves(tmp_path, judged):
+    """Samples and greedy answers; where a verifier gives the reward, accuracy beside it."""
+    rows = []
+    for step in range(6):
+        share = {"reward": 0.3 + step / 20 + judged / 10, "accuracy": 0.3 + step / 20}
+        rows.append({"step": step, "loss": 0.0, "entropy": 1.0, "signal": 0.5, **share})
+        rows[-1]["sampled_per_s"] = 100.0
+    rows += [{"step": step, "val_reward": 0.4, "val_accuracy": 0.4} for step in (0, 6)]
+    assert plots.plot_rl(rows[:1], str(tmp_path), "rl") == "rl_curves.png"
+    assert plots.plot_rl([{"step": 0, "loss": 1.0}], str(tmp_path), "sft") is None
+    before = (tmp_path / "rl_curves.png").read_bytes()
+    plots.plot_rl(rows, str(tmp_path), "rl")
+    assert (tmp_path / "rl_curves.png").read_bytes() != before

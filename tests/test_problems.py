@@ -6,14 +6,15 @@ import os
 import pytest
 import torch
 from eval_helpers import make_run, make_stage, results_of
-from helpers import ASSISTANT, BYTE, END, USER, fails, tiny
+from helpers import ASSISTANT, BYTE, END, USER, fails, plain_logprobs, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval as evaluation
+from corpus.chat import render_prompt, user_turn
 from evals import problems, stats
 from evals import problems as mistakes
-from evals.results import RERANKERS
+from evals.results import RERANKERS, read_results
 from inference.scoring import log_likelihoods
 from inference.solutions import answer_value, final_answer, last_value
 from runtime.files import read_jsonl, write_jsonl
@@ -155,6 +156,30 @@ def test_reranking_of_one_sample_is_the_same_by_any_way(finished):
     )  # all are wrong: there is no AUC, and no nan
     assert rows["best_of@1"] == rows["oracle@1"] >= rows["majority@1"]
     assert all(rows[f"{how}@2"] <= rows["oracle@2"] for how in ("majority", "best_of", "weighted"))
+
+
+def test_beside_rl_tuned_stages_are_measured_by_their_samples(tmp_path):
+    """Any of k is right at least as often as any of fewer; nats and length are of these samples."""
+    argv = [*make_run(tmp_path), "--tasks=samples"]
+    fails(lambda: evaluation.main(argv), "samples", "needs a stage trained by RL")
+    make_stage(tmp_path / "run" / "rl", 9, "rl")
+    assert evaluation.main(argv) == 0
+    rows = read_results(str(tmp_path / "run"))
+    assert {row["model"] for row in rows} == {"sft", "dpo", "rl"}
+    own = {(r["metric"], r["protocol"]): r["value"] for r in rows if r["model"] == "rl"}
+    assert own["exact_match", "any of 1"] <= own["exact_match", "any of 2"]
+    (path,) = (tmp_path / "run" / "generations").glob("rl_*.jsonl")
+    written = [s["ids"] for row in read_jsonl(str(path)) for s in row["solutions"]]
+    assert own["length", "sampled"] == sum(map(len, written)) / len(written)
+    model = tiny(9, n_layer=1, seq_len=256)
+    nats = 0.0
+    for row in read_jsonl(str(path)):
+        prompt = render_prompt(user_turn(row["question"]), BYTE)
+        for solution in row["solutions"]:
+            logp = plain_logprobs(model, [*prompt, *solution["ids"]])
+            nats -= logp[-len(solution["ids"]) :].sum().item()
+    wanted = nats / sum(map(len, written))
+    assert own["nats_per_token", "sampled"] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_published_solutions_are_judged_by_source_and_by_choice(finished):

@@ -131,6 +131,16 @@ def test_every_stage_gets_its_recipe_and_the_checkpoint_of_the_stage_before(tmp_
     ]
 
 
+def test_rl_is_a_stage_by_request_that_starts_from_sft(tmp_path, programs):
+    """The whole loop leaves it out."""
+    programs(WRITES)
+    out = tmp_path / "run"
+    assert speedrun.main([f"--out_dir={out}", "--stage=rl"]) == 0
+    ((program, recipe, *flags), _), *rest = read_log(str(tmp_path / "log"))
+    assert (os.path.basename(program), recipe) == ("align.py", "config/rl_problems.py")
+    assert {f"--out_dir={out / 'rl'}", f"--init_from={out / 'sft'}"} <= set(flags) and not rest
+
+
 def test_stages_keep_freed_memory_unless_told_otherwise(tmp_path, programs, monkeypatch):
     """The allocator's settings are in their environment; those of the user count more."""
     programs(WRITES)
@@ -488,7 +498,7 @@ def test_a_stage_stopped_by_a_signal_is_preempted_and_goes_on_later(tmp_path, ha
 
 def test_wrong_requests_are_errors_in_words(tmp_path):
     """An unknown stage names the known ones, and contradictions are refused; nothing is started."""
-    known = "stage must be one of all, pretrain, sft, dpo, verifier, eval, got 'rlhf'"
+    known = "stage must be one of all, pretrain, sft, dpo, verifier, eval, rl, got 'rlhf'"
     out_dir = f"--out_dir={tmp_path / 'run'}"
     fails(lambda: speedrun.main(["--stage=rlhf", out_dir]), known)
     fails(lambda: speedrun.main(["--force", "--no_overwrite", out_dir]), "exclude each other")
