@@ -19,3 +19,4 @@ warmup_frac = 0.1
 final_lr_frac = 0.1
 eval_interval = 24
 save_interval = 24
+log_interval = 2

@@ -49,7 +49,7 @@ def error_bars(rows: list[dict]) -> list[list[float]]:
 def plot_loss(rows: list[dict], folder: str, run: str) -> str | None:
     train = [row for row in rows if "loss" in row]
     val = [row for row in rows if "val_loss" in row]
-    if not train:
+    if not train or "sampled_per_s" in train[0]:  # RL's loss does not say how good the answers are
         return None
     losses = column(train, "loss")
     figure, axes = plt.subplots(figsize=(6, 3.5))

@@ -159,10 +159,10 @@ def policy_loss(
     start. sampled (B, T): which tokens count. advantages (B,): A. With r = exp(policy - old) and
     d = reference - policy a token's loss is
         -min(r A, clip(r, 1 - clip, 1 + clip_high) A) + beta (exp(d) - d - 1)
-    PPO, arXiv 1707.06347, equation 7, with DAPO's clip_high, 2503.14476, equation 8, and GRPO's
+    PPO, arXiv 1707.06347, equation 7, with DAPO's clip_high, 2503.14476, section 3.1, and GRPO's
     estimate of the KL divergence, 2402.03300, equation 4. grpo is the mean over an answer, equation
     3 there; it prefers short right answers and long wrong ones. So dr_grpo divides the sum by a
-    constant, the longest answer: 2503.20783, section 3.2.
+    constant, the longest answer: 2503.20783, section 3.
     """
     ratio, advantages = (policy - old).exp(), advantages[:, None]
     low, high = 1 - cfg.clip, 1 + (cfg.clip if cfg.clip_high is None else cfg.clip_high)

@@ -74,6 +74,7 @@ def test_an_rl_run_gets_its_curves(tmp_path, judged):
     rows += [{"step": step, "val_reward": 0.4, "val_accuracy": 0.4} for step in (0, 6)]
     assert plots.plot_rl(rows[:1], str(tmp_path), "rl") == "rl_curves.png"
     assert plots.plot_rl([{"step": 0, "loss": 1.0}], str(tmp_path), "sft") is None
+    assert plots.plot_loss(rows, str(tmp_path), "rl") is None
     before = (tmp_path / "rl_curves.png").read_bytes()
     plots.plot_rl(rows, str(tmp_path), "rl")
     assert (tmp_path / "rl_curves.png").read_bytes() != before

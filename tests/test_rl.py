@@ -21,6 +21,7 @@ from inference.rollouts import NOBODY, answer_rows, group_advantages, own_ids, w
 from inference.scoring import policy_loss
 from inference.solutions import Calculator
 from runtime.checkpoint import checkpoint_files, load_checkpoint
+from train import TrainStep
 
 
 def even(ids, answer, ending) -> dict:
@@ -277,6 +278,26 @@ def test_the_pull_to_the_start_is_zero_at_the_start(tmp_path, even_is_right):
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
     assert task.loss(model, batch)[1]["kl"] > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile on the CPU needs a C++ compiler"
+)
+def test_the_compiled_objective_equals_the_eager_one(tmp_path, even_is_right):
+    """A compiler gets batches of one shape, however many answers are dropped."""
+    task = rl(tmp_path, compile=True, epochs=2, beta=0.1)
+    model, found, shapes = task.setup.model, [], set()
+    for step in (TrainStep(model, task), torch.compile(TrainStep(model, task), dynamic=False)):
+        model.zero_grad()
+        for first in (0, 4, 8):
+            batch = task.batch("train", first, first + 4)
+            shapes.add(batch["idx"].shape)
+            step(batch)[0].backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    assert shapes == {(4, task.width)}
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
