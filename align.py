@@ -34,6 +34,7 @@ from runtime.checkpoint import (
     open_start,
     weights_hash,
 )
+from runtime.diary import Clock
 from runtime.files import digest, read_jsonl, read_log, write_atomic, write_json, write_jsonl
 from runtime.program import run
 from runtime.run_folder import PREEMPTED, is_done
@@ -336,7 +337,7 @@ class RL:
     def __init__(self, setup: Setup):
         self.setup, self.cfg, loop, log = setup, setup.mode, setup.loop, setup.world.log
         cfg, model, tokenizer = self.cfg, setup.model, setup.tokenizer
-        self.metrics = [*self.val_metrics, "entropy", "signal", "sampled_per_s"]
+        self.metrics = [*self.val_metrics, "entropy", "signal", "sampled_per_s", "trained"]
         self.metrics += ["clipped"] + ["kl"] * (cfg.beta > 0)
         if loop.fsdp:
             raise UserError("rl samples from whole weights, which --fsdp shares out: leave it out")
@@ -356,7 +357,8 @@ class RL:
         self.width = min(model.cfg.seq_len, max(map(len, prompts)) + length - 1)
         self.one_shape = is_compiled(loop, setup.world)
         self.tokens_per_row, self.n_val_rows = self.width, len(self.problems["val"])
-        self.rows_per_step = cfg.n_problems * cfg.n_samples
+        self.rows_per_step, self.epochs = cfg.n_problems * cfg.n_samples, cfg.epochs
+        self.clock = Clock()  # until the loop brings that of the run
         self.judge = None if cfg.reward == "answer" else self.open_judge()
         self.reference = copy.deepcopy(model).to(setup.world.device) if cfg.beta else None
         self.round, self.extra = None, {}
@@ -439,7 +441,8 @@ class RL:
         number = step // self.cfg.epochs
         if self.round is None or self.round["number"] != number:
             before = self.extra.get("round", {})  # of the checkpoint that a run goes on from
-            self.round = before if before.get("number") == number else self.sample(number)
+            with self.clock.paused("sampling"):
+                self.round = before if before.get("number") == number else self.sample(number)
         found = self.round
         kept, begin = found["kept"], step * n
         a, b = (-(-(i - begin) * len(kept) // n) for i in (first, last))
@@ -463,6 +466,7 @@ class RL:
         loss, means = policy_loss(policy, old, reference, batch["advantages"], own, *settings)
         kept = batch["signal"][0].clamp(min=1e-9)  # the share of the answers that are in the rows
         sums |= {key: x.sum() / kept for key, x in means.items()}
+        sums["trained"] = (batch["docs"] >= 0).sum()
         return loss.sum(), sums | {"loss": loss.detach().sum()}
 
 

@@ -20,7 +20,7 @@ class Clock:
 
     def __init__(self):
         self.spent, self.since, self.began = 0.0, time.perf_counter(), time.perf_counter()
-        self.pauses = {"validation": 0.0, "save": 0.0}  # seconds spent on each
+        self.pauses = dict.fromkeys(("validation", "save", "sampling"), 0.0)  # seconds of each
 
     def read(self) -> float:
         now = time.perf_counter()
@@ -65,6 +65,8 @@ class Diary:
         tokens = (step + 1) * self.tokens_per_step
         row = {"step": step, **means, "lr_share": lr_share, "grad_norm": norm}
         row |= {"step_ms": step_s * 1e3, "tokens_per_s": self.tokens_per_step / step_s}
+        if "trained" in means:  # of rl: most rows may be dropped, and none is as wide as it may be
+            row["tokens_per_s"] = means["trained"] * self.task.rows_per_step / step_s
         row |= {"tokens": tokens, "flops": self.flops_per_token * tokens}
         row["eta_s"] = self.seconds_left(step, step_s)
         if peak := device_peak_flops():
@@ -81,9 +83,10 @@ class Diary:
         last = self.loop.max_steps
         left = (last - step - 1) * step_s
         intervals = {"validation": self.loop.eval_interval, "save": self.loop.save_interval}
+        intervals["sampling"] = getattr(self.task, "epochs", 1)
         for what, interval in intervals.items():
             ends = step // interval  # of intervals, up to now
-            before = self.run.first - (what == "validation")  # there is one before the first step
+            before = self.run.first - (what != "save")  # there is one before the first step
             to_come = math.ceil(last / interval) - ends
             left += to_come * self.clock.pauses[what] / max(1, ends - before // interval)
         return left

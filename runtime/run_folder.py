@@ -238,7 +238,7 @@ class RunFolder:
         self.stack.enter_context(self.stop)
         self.diary = Diary(self, model, tokens_per_step)
         self.stack.enter_context(self.diary.bar)
-        self.clock = self.diary.clock
+        self.clock = self.task.clock = self.diary.clock
 
     def validated(self, step: int, values: dict[str, float]) -> None:
         """Take the validation metrics of a step; the first of them decides which is best."""

@@ -5,6 +5,7 @@ The answers of a small random model are right where their first id is even: then
 
 import math
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -340,6 +341,25 @@ def test_the_reward_rises(tmp_path, even_is_right):
     saved, start = (load_checkpoint(str(tmp_path / name)) for name in ("out_rl", "start"))
     assert (saved["task"], saved["step"], saved["template"]) == ("rl", 20, CHAT_1)
     assert saved["init_from"]["weights_hash"] == start["weights_hash"] != saved["weights_hash"]
+
+
+def test_the_time_of_a_step_is_without_its_sampling(tmp_path, even_is_right, monkeypatch):
+    """Both have a speed of their own, and what is left of the run counts both."""
+    begun(tmp_path)
+    write = align.rollouts.rewarded
+
+    def slow(*args) -> list[dict]:
+        time.sleep(0.4)
+        return write(*args)
+
+    monkeypatch.setattr(align.rollouts, "rewarded", slow)
+    assert align.main(argv(tmp_path, max_steps=4, eval_interval=4, micro_batch=12)) == 0
+    rows = [row for row in metrics(tmp_path / "out_rl") if "reward" in row]
+    for row in rows:
+        assert row["step_ms"] < 400
+        per_s = row["trained"] * 12 / row["step_ms"] * 1e3
+        assert row["tokens_per_s"] == pytest.approx(per_s)
+    assert rows[0]["eta_s"] > 3 * 0.4
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
