@@ -114,6 +114,9 @@ class RLConfig:
         ranges = {"(0, inf)": "temperature", "(0, 1)": "clip", "(0, inf]": "clip_high"}
         ranges["[0, inf)"] = "beta"
         require(self, counts | ranges, {"loss_type": ("dr_grpo", "grpo")})
+        if self.epochs == 1 and (self.clip, self.clip_high) != (RLConfig.clip, None):
+            given = f"clip={self.clip}, clip_high={self.clip_high}"
+            raise UserError(f"{given}: with epochs=1 nothing is clipped; raise epochs")
 
 
 @dataclass
@@ -336,14 +339,15 @@ class RL:
 
     def __init__(self, setup: Setup):
         self.setup, self.cfg, loop, log = setup, setup.mode, setup.loop, setup.world.log
-        cfg, model, tokenizer = self.cfg, setup.model, setup.tokenizer
+        cfg, model, tokenizer = setup.mode, setup.model, setup.tokenizer
         self.metrics = [*self.val_metrics, "entropy", "signal", "sampled_per_s", "trained"]
         self.metrics += ["clipped"] + ["kl"] * (cfg.beta > 0)
         if loop.fsdp:
             raise UserError("rl samples from whole weights, which --fsdp shares out: leave it out")
-        if loop.batch_tokens != LoopConfig.batch_tokens:
-            given = f"batch_tokens={loop.batch_tokens} has no meaning for rl"
-            raise UserError(f"{given}: a step has n_problems x n_samples answers")
+        if loop.batch_tokens != LoopConfig.batch_tokens or setup.align.seq_len:
+            given = f"batch_tokens={loop.batch_tokens}, seq_len={setup.align.seq_len}"
+            size = "n_problems x n_samples answers of up to max_new_tokens tokens"
+            raise UserError(f"{given}: leave both out; a step of rl has {size}")
         self.problems, length = {}, setup.align.max_new_tokens
         for split, sources in {"train": ("train", "verifier"), "val": ("val",)}.items():
             rows = []
@@ -353,8 +357,8 @@ class RL:
         if cfg.n_problems > (n := len(self.problems["train"])):
             raise UserError(f"n_problems={cfg.n_problems} of a step, and there are {n} in all")
         self.prompts = [prompt_of(row, tokenizer) for row in self.problems["val"]]
-        prompts = [prompt_of(row, tokenizer) for row in self.problems["train"]]
-        self.width = min(model.cfg.seq_len, max(map(len, prompts)) + length - 1)
+        longest = max(len(prompt_of(row, tokenizer)) for row in self.problems["train"])
+        self.width = min(model.cfg.seq_len, longest + length - 1)
         self.one_shape = is_compiled(loop, setup.world)
         self.tokens_per_row, self.n_val_rows = self.width, len(self.problems["val"])
         self.rows_per_step, self.epochs = cfg.n_problems * cfg.n_samples, cfg.epochs

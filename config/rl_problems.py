@@ -3,7 +3,8 @@
     python align.py config/rl_problems.py --init_from=out/toy/sft
 
 The problems are those of SFT and 4,000 new ones; 94 steps sample as many answers as
-config/dpo_problems.py does, 8 to each.
+config/dpo_problems.py does. Greedy exact match over SFT, 2,000 test problems, seeds 1337, 1, 2:
++8.0, +2.4, +24.2 points (docs/log.md), in 5 minutes of one core.
 """
 
 mode = "rl"

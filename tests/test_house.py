@@ -33,9 +33,9 @@ TOP = {
         *FOLDERS,
     ),
 }
-BUDGETS = {"model.py": 380, "train.py": 380, "align.py": 620, "data.py": 300, "eval.py": 200}
+BUDGETS = {"model.py": 380, "train.py": 380, "align.py": 625, "data.py": 300, "eval.py": 200}
 BUDGETS |= {"configurator.py": 210}
-LARGEST, ALL = 330, 12150
+LARGEST, ALL = 330, 12160
 
 # Who may import whom; a folder may import itself, everyone but fast may import configurator
 ARROWS = {

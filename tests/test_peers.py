@@ -514,7 +514,7 @@ def test_the_loss_of_rl_is_trls(loss_type, clip_high, beta):
     pytest.importorskip("trl")
     from trl import GRPOTrainer
 
-    cfg = align.RLConfig(loss_type=loss_type, clip_high=clip_high, beta=beta)
+    cfg = align.RLConfig(loss_type=loss_type, clip_high=clip_high, beta=beta, epochs=2)
     torch.manual_seed(0)
     policy = -3 * torch.rand(6, 9, dtype=torch.float64)
     old, reference = (policy + 0.4 * torch.randn_like(policy) for _ in range(2))

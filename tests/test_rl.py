@@ -306,6 +306,9 @@ def test_the_compiled_objective_equals_the_eager_one(tmp_path, even_is_right):
     [
         ({"fsdp": True}, ["--fsdp", "leave it out"]),
         ({"batch_tokens": 100}, ["batch_tokens=100", "n_problems x n_samples"]),
+        ({"seq_len": 32}, ["seq_len=32", "max_new_tokens"]),
+        ({"clip": 0.1}, ["clip=0.1", "epochs=1", "raise epochs"]),
+        ({"clip_high": 0.3}, ["clip_high=0.3", "epochs=1"]),
         ({"n_problems": 13}, ["n_problems=13", "12"]),
     ],
 )
