@@ -828,6 +828,7 @@ def test_dpo_on_its_own_samples(tmp_path, monkeypatch, capsys):
     "mode, file",
     [
         ("sft", "problems_test.jsonl"),
+        ("rl", "problems_test.jsonl"),
         ("verifier", "problems_test.jsonl"),
         ("verifier", "test.jsonl"),
     ],
