@@ -28,6 +28,8 @@ PUBLISHED = [
 
 
 STAGES = ("pretrain", "sft", "dpo", "verifier")
+# Tasks that need a setting, or RL: test_few_shot.py, test_sinks.py, test_problems.py
+ON_REQUEST = {"few_shot", "streaming", "attention", "samples"}
 
 
 def make_run(folder: Path) -> list[str]:

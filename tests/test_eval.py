@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 import torch
 from corpus_helpers import snapshot
-from eval_helpers import make_run, make_stage, results_of
+from eval_helpers import ON_REQUEST, make_run, make_stage, results_of
 from helpers import fails, save_start, tiny
 
 import eval as evaluation
@@ -68,12 +68,7 @@ def test_every_result_carries_all_that_is_needed_to_judge_it(finished):
         "items",
     }
     assert all(fields <= set(row) and row["n"] > 0 for row in rows)
-    assert {row["task"] for row in rows} == set(TASKS) - {
-        "few_shot",
-        "streaming",
-        "attention",
-        "samples",
-    }  # only on request, or beside RL: test_few_shot.py, test_sinks.py, test_problems.py
+    assert {row["task"] for row in rows} == set(TASKS) - ON_REQUEST
     assert {row["model"] for row in rows} >= {
         "untrained",
         "pretrain",
@@ -303,11 +298,8 @@ def test_two_evaluations_at_once_and_a_killed_one_leave_whole_results(tmp_path):
     keys = [
         (row["task"], row["model"], row["metric"], row["protocol"], row["split"]) for row in rows
     ]
-    assert len(keys) == len(set(keys)) and {row["task"] for row in rows} == set(TASKS) - {
-        "few_shot",
-        "streaming",
-        "attention",
-    }
+    assert len(keys) == len(set(keys))
+    assert {row["task"] for row in rows} == set(TASKS) - ON_REQUEST
     assert all(
         json.loads((tmp_path / "run" / row["items"]).read_text()) is not None for row in rows
     )
