@@ -34,9 +34,7 @@ class SpeedrunConfig:
     """The stages and their recipes."""
 
     out_dir: str = "out/toy"  # one folder per stage goes into it, and results.jsonl, report.md
-    stage: str = (
-        "all"  # all, or pretrain, sft, dpo, rl, verifier, eval (which writes the report too)
-    )
+    stage: str = "all"  # all, pretrain, sft, dpo, rl, verifier, eval (which writes the report too)
     checkpoint: str | None = None  # start the stage from this one instead of the stage before
     pretrain: str = "config/pretrain.py"  # recipe of each stage
     sft: str = "config/sft.py"

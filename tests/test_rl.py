@@ -349,20 +349,21 @@ def test_the_reward_rises(tmp_path, even_is_right):
 def test_the_time_of_a_step_is_without_its_sampling(tmp_path, even_is_right, monkeypatch):
     """Both have a speed of their own, and what is left of the run counts both."""
     begun(tmp_path)
-    write = align.rollouts.rewarded
+    write, real, slept = align.rollouts.rewarded, time.perf_counter, [0.0]
 
     def slow(*args) -> list[dict]:
-        time.sleep(0.4)
+        slept[0] += 1e4
         return write(*args)
 
+    monkeypatch.setattr(time, "perf_counter", lambda: real() + slept[0])
     monkeypatch.setattr(align.rollouts, "rewarded", slow)
     assert align.main(argv(tmp_path, max_steps=4, eval_interval=4, micro_batch=12)) == 0
     rows = [row for row in metrics(tmp_path / "out_rl") if "reward" in row]
     for row in rows:
-        assert row["step_ms"] < 400
+        assert row["step_ms"] < 1e7
         per_s = row["trained"] * 12 / row["step_ms"] * 1e3
         assert row["tokens_per_s"] == pytest.approx(per_s)
-    assert rows[0]["eta_s"] > 3 * 0.4
+    assert rows[0]["eta_s"] > 3 * 1e4
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
