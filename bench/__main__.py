@@ -47,13 +47,15 @@ ALL_LOGITS, TRL_CACHED = "ours with all logits", "TRL with cached reference"
 TASKS = {  # task -> the systems that can do it
     **dict.fromkeys(("train", "profile"), tuple(SYSTEMS)),
     "generate": tuple(name for name in SYSTEMS if not re.search("Muon|recompute|eager", name)),
-    **dict.fromkeys(("tokenize", "load", "start", "race"), ("ours", "nanoGPT")),
+    **dict.fromkeys(("tokenize", "load", "start"), ("ours", "nanoGPT")),
+    "race": ("ours", "nanoGPT", "nanochat"),
     "sft": ("ours", "ours without packing", ALL_LOGITS, "other", "TRL", "TRL with packing"),
     "dpo": ("ours", "ours without cached reference", ALL_LOGITS, "other", "TRL", TRL_CACHED),
     "sample": ("ours", "other", "transformers", "llama.cpp"),
     "evaluate": ("ours", "other", "lm_eval"),
 }
 PROGRAMS = dict.fromkeys(("train", "profile", "generate"), "worker.py")
+PROGRAMS |= dict.fromkeys(("start", "race"), "race.py")
 PROGRAMS |= {"sft": "tuning.py", "dpo": "tuning.py", "sample": "usage.py", "evaluate": "usage.py"}
 # What is no time, or a part of one
 NO_RATIO = ("forward_backward", "val_loss", "parameters", "tokens", "new_tokens", *KERNELS)

@@ -14,7 +14,7 @@ from helpers import ROOT, fails
 import configurator
 from bench import __main__ as bench
 from bench import gpu
-from bench.jobs import Race
+from bench.race import Race
 from bench.worker import KERNELS, group_of
 from configurator import UserError
 from corpus import folders
