@@ -30,6 +30,7 @@ from evals.base import (
 from evals.results import (
     append_results,
     is_finite,
+    is_whole,
     item_key,
     matches,
     read_results,
@@ -81,9 +82,10 @@ def as_results(rows: list[Row], key: dict, about: dict) -> tuple[list[dict], dic
         if not is_finite(result):
             print(f"eval: {item_key(result)} is left out: {row.estimate.value} measures nothing")
             continue
-        results.append(result)
         if row.estimate.items:
-            items[item_key(result)] = vars(row.estimate.items)
+            items[item_key(result)] = own = vars(row.estimate.items)
+            result["items_hash"] = digest(own)
+        results.append(result)
     if not results:
         raise UserError(f"{key['task']} gives no finite number of {key['stage']}")
     return results, items
@@ -115,7 +117,8 @@ def evaluate(
             if list(subject.judges.values()).count(stage) > 1:
                 key["model"] = f"{stage} judged by {name}"
         same = functools.partial(matches, **key)
-        if cfg.no_overwrite and any(map(same, existing)):
+        there = list(filter(same, existing))
+        if cfg.no_overwrite and is_whole(there):
             continue
         began = time.perf_counter()
         subject.model(name)  # weights that do not fit end the evaluation, whatever is left out
@@ -124,7 +127,7 @@ def evaluate(
         try:
             rows = task.run(subject, name, cfg)
             about["seconds"] = round(time.perf_counter() - began, 2)
-            about["date"] = time.strftime("%Y-%m-%d %H:%M:%S")
+            about["date"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             about |= {"kept": subject.kept} if subject.kept else {}
             step = {"step": checkpoint.get("step", 0)}
             results, items = as_results(rows, key | step, about | origin)
@@ -132,7 +135,7 @@ def evaluate(
             left_out[name] = error
             continue
         write_json(os.path.join(cfg.out_dir, about["items"]), items)
-        append_results(path, results, same if cfg.force else None)
+        append_results(path, results, same if cfg.force or there else None)
         n_new += len(results)
         print(report_line(key, results, about["seconds"]), flush=True)
     if names and len(left_out) == len(names):

@@ -28,7 +28,7 @@ from inference.solutions import (
     with_room,
 )
 from model import GPT
-from runtime.files import digest, read_jsonl, write_jsonl
+from runtime.files import digest, read_sealed, write_sealed
 
 CHOSEN_BY = {"likelihood": "loglik", "best_of": "score"}  # the highest of this field
 ANSWERS = "n_problems max_new_tokens calculator"  # settings of a greedy solution
@@ -44,23 +44,22 @@ def solutions(
     """
     n, temperature = (1, 0.0) if greedy else (cfg.n_samples, cfg.temperature)
     seed = cfg.seed if temperature else 0
-    settings = [VERSION, n, temperature, cfg.max_new_tokens, seed, cfg.problems, cfg.n_problems]
-    settings += [cfg.calculator, str(subject.dtype)]
-    weights = subject.checkpoints[stage]["weights_hash"]
-    settings += [cfg.problem_shots] if ask else []
-    name = "few_shot_" * bool(ask) + f"{stage}_{weights}_{digest(settings)[:8]}.jsonl"
-    path = os.path.join(cfg.out_dir, "generations", name)
-    problems = subject.records("problems", cfg.problems)[: cfg.n_problems]
-    until = ()
+    problems, until = subject.records("problems", cfg.problems)[: cfg.n_problems], ()
     if ask:
         problems, until = ask(problems)
-    if not os.path.exists(path):
+    settings = [VERSION, n, temperature, cfg.max_new_tokens, seed, cfg.calculator]
+    settings += [str(subject.dtype), digest(problems)]
+    weights = subject.checkpoints[stage]["weights_hash"]
+    name = "few_shot_" * bool(ask) + f"{stage}_{weights}_{digest(settings)[:8]}.jsonl"
+    path = os.path.join(cfg.out_dir, "generations", name)
+    rows = read_sealed(path)
+    if rows is None:
         attempts = Attempts(n, temperature, cfg.max_new_tokens, cfg.calculator, seed, until)
         log = partial(print, f"eval {stage}:", flush=True)
         model, tokenizer = subject.model(stage), subject.tokenizers[stage]
         fit = with_room(model, tokenizer, problems, log)
-        write_jsonl(path, solve(model, tokenizer, fit, attempts, log))
-    rows = read_jsonl(path)
+        rows = solve(model, tokenizer, fit, attempts, log)
+        write_sealed(path, rows)
     subject.note_kept([row["question"] for row in problems], [row["question"] for row in rows])
     return rows
 

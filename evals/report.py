@@ -17,7 +17,7 @@ from configurator import UserError
 from evals import plots, tables
 from evals.results import RERANKERS, current, matches, newest, run_folders
 from evals.tables import format_value, table
-from runtime.files import read_json, read_jsonl, read_log, write_atomic
+from runtime.files import read_json, read_log, read_sealed, write_atomic
 from runtime.program import run
 
 DETAILS = {  # task -> heading of the section with all of its numbers
@@ -226,7 +226,7 @@ def generations(folder: str, row: dict) -> list[dict]:
     """Return the greedy answers of the weights that a result is of; [] where they are not kept."""
     name = f"{glob.escape(row['stage'])}_{row['weights_hash']}_*.jsonl"
     paths = sorted(glob.glob(os.path.join(glob.escape(folder), "generations", name)))
-    found = [rows for rows in map(read_jsonl, paths) if len(rows[0]["solutions"]) == 1]
+    found = [rows for rows in map(read_sealed, paths) if rows and len(rows[0]["solutions"]) == 1]
     return min(found, key=lambda rows: abs(len(rows) - row["n"]), default=[])
 
 

@@ -7,10 +7,11 @@ import fcntl
 import glob
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 
 from evals.stats import Items
-from runtime.files import read_json, read_log, write_jsonl
+from runtime.files import append_log, digest, read_json, read_log, rewrite_log
 
 STAGES = ("pretrain", "sft", "dpo", "rl", "verifier")  # of a pipeline, in their order
 RERANKERS = ("majority", "likelihood", "weighted", "best_of", "oracle")  # see problems.choose
@@ -26,7 +27,7 @@ def run_folders(folder: str, *patterns: str) -> list[str]:
 def read_results(folder: str) -> list[dict]:
     names = sorted(glob.glob("results*.jsonl", root_dir=folder))
     rows = [row for name in names for row in read_log(os.path.join(folder, name))]
-    return sorted(filter(is_finite, rows), key=lambda row: row.get("date", ""))
+    return sorted(filter(is_finite, rows), key=lambda row: (row.get("seq", 0), row.get("date", "")))
 
 
 def is_finite(row: dict) -> bool:
@@ -104,24 +105,23 @@ def newest(results: list[dict], **wanted: object) -> dict | None:
 
 
 def append_results(path: str, rows: list[dict], replace: Callable | None = None) -> None:
-    """Append rows under a lock, in place of the old ones for which replace(row) holds."""
-    with open(os.path.join(os.path.dirname(path), ".results_lock"), "a") as lock:
+    """Append the rows of one call of a task under a lock; their number tells when some are lost.
+
+    replace(row): whether an old row goes. seq numbers the calls: clocks may be set back.
+    """
+    folder = os.path.dirname(path)
+    with open(os.path.join(folder, ".results_lock"), "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        # After a kill the next row must not be glued to half a one.
-        if os.path.exists(path) and (replace or is_torn(path)):
-            old = read_log(path)
-            kept = [row for row in old if is_finite(row) and not (replace and replace(row))]
-            write_jsonl(path, kept)
-        lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
-        with open(path, "a") as f:
-            f.write("".join(lines))
-            f.flush()
-            os.fsync(f.fileno())
+        seq = 1 + max((row.get("seq", 0) for row in read_results(folder)), default=0)
+        if replace and os.path.exists(path):
+            rewrite_log(path, lambda row: is_finite(row) and not replace(row))
+        append_log(path, [{**row, "seq": seq, "n_rows": len(rows)} for row in rows])
 
 
-def is_torn(path: str) -> bool:
-    with open(path, "rb") as f:
-        return not (f.read() or b"\n").endswith(b"\n")  # the last line has no end
+def is_whole(rows: list[dict]) -> bool:
+    """Say whether these are all rows of a call, or of several; old rows do not tell."""
+    calls = Counter(row.get("seq") for row in rows)
+    return any(calls[row.get("seq")] >= row.get("n_rows", 1) for row in rows)
 
 
 def item_key(row: dict) -> str:
@@ -130,8 +130,12 @@ def item_key(row: dict) -> str:
 
 
 def items_of(folder: str, row: dict) -> Items | None:
-    """Return the items of a row, or None where they are not kept."""
+    """Return the items of a row, or None where they are not kept, or (aloud) are others."""
     try:
-        return Items(**read_json(os.path.join(folder, row["items"]))[item_key(row)])
+        items = read_json(os.path.join(folder, row["items"]))[item_key(row)]
+        if row.get("items_hash") in (None, digest(items)):
+            return Items(**items)
+        print(f"WARNING: {row['items']} in {folder} has changed since it was written: not used")
     except (KeyError, TypeError):
-        return None
+        pass
+    return None

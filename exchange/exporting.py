@@ -236,7 +236,9 @@ def results_table(folder: str, weights: str) -> str:
     rows = {}
     for place in (os.path.join(folder, ".."), folder):
         for path in sorted(glob.glob(os.path.join(glob.escape(place), "results*.jsonl"))):
-            for row in sorted(read_log(path), key=lambda row: row.get("date", "")):
+            for row in sorted(
+                read_log(path), key=lambda row: (row.get("seq", 0), row.get("date", ""))
+            ):
                 if is_own(row, weights):
                     what = [row["task"], data_of(row), row["split"], row["metric"], row["protocol"]]
                     rows[tuple(what)] = row

@@ -32,7 +32,7 @@ from runtime.checkpoint import (
     save_checkpoint,
 )
 from runtime.diary import Diary
-from runtime.files import read_json, read_log, remove_if_there, write_json, write_jsonl
+from runtime.files import read_json, remove_if_there, rewrite_log, write_json
 from runtime.world import StopFlag, World
 
 BEGAN = time.perf_counter()  # when this process had read its imports
@@ -229,8 +229,8 @@ class RunFolder:
             for name in os.listdir(self.folder):
                 if name.endswith(".tmp"):  # of a save that was killed; we hold the lock
                     remove_if_there(self.path(name))
-            rows = read_log(self.path("metrics.jsonl"))  # without those of steps to be done again
-            write_jsonl(self.path("metrics.jsonl"), [r for r in rows if r["step"] < self.first])
+            # without the steps that are to be done again
+            rewrite_log(self.path("metrics.jsonl"), lambda row: row.get("step", 0) < self.first)
             write_json(self.path("config.json"), as_dict(*self.parts))
             write_json(self.path("state.json"), {"state": "running", **provenance()})
         for line in lines:

@@ -7,7 +7,7 @@ from pathlib import Path
 from evals import report
 from evals.results import STAGES, item_key
 from evals.stats import proportion
-from runtime.files import write_json, write_jsonl
+from runtime.files import write_json, write_jsonl, write_sealed
 
 ORIGIN = {
     "commit": "abc1234",
@@ -87,7 +87,7 @@ def write_run(folder: Path, results=None, metrics=None, said: str = "it is 7") -
         write_jsonl(str(folder / stage / "metrics.jsonl"), log)
         solutions = [{"text": f"{stage}: {said}", "correct": False}]
         rows = [{"question": "How many?", "answer": "#### 7", "solutions": solutions}]
-        write_jsonl(str(folder / "generations" / f"{stage}_hash-{stage}_settings.jsonl"), rows)
+        write_sealed(str(folder / "generations" / f"{stage}_hash-{stage}_settings.jsonl"), rows)
     return str(folder)
 
 

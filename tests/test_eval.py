@@ -21,7 +21,7 @@ from evals import stats
 from evals.base import ORDER, TASKS, EvalConfig, Row, Subject, load_stages
 from evals.results import item_key, read_results, read_stages
 from runtime.checkpoint import load_checkpoint, save_checkpoint, weights_hash
-from runtime.files import read_log, write_jsonl
+from runtime.files import read_jsonl, read_log, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +196,49 @@ def test_another_setting_evaluates_again_what_it_decides_and_nothing_else(run):
     argv = [*argv[:-1], "--tasks=val_loss,preference,chats", "--no_overwrite"]
     assert evaluation.main([*argv, "--n_chats=2"]) == 0
     assert {row["task"] for row in read_results(str(folder))[before:]} == {"chats"}
+
+
+def test_problems_that_were_replaced_are_answered_again(run):
+    """Old answers must never be counted under the hash of new problems."""
+    folder, argv = run
+    argv = [*argv[:-1], "--tasks=problems", "--no_overwrite"]
+    assert evaluation.main(argv) == 0
+    before = len(read_results(str(folder)))
+    path = folder.parent / "data" / "toy" / "problems_test.jsonl"
+    rows = read_jsonl(str(path))
+    rows[0]["question"] = "How many pens are 2 and 2?"
+    write_jsonl(str(path), rows)
+    assert evaluation.main(argv) == 0
+    new = read_results(str(folder))[before:]
+    asked = [example["question"] for row in new for example in row.get("examples", [])]
+    assert rows[0]["question"] in asked and len({row["data_hash"] for row in new}) == 1
+
+
+@pytest.mark.parametrize("damage", ["digit", "cut"])
+def test_answers_whose_file_has_changed_are_given_again(run, capsys, damage):
+    """The cache of answers gave other numbers, silently, when a byte of it was flipped."""
+    folder, argv = run
+    argv = [*argv[:-1], "--tasks=problems", "--stages=sft"]
+    assert evaluation.main(argv) == 0
+    (path,) = (folder / "generations").glob("sft_*")
+    whole = path.read_text()
+    lines = whole.splitlines(keepends=True)
+    changed = whole.replace('"correct": false', '"correct": true', 1)
+    path.write_text(changed if damage == "digit" else "".join(lines[1:]))
+    assert evaluation.main([*argv, "--force"]) == 0
+    assert f"{path} has changed" in capsys.readouterr().out and path.read_text() == whole
+
+
+def test_rows_that_were_lost_are_measured_again(run):
+    """After a full disk 85 of 90 rows were there, and all results were said to exist."""
+    folder, argv = run
+    path = folder / "results.jsonl"
+    whole = {item_key(row) + row["stage"]: row["value"] for row in read_log(str(path))}
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert evaluation.main([*argv, "--no_overwrite"]) == 0
+    rows = read_log(str(path))
+    assert {item_key(row) + row["stage"]: row["value"] for row in rows} == whole
+    assert len(rows) == len(whole)
 
 
 def test_no_overwrite_adds_only_what_is_missing(run):

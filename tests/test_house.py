@@ -142,7 +142,11 @@ def test_imports_stand_at_the_top_but_for_optional_packages(name):
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.FunctionDef):
             inside += imports_of(node)
-    own = {"nanochat.gpt", "nanochat.engine", "nanochat.tokenizer"} if name.startswith("bench/") else set()
+    own = (
+        {"nanochat.gpt", "nanochat.engine", "nanochat.tokenizer"}
+        if name.startswith("bench/")
+        else set()
+    )
     if name == "bench/worker.py":  # another checkout of this project, by its own names
         own |= {"model", "train", "optim", "inference.sampling", "sample", "ranks", "runtime.world"}
     assert set(inside) <= OPTIONAL | own

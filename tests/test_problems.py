@@ -17,7 +17,7 @@ from evals import problems as mistakes
 from evals.results import RERANKERS, read_results
 from inference.scoring import log_likelihoods
 from inference.solutions import answer_value, final_answer, last_value
-from runtime.files import read_jsonl, write_jsonl
+from runtime.files import read_jsonl, read_sealed, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -169,11 +169,11 @@ def test_beside_rl_tuned_stages_are_measured_by_their_samples(tmp_path):
     own = {(r["metric"], r["protocol"]): r["value"] for r in rows if r["model"] == "rl"}
     assert own["exact_match", "any of 1"] <= own["exact_match", "any of 2"]
     (path,) = (tmp_path / "run" / "generations").glob("rl_*.jsonl")
-    written = [s["ids"] for row in read_jsonl(str(path)) for s in row["solutions"]]
+    written = [s["ids"] for row in read_sealed(str(path)) for s in row["solutions"]]
     assert own["length", "sampled"] == sum(map(len, written)) / len(written)
     model = tiny(9, n_layer=1, seq_len=256)
     nats = 0.0
-    for row in read_jsonl(str(path)):
+    for row in read_sealed(str(path)):
         prompt = render_prompt(user_turn(row["question"]), BYTE)
         for solution in row["solutions"]:
             logp = plain_logprobs(model, [*prompt, *solution["ids"]])
@@ -207,7 +207,7 @@ def test_generations_are_kept_so_that_a_number_can_be_traced_to_its_text(finishe
     """The exact match of a stage is the share of right solutions in its file."""
     folder, _ = finished
     (name,) = [name for name in os.listdir(folder / "generations") if name.startswith("sft_")]
-    rows = read_jsonl(str(folder / "generations" / name))
+    rows = read_sealed(str(folder / "generations" / name))
     stopped = [
         row["value"]
         for row in results_of(folder, "problems")

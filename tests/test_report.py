@@ -8,7 +8,7 @@ from helpers import fails
 from report_helpers import hand_made, metrics_rows, row, text_of, write_run
 
 from evals import plots, report
-from runtime.files import write_json, write_jsonl
+from runtime.files import write_json, write_jsonl, write_sealed
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_no_question_or_answer_gets_out_of_its_line(tmp_path, no_plots, text):
     folder = write_run(tmp_path, rows, said=text)
     path = tmp_path / "generations" / "dpo_hash-dpo_settings.jsonl"
     solutions = [{"text": text, "correct": False}]
-    write_jsonl(str(path), [{"question": text, "answer": text, "solutions": solutions}])
+    write_sealed(str(path), [{"question": text, "answer": text, "solutions": solutions}])
     plain = write_run(tmp_path / "plain", [{**rows[0], "examples": [{**example, **PLAIN}]}])
     found = text_of(folder)
     assert "```" not in found and "<b>" not in re.sub(r"`[^`\n]*`", "", found)
@@ -202,7 +202,7 @@ def test_samples_and_examples_are_those_of_the_weights_in_the_table(tmp_path, no
             said = [{"text": f"{model} {weights} says", "correct": False}]
             problem = {"question": "How many?", "answer": "#### 7", "solutions": said}
             name = f"{model}_{model}-{weights}_1234.jsonl"
-            write_jsonl(str(tmp_path / "generations" / name), [problem])
+            write_sealed(str(tmp_path / "generations" / name), [problem])
     stages = {model: {"weights_hash": f"{model}-now"} for model in ("pretrain", "dpo")}
     write_json(str(tmp_path / "stages.json"), stages)
     text = text_of(folder)

@@ -4,14 +4,25 @@ import functools
 import json
 import math
 import multiprocessing
+import resource
 import tempfile
 
 import pytest
+from helpers import fork, wait
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evals.results import append_results, current, matches, read_results
-from runtime.files import write_json
+from evals.results import (
+    append_results,
+    current,
+    is_whole,
+    item_key,
+    items_of,
+    matches,
+    newest,
+    read_results,
+)
+from runtime.files import digest, write_json
 
 
 def test_results_are_read_in_the_order_in_which_they_were_made(tmp_path):
@@ -83,6 +94,72 @@ def test_results_appended_after_a_torn_line_are_not_lost(tmp_path):
     assert [row["value"] for row in read_results(str(tmp_path))] == [1, 3, 4]
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("byte", [b"\xff", b"\n", b"x", b"\0"])
+def test_a_flipped_byte_costs_its_own_row_and_no_other(tmp_path, capsys, place, byte):
+    """It is named, it stays in the file, and what is added or replaced later loses nothing."""
+    path = tmp_path / "results.jsonl"
+    for value in range(3):
+        append_results(str(path), [{"value": value}])
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[place] = byte + lines[place][1:]
+    path.write_bytes(b"".join(lines))
+    left = [value for value in range(3) if value != place]
+    assert [row["value"] for row in read_results(str(tmp_path))] == left
+    assert f"{path}:{place + 1} is no JSON object" in capsys.readouterr().out
+    append_results(str(path), [{"value": 3}])
+    append_results(str(path), [{"value": 4}], lambda row: row["value"] == 3)
+    assert [row["value"] for row in read_results(str(tmp_path))] == [*left, 4]
+    assert lines[place].rstrip(b"\n") in path.read_bytes()
+
+
+def test_rows_are_appended_whole_or_not_at_all(tmp_path):
+    """A full disk takes a part of what is written: here as a limit on the file's size."""
+    path, whole = tmp_path / "results.jsonl", [{"value": i, "text": "x" * 100} for i in range(9)]
+    append_results(str(path), whole)
+    before = path.read_bytes()
+
+    def child():
+        limits = (len(before) + 500, resource.RLIM_INFINITY)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        with pytest.raises(OSError, match=r"too large|No space"):
+            append_results(str(path), whole)
+
+    assert wait(fork(child)) == 0 and path.read_bytes() == before
+
+
+def test_a_call_of_a_task_is_there_with_all_of_its_rows_alone(tmp_path):
+    """Else a row that was lost is never measured again. Rows of old files do not tell."""
+    path = tmp_path / "results.jsonl"
+    append_results(str(path), [{"value": 1}, {"value": 2}])
+    rows = read_results(str(tmp_path))
+    assert is_whole(rows) and not is_whole(rows[:1]) and not is_whole([])
+    assert is_whole([{"value": 1}])
+    append_results(str(path), [{"value": 1}, {"value": 2}])
+    assert is_whole(read_results(str(tmp_path))[1:])
+
+
+def test_the_newest_is_the_last_by_order_whatever_the_clock_says(tmp_path):
+    """Clocks are set back, and machines of one cluster stand in different time zones."""
+    for i, date in enumerate(("2026-03-01T10:00:00Z", "2025-01-01T10:00:00Z", "")):
+        name = "results.jsonl" if i % 2 else "results_20260101_100000.jsonl"
+        append_results(str(tmp_path / name), [{"task": "t", "date": date, "value": i}])
+    assert newest(read_results(str(tmp_path)), task="t")["value"] == 2
+
+
+def test_items_that_have_changed_are_not_compared(tmp_path, capsys):
+    """A changed digit gave another interval, silently."""
+    items = {"num": [1.0, 2.0], "den": [1, 1], "transform": "mean"}
+    row = {"model": "m", "metric": "x", "protocol": "p", "split": "test", "items": "items.json"}
+    write_json(str(tmp_path / "items.json"), {item_key(row): items})
+    assert items_of(str(tmp_path), row).num == [1.0, 2.0]  # an old row has no hash
+    row["items_hash"] = digest(items)
+    assert items_of(str(tmp_path), row).num == [1.0, 2.0]
+    text = (tmp_path / "items.json").read_text()
+    (tmp_path / "items.json").write_text(text.replace("2.0", "3.0"))
+    assert items_of(str(tmp_path), row) is None and "has changed" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [lambda x: x, lambda x: [x], lambda x: {"deep": [1, x]}])
 def test_a_number_that_is_not_finite_is_neither_written_nor_read(tmp_path, bad, place):
@@ -96,7 +173,7 @@ def test_a_number_that_is_not_finite_is_neither_written_nor_read(tmp_path, bad, 
     assert path.read_bytes() == before
     with open(path, "a") as f:
         f.write(json.dumps({**good, "value": place(bad)}) + "\n")
-    assert read_results(str(tmp_path)) == [good]
+    assert [row["value"] for row in read_results(str(tmp_path))] == [1.0]
     append_results(str(path), [good], lambda row: False)
     assert path.read_text().count("\n") == 2 and "N" not in path.read_text()
 
