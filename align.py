@@ -29,13 +29,15 @@ from runtime.budget import check_memory
 from runtime.checkpoint import (
     beside,
     checkpoint_files,
+    kept_tensors,
     load_checkpoint,
     model_from,
     open_start,
     weights_hash,
 )
 from runtime.diary import Clock
-from runtime.files import digest, read_jsonl, read_log, write_atomic, write_json, write_jsonl
+from runtime.files import digest, read_jsonl, write_atomic, write_json, write_jsonl
+from runtime.logs import read_log
 from runtime.program import run
 from runtime.run_folder import PREEMPTED, is_done
 from runtime.world import World
@@ -267,8 +269,9 @@ class DPO:
         key = digest([start, self.fingerprint, setup.tokenizer.template.name, self.width])
         path = os.path.join(loop.out_dir, f"reference_{key}.pt")
         world.log(f"dpo: log-probs of the reference in {path}")
-        if os.path.exists(path):
-            return torch.load(path, weights_only=True)
+        reference = kept_tensors(path, {key: (2, len(kept)) for key, kept in self.pairs.items()})
+        if not world.any(reference is None):
+            return reference
         model.to(world.device)
         reference, n = {}, loop.micro_batch
         for split, pairs in self.pairs.items():

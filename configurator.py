@@ -131,6 +131,8 @@ def read_file(path: str) -> list[tuple[str, object, str]]:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"config file {path} does not run: {reason}; flags: --key=value") from None
     public = {key: value for key, value in names.items() if not key.startswith("_")}
+    if public.get("force"):  # in a file it would start over at every requeue
+        raise UserError(f"{path}: force is for one start: give --force on the command line")
     settings = [(k, v, path) for k, v in public.items() if not isinstance(v, types.ModuleType)]
     idle = names.get("__annotations__", {}).keys() - names.keys()  # "key: value", as in YAML
     if idle or not settings:

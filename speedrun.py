@@ -8,6 +8,7 @@ Finished stages are skipped: after a kill the same command goes on, after the en
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import torch
 
 from configurator import UserError, load, require
 from runtime.checkpoint import NEW, is_stale
-from runtime.files import write_json
+from runtime.files import digest_of_files, write_json
 from runtime.program import run
 from runtime.run_folder import PREEMPTED, command, lock, read_state
 from runtime.world import KEEP_MEMORY, die_with_parent
@@ -142,11 +143,12 @@ class Programs:
 
 
 def is_outdated(out_dir: str) -> bool:
-    """Say whether a stage or a result is newer than the report."""
-    report, folder = Path(out_dir, "report.md"), Path(out_dir)
-    sources = [*folder.glob("*/metrics.jsonl"), *folder.glob("results*.jsonl")]
-    newest = max((path.stat().st_mtime for path in sources), default=0)
-    return report.exists() and newest > report.stat().st_mtime
+    """Say whether the report was made from other results or metrics than there are now."""
+    path = Path(out_dir, "report.md")
+    text = path.read_text(errors="replace") if path.exists() else ""
+    made_from = re.search(r"<!-- made from (.*): (\w+) -->", text)
+    now = made_from and digest_of_files(out_dir, made_from[1])
+    return path.exists() and not (made_from and now == made_from[2])
 
 
 def main(argv: list[str]) -> int:

@@ -19,7 +19,8 @@ from pathlib import Path
 from subprocess import STDOUT, Popen, TimeoutExpired
 
 from configurator import UserError, load, require
-from runtime.files import read_json, read_log, remove_if_there, write_json
+from runtime.files import read_json, remove_if_there, write_json
+from runtime.logs import read_log
 from runtime.program import run
 from runtime.run_folder import PREEMPTED, provenance
 

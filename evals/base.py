@@ -21,7 +21,7 @@ from evals.baselines import load_baseline
 from evals.results import STAGES, run_folders, trained_weights
 from evals.stats import Estimate
 from model import GPT, ModelConfig
-from runtime.checkpoint import load_checkpoint, model_from, weights_hash
+from runtime.checkpoint import NAMES, load_checkpoint, model_from, weights_hash
 from runtime.files import digest, read_jsonl, sha256
 from runtime.world import choose_device, choose_dtype
 
@@ -227,7 +227,7 @@ def load_stages(folder: str) -> dict[str, dict]:
 
     They stand in the order of the loop, by what they were trained for and started from.
     """
-    names = run_folders(folder, "ckpt_*.pt", "best.pt")
+    names = run_folders(folder, NAMES, "best.pt")
     if "untrained" in names:
         raise UserError(f"{folder}/untrained has the name of the initial weights: rename that run")
     if not names:
@@ -239,8 +239,8 @@ def load_stages(folder: str) -> dict[str, dict]:
     runs = {name: load_checkpoint(os.path.join(folder, name)) for name in names}
     for run in runs.values():
         run.pop("optimizers", None)  # twice the weights, and of no use here
-    made_here = {name: find_start(run, runs) is not None for name, run in runs.items()}
-    place = {name: (STAGES.index(run["task"]), made_here[name]) for name, run in runs.items()}
+    order = [*STAGES, *(run["task"] for run in runs.values())]
+    place = {name: (order.index(x["task"]), bool(find_start(x, runs))) for name, x in runs.items()}
     return {name: runs[name] for name in sorted(runs, key=place.get)}
 
 

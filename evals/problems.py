@@ -28,7 +28,8 @@ from inference.solutions import (
     with_room,
 )
 from model import GPT
-from runtime.files import digest, read_sealed, write_sealed
+from runtime.files import digest
+from runtime.logs import read_sealed, write_sealed
 
 CHOSEN_BY = {"likelihood": "loglik", "best_of": "score"}  # the highest of this field
 ANSWERS = "n_problems max_new_tokens calculator"  # settings of a greedy solution

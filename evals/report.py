@@ -17,9 +17,11 @@ from configurator import UserError
 from evals import plots, tables
 from evals.results import RERANKERS, current, matches, newest, run_folders
 from evals.tables import format_value, table
-from runtime.files import read_json, read_log, read_sealed, write_atomic
+from runtime.files import digest_of_files, read_json, write_atomic
+from runtime.logs import read_log, read_sealed
 from runtime.program import run
 
+SOURCES = "results*.jsonl stages.json metrics.jsonl */metrics.jsonl"
 DETAILS = {  # task -> heading of the section with all of its numbers
     "published": "Published solutions of GSM8K's test problems, judged",
     "problems": "Word problems, greedily: right answers and kinds of error",
@@ -282,7 +284,8 @@ def write_report(folder: str, target: str, n_samples: int) -> str:
     for section in SECTIONS:
         parts += [part for part in section(run) if part]
     parts = [f"![]({part})" if part.endswith(".png") else part for part in parts]
-    text = "\n\n".join(parts) + "\n"
+    made_from = f"<!-- made from {SOURCES}: {digest_of_files(folder, SOURCES)} -->"
+    text = "\n\n".join([*parts, made_from]) + "\n"
     path = os.path.join(target, "report.md")
     write_atomic(path, lambda f: f.write(text.encode(errors="replace")))
     return path

@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Callable
 
 from evals.stats import Items
-from runtime.files import append_log, digest, read_json, read_log, rewrite_log
+from runtime.files import digest, read_json
+from runtime.logs import append_log, read_log, rewrite_log
 
 STAGES = ("pretrain", "sft", "dpo", "rl", "verifier")  # of a pipeline, in their order
 RERANKERS = ("majority", "likelihood", "weighted", "best_of", "oracle")  # see problems.choose

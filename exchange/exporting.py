@@ -22,7 +22,8 @@ from corpus.tokenizer import SPECIAL, Tokenizer, load_tokenizer
 from exchange.weights import config_of, from_ours, home_of
 from model import ModelConfig
 from runtime.checkpoint import find_checkpoint, model_from
-from runtime.files import read_log, remove_leftovers, unfinished, write_atomic, write_json
+from runtime.files import remove_leftovers, unfinished, write_atomic, write_json
+from runtime.logs import read_log
 
 LARGEST = 5_000_000_000  # bytes of a file of weights; more of them go into several files
 # The pattern that OpenAI released with GPT-2; corpus/tokenizer.py has a form for another library

@@ -3,10 +3,12 @@
 import glob
 import hashlib
 import os
+import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +18,8 @@ from model import GPT, ModelConfig
 from runtime.files import reason_of, write_atomic
 
 FORMAT = 2  # of checkpoints; 2: optimizer state by parameter name
+NAMES = "ckpt_" + 7 * "[0-9]" + ".pt"  # other files are the user's
+KEYS = "model_config weights_hash task tokenizer"  # without which nothing can use it
 NEW, SAVED = ".new", ".saved"  # in a run folder: what --force has begun; see replace_run
 
 
@@ -50,31 +54,71 @@ def read_checkpoint(path: str, whole: bool = True) -> dict:
 
     whole=False: for its settings and hashes; tensors stay in the file, unread and unchecked.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not notice a flipped byte
-            if damaged := archive.testzip() if whole else None:
-                raise UserError(f"checkpoint {path} is damaged (bad CRC in {damaged})")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=not whole)
-    except FileNotFoundError:
-        raise UserError(f"checkpoint {path} does not exist") from None
-    except UserError:
-        raise
-    except Exception as error:  # whatever the libraries raise at a foreign file
-        raise UserError(f"{path} is no readable checkpoint ({reason_of(error)})") from None
+    checkpoint = load_tensors(path, whole)
     known = isinstance(checkpoint, dict) and isinstance(checkpoint.get("format"), int)
     if not known or "model" not in checkpoint:
         raise UserError(f"{path} was not written by this project: it has no format number")
     if checkpoint["format"] > FORMAT:
         versions = f"format {checkpoint['format']}, this code reads {FORMAT}"
         raise UserError(f"{path} was written by a newer version ({versions}): update the code")
-    if whole and (bad := non_finite(checkpoint["model"])):
-        raise UserError(f"checkpoint {path} has {bad}: use an earlier one")
+    if lacking := [key for key in KEYS.split() if key not in checkpoint]:
+        raise UserError(f"checkpoint {path} lacks {', '.join(lacking)}: use another")
+    if unknown := set(checkpoint["model_config"]) - {f.name for f in fields(ModelConfig)}:
+        names = ", ".join(sorted(unknown))
+        raise UserError(f"{path} has model settings that this code does not know: {names}")
+    if not re.fullmatch(r"\w{1,40}", str(checkpoint["task"])):
+        raise UserError(f"{path} is of the task {checkpoint['task']!r}, which is no name")
+    if whole:
+        if bad := non_finite(checkpoint["model"]):
+            raise UserError(f"checkpoint {path} has {bad}: use an earlier one")
+        if checkpoint["weights_hash"] != (found := weights_hash(checkpoint["model"])):
+            what = f"weights {found}, and says that they are {checkpoint['weights_hash']}"
+            raise UserError(f"checkpoint {path} has {what}: use another")
     return checkpoint
+
+
+def load_tensors(path: str, whole: bool = True) -> dict:
+    """Return what torch.save wrote to a file; whole: after a check of every byte."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if any(entry.compress_type for entry in entries):  # torch.save compresses nothing
+                raise UserError(f"{path} is compressed: it may unpack to any size, and is refused")
+            if sum(entry.file_size for entry in entries) > os.path.getsize(path):
+                raise UserError(f"{path} names more bytes than it has: it is refused")
+            if damaged := archive.testzip() if whole else None:  # torch.load does not notice
+                raise UserError(f"{path} is damaged (bad CRC in {damaged})")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=not whole)
+    except FileNotFoundError:
+        raise UserError(f"checkpoint {path} does not exist") from None
+    except pickle.UnpicklingError:  # torch's own words say how to run it all the same
+        what = "holds objects that could run code, or is damaged"
+        raise UserError(f"{path} is no readable checkpoint: it {what}") from None
+    except UserError:
+        raise
+    except Exception as error:  # whatever the libraries raise at a foreign file
+        raise UserError(f"{path} is no readable checkpoint ({reason_of(error)})") from None
+
+
+def kept_tensors(path: str, shapes: dict[str, tuple]) -> dict[str, Tensor] | None:
+    """Return the tensors of these shapes in a file; None where it is missing or (aloud) damaged."""
+    if not os.path.exists(path):
+        return None
+    try:
+        found = load_tensors(path)
+        items = found.items() if isinstance(found, dict) else []
+        if {name: tuple(getattr(x, "shape", ())) for name, x in items} == shapes:
+            return found
+        reason = f"{path} holds something else"
+    except UserError as error:
+        reason = error
+    print(f"WARNING: {reason}; it is made again", flush=True)
+    return None
 
 
 def checkpoint_files(folder: str) -> list[str]:
     """Return the paths of a run's checkpoints, newest first."""
-    return sorted(glob.glob(os.path.join(glob.escape(folder), "ckpt_*.pt")), reverse=True)
+    return sorted(glob.glob(os.path.join(glob.escape(folder), NAMES)), reverse=True)
 
 
 def newest_checkpoint(folder: str, log: Callable = print, whole: bool = True) -> tuple | None:

@@ -32,7 +32,8 @@ from runtime.checkpoint import (
     save_checkpoint,
 )
 from runtime.diary import Diary
-from runtime.files import read_json, remove_if_there, rewrite_log, write_json
+from runtime.files import read_json, remove_if_there, write_json
+from runtime.logs import rewrite_log
 from runtime.world import StopFlag, World
 
 BEGAN = time.perf_counter()  # when this process had read its imports

@@ -7,7 +7,8 @@ from pathlib import Path
 from evals import report
 from evals.results import STAGES, item_key
 from evals.stats import proportion
-from runtime.files import write_json, write_jsonl, write_sealed
+from runtime.files import write_json, write_jsonl
+from runtime.logs import write_sealed
 
 ORIGIN = {
     "commit": "abc1234",

@@ -28,8 +28,9 @@ from corpus.toy import chat
 from inference import solutions
 from inference.scoring import score_solutions
 from model import GPT
-from runtime.checkpoint import checkpoint_files, load_checkpoint, model_from
-from runtime.files import read_jsonl, read_log, write_jsonl
+from runtime.checkpoint import checkpoint_files, load_checkpoint, load_tensors, model_from
+from runtime.files import read_jsonl, write_jsonl
+from runtime.logs import read_log
 from runtime.world import World
 from train import LoopConfig, TrainStep
 
@@ -707,6 +708,27 @@ def test_reference_log_probs_are_read_from_the_file_the_second_time(tmp_path):
     )
     assert torch.equal(build(parts, model).reference["val"], first.reference["val"] + 17)
     assert files_of(parts, "reference_") == [name]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "foreign", "other rows"])
+def test_a_damaged_reference_file_is_made_again_aloud(tmp_path, capsys, damage):
+    """Other log-probs would be a silent other objective, and a torn file a traceback."""
+    parts, model = config(tmp_path, "dpo"), tiny()
+    first = build(parts, model).reference
+    (name,) = files_of(parts, "reference_")
+    path = Path(parts[0].out_dir, name)
+    raw = path.read_bytes()
+    place = raw.index(first["train"].numpy().tobytes())
+    files = {"truncated": raw[: len(raw) // 2], "empty": b""}
+    files["flipped"] = raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :]
+    if damage in files:
+        path.write_bytes(files[damage])
+    else:
+        torch.save([1, 2] if damage == "foreign" else {"train": torch.zeros(2, 1)}, path)
+    again = build(parts, model).reference
+    assert all(torch.equal(again[split], first[split]) for split in ("train", "val"))
+    assert f"WARNING: {path}" in capsys.readouterr().out
+    assert load_tensors(str(path)).keys() == first.keys()
 
 
 def test_other_weights_or_other_pairs_have_another_reference_file(tmp_path):

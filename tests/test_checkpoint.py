@@ -51,6 +51,8 @@ def content(step: int = 0, seed: int = 0, **more) -> dict:
         "model_config": asdict(model.cfg),
         "step": step,
         "rng": torch.get_rng_state(),
+        "task": "pretrain",
+        "tokenizer": {"name": "byte"},
     } | more
 
 
@@ -251,6 +253,70 @@ def test_newest_checkpoint_orders_by_step_and_ignores_leftovers(tmp_path):
         overwrite(tmp_path / name, b"torn")
     assert newest_checkpoint(tmp_path)[0] == path_of(tmp_path, 100)
     assert checkpoint_files(tmp_path) == [path_of(tmp_path, 100), path_of(tmp_path, 20)]
+
+
+def test_files_of_the_user_are_no_checkpoints_of_the_run(tmp_path):
+    """They are neither taken for the newest nor removed: `keep` counts our own alone."""
+    write(tmp_path, 4)
+    for name in ("ckpt_step9.pt", "ckpt_0000009_keepme.pt", "ckpt_00000009.pt", "ckpt_latest.pt"):
+        save_checkpoint(str(tmp_path / name), content(9))
+    assert checkpoint_files(tmp_path) == [path_of(tmp_path, 4)]
+    assert load_checkpoint(str(tmp_path))["step"] == 4
+
+
+@pytest.mark.parametrize("key", ["task", "tokenizer", "model_config", "weights_hash"])
+def test_a_checkpoint_without_what_every_program_needs_is_refused_in_words(key, tmp_path):
+    path = write(tmp_path, 1)
+    found = read_checkpoint(path)
+    del found[key]
+    torch.save(found, path)
+    fails(lambda: read_checkpoint(path), path, "lacks", key)
+
+
+def test_weights_that_are_not_those_of_their_hash_are_refused(tmp_path):
+    """A stored hash was believed: results would stand under the name of other weights."""
+    path = write(tmp_path, 1)
+    found = read_checkpoint(path)
+    found["model"]["embed.weight"][0, 0] += 1
+    torch.save(found, path)
+    fails(lambda: read_checkpoint(path), path, found["weights_hash"], "use another")
+
+
+def test_settings_of_a_future_version_are_named(tmp_path):
+    path = write(tmp_path, 1)
+    found = read_checkpoint(path)
+    found["model_config"]["n_hyper"] = 3
+    torch.save(found, path)
+    fails(lambda: read_checkpoint(path), path, "does not know", "n_hyper")
+
+
+@pytest.mark.parametrize("task", ["../../../evil", "/etc", "a b", ""])
+def test_a_task_that_could_become_a_path_is_refused(tmp_path, task):
+    """eval.py makes files of this name: a checkpoint from elsewhere would write outside."""
+    path = write(tmp_path, 1)
+    found = read_checkpoint(path)
+    torch.save({**found, "task": task}, path)
+    fails(lambda: read_checkpoint(path), path, repr(task), "no name")
+
+
+def test_an_archive_that_unpacks_to_more_than_it_is_is_refused(tmp_path):
+    """A kilobyte may unpack to all memory; torch.save compresses nothing."""
+    path = write(tmp_path, 1)
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, raw in parts.items():
+            archive.writestr(name, raw + bytes(10_000_000 * name.endswith("/0")))
+    assert os.path.getsize(path) < 100_000
+    fails(lambda: read_checkpoint(path), path, "is compressed")
+
+
+def test_the_refusal_of_a_bomb_does_not_say_how_to_run_it(tmp_path):
+    """torch's own message names the switch that lets the code run."""
+    path = str(tmp_path / "bomb.pt")
+    bomb(path, tmp_path / "marker")
+    text = fails(lambda: read_checkpoint(path), "could run code")
+    assert "weights_only" not in text and "trust" not in text
 
 
 def test_nothing_there_is_none_and_all_damaged_is_an_error(tmp_path):

@@ -21,7 +21,8 @@ from evals import stats
 from evals.base import ORDER, TASKS, EvalConfig, Row, Subject, load_stages
 from evals.results import item_key, read_results, read_stages
 from runtime.checkpoint import load_checkpoint, save_checkpoint, weights_hash
-from runtime.files import read_jsonl, read_log, write_jsonl
+from runtime.files import read_jsonl, write_jsonl
+from runtime.logs import read_log
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from helpers import BYTE, fails, fork, wait
 from configurator import UserError
 from corpus.shards import write_shard
 from data import prepare
-from runtime.files import read_jsonl, read_log, read_rows, write_atomic, write_json, write_jsonl
+from runtime.files import read_jsonl, read_rows, write_atomic, write_json, write_jsonl
+from runtime.logs import read_log
 
 
 def test_a_write_replaces_the_whole_file(tmp_path):

@@ -33,9 +33,9 @@ TOP = {
         *FOLDERS,
     ),
 }
-BUDGETS = {"model.py": 380, "train.py": 380, "align.py": 625, "data.py": 300, "eval.py": 200}
-BUDGETS |= {"configurator.py": 210}
-LARGEST, ALL = 330, 12270
+BUDGETS = {"model.py": 380, "train.py": 380, "align.py": 626, "data.py": 300, "eval.py": 200}
+BUDGETS |= {"configurator.py": 212}
+LARGEST, ALL = 330, 12600
 
 # Who may import whom; a folder may import itself, everyone but fast may import configurator
 ARROWS = {
@@ -58,17 +58,18 @@ ARROWS = {
         "evals.tables",
         "evals.plots",
         "runtime.files",
+        "runtime.logs",
         "runtime.program",
     ],
     "evals.tables": ["evals.results", "evals.stats", "runtime.files"],
     "evals.plots": ["evals.results", "evals.stats", "runtime.files"],
-    "evals.results": ["evals.stats", "runtime.files"],
+    "evals.results": ["evals.stats", "runtime.files", "runtime.logs"],
     "evals.stats": [],
     "eval": ["evals", "runtime"],
     "bench": ["model", "train", "corpus", "inference", "runtime"],
     "bench.tuning": ["align", "bench", "corpus", "inference", "model", "runtime", "train"],
     "bench.usage": ["bench", "corpus", "evals", "inference", "model", "runtime"],
-    "exchange": ["corpus", "model", "runtime.checkpoint", "runtime.files"],
+    "exchange": ["corpus", "model", "runtime.checkpoint", "runtime.files", "runtime.logs"],
     "convert": ["exchange", "runtime.program"],
     "speedrun": ["runtime"],
 }

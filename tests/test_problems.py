@@ -17,7 +17,8 @@ from evals import problems as mistakes
 from evals.results import RERANKERS, read_results
 from inference.scoring import log_likelihoods
 from inference.solutions import answer_value, final_answer, last_value
-from runtime.files import read_jsonl, read_sealed, write_jsonl
+from runtime.files import read_jsonl, write_jsonl
+from runtime.logs import read_sealed
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from helpers import fails
 from report_helpers import hand_made, metrics_rows, row, text_of, write_run
 
 from evals import plots, report
-from runtime.files import write_json, write_jsonl, write_sealed
+from runtime.files import write_json, write_jsonl
+from runtime.logs import write_sealed
 
 
 @pytest.fixture

@@ -22,7 +22,8 @@ from corpus import toy
 from corpus.shards import write_shard
 from corpus.tokenizer import load_tokenizer
 from runtime.checkpoint import load_checkpoint
-from runtime.files import read_jsonl, read_log, write_json, write_jsonl
+from runtime.files import digest_of_files, read_jsonl, write_json, write_jsonl
+from runtime.logs import read_log
 
 TOY = load_tokenizer("toy")
 
@@ -115,7 +116,7 @@ def test_every_stage_gets_its_recipe_and_the_checkpoint_of_the_stage_before(tmp_
     programs(WRITES)
     out, code = tmp_path / "run", tmp_path / "code"
     assert speedrun.main([f"--out_dir={out}", "--data_dir=d", "--max_steps=6", "--force"]) == 0
-    rows = [row[0] for row in read_log(str(tmp_path / "log"))]
+    rows = [row[0] for row in read_jsonl(str(tmp_path / "log"))]
     common = ["--data_dir=d", "--seed=1337"]
     expected = []
     for stage, before in (("pretrain", None), ("sft", "pretrain"), ("dpo", "sft")):
@@ -136,7 +137,7 @@ def test_rl_is_a_stage_by_request_that_starts_from_sft(tmp_path, programs):
     programs(WRITES)
     out = tmp_path / "run"
     assert speedrun.main([f"--out_dir={out}", "--stage=rl"]) == 0
-    ((program, recipe, *flags), _), *rest = read_log(str(tmp_path / "log"))
+    ((program, recipe, *flags), _), *rest = read_jsonl(str(tmp_path / "log"))
     assert (os.path.basename(program), recipe) == ("align.py", "config/rl_problems.py")
     assert {f"--out_dir={out / 'rl'}", f"--init_from={out / 'sft'}"} <= set(flags) and not rest
 
@@ -150,14 +151,14 @@ def test_stages_keep_freed_memory_unless_told_otherwise(tmp_path, programs, monk
     speedrun.main(argv)
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "7")
     speedrun.main(argv)
-    assert [row[1] for row in read_log(str(tmp_path / "log"))] == [["0", "-1"], ["7", "-1"]]
+    assert [row[1] for row in read_jsonl(str(tmp_path / "log"))] == [["0", "-1"], ["7", "-1"]]
 
 
 def test_a_failed_stage_ends_the_loop_with_its_exit_code(tmp_path, programs, capfd):
     """What comes after it would start from a checkpoint that is not there."""
     programs(WRITES + "sys.exit(3)")
     assert speedrun.main([f"--out_dir={tmp_path / 'run'}"]) == 3
-    assert len(read_log(str(tmp_path / "log"))) == 1
+    assert len(read_jsonl(str(tmp_path / "log"))) == 1
     assert speedrun.read_state(str(tmp_path / "run")) == "failed"
     assert "mend that, and go on with: python " in capfd.readouterr().out
 
@@ -241,7 +242,7 @@ def test_a_stage_whose_start_was_trained_anew_is_made_again(tmp_path, programs, 
     def forced() -> list[bool]:
         (tmp_path / "log").unlink(missing_ok=True)
         assert speedrun.main(argv) == 0
-        return ["--force" in row[0] for row in read_log(str(tmp_path / "log"))][:4]
+        return ["--force" in row[0] for row in read_jsonl(str(tmp_path / "log"))][:4]
 
     assert forced() == [False] * 4
     save_stage(out / "sft", 3, first)
@@ -253,22 +254,26 @@ def test_a_stage_whose_start_was_trained_anew_is_made_again(tmp_path, programs, 
     assert forced() == [False, False, False, True]
 
 
-def test_a_report_is_made_again_when_a_stage_or_a_result_is_newer(tmp_path, programs):
-    """It would show numbers of weights that are gone."""
+def test_a_report_is_made_again_when_a_stage_or_a_result_has_changed(tmp_path, programs):
+    """It would show numbers of weights that are gone. Clocks do not tell: they may be set back."""
     programs(WRITES)
     out = tmp_path / "run"
     (out / "sft").mkdir(parents=True)
-    paths = [out / "report.md", out / "results.jsonl", out / "sft" / "metrics.jsonl"]
+    sources = "results*.jsonl */metrics.jsonl"
 
-    def flag(*ages: float) -> str:
-        for path, age in zip(paths, ages, strict=True):
-            path.touch()
-            os.utime(path, (1e9 + age, 1e9 + age))
+    def flag() -> str:
         assert speedrun.main([f"--out_dir={out}", "--stage=eval"]) == 0
-        return read_log(str(tmp_path / "log"))[-1][0][-1]
+        return read_jsonl(str(tmp_path / "log"))[-1][0][-1]
 
-    assert flag(3, 1, 2) == "--no_overwrite"
-    assert flag(3, 4, 2) == flag(3, 1, 4) == "--force"
+    for changed in (out / "results.jsonl", out / "sft" / "metrics.jsonl"):
+        made_from = digest_of_files(str(out), sources)
+        (out / "report.md").write_text(f"# Report\n<!-- made from {sources}: {made_from} -->\n")
+        assert flag() == "--no_overwrite"
+        changed.write_text("{}\n")
+        os.utime(changed, (1e9, 1e9))
+        assert flag() == "--force"
+    (out / "report.md").write_text("# Report of a time before there were marks\n")
+    assert flag() == "--force"
 
 
 def test_a_second_ctrl_c_ends_a_stage_that_does_not_stop(tmp_path, programs):

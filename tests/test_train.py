@@ -37,7 +37,7 @@ from runtime.checkpoint import (
     read_checkpoint,
     weights_hash,
 )
-from runtime.files import read_log
+from runtime.logs import read_log
 from runtime.run_folder import check_same_run, lock, read_state
 from runtime.world import World, die_with_parent
 from train import LoopConfig
