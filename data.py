@@ -53,6 +53,7 @@ class DataConfig:
     toy_stories: int = ToySizes.stories  # toy world: pretraining documents
     toy_problems: int = ToySizes.problems  # few, so that held-out problems stay hard
     toy_test: int = ToySizes.test  # toy world: problems and pairs to test on
+    force: bool = False  # make folders again that are there
 
     def __post_init__(self):
         bounds = {"[0, inf)": "seed", "[40, inf)": "toy_stories"}
@@ -112,10 +113,10 @@ def prepare_source(source: Source, cfg: DataConfig, tokenizer: Callable[[], Toke
 
     if source.name == "toy":
         sizes = ToySizes(cfg.seed, cfg.toy_stories, cfg.toy_problems, cfg.toy_test)
-        make_toy(sizes, cfg.data_dir)
+        make_toy(sizes, cfg.data_dir, cfg.force)
         return
     folder = os.path.join(cfg.data_dir, source.name)
-    make_folder(folder, source.stage, request_of(source, cfg), write)
+    make_folder(folder, source.stage, request_of(source, cfg), write, cfg.force)
 
 
 def request_of(source: Source, cfg: DataConfig) -> dict:

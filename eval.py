@@ -15,6 +15,7 @@ import os
 import time
 
 from configurator import UserError, load
+from corpus.sources import check_made
 from evals import few_shot, language, preferences, problems, sinks, tables, transfer
 from evals.base import (
     CHATS,
@@ -61,6 +62,7 @@ def inputs_of(task: Task, subject: Subject, cfg: EvalConfig) -> dict:
     settings = {key: getattr(cfg, key) for key in (*task.data, *task.settings)}
     settings["dtype"] = str(subject.dtype)
     paths = data_files([settings[key] for key in task.data], task.files, cfg.data_dir)
+    check_made(paths, subject.sha256)
     hashes = [[os.path.relpath(path, cfg.data_dir), subject.sha256(path)] for path in paths]
     return {"data_hash": digest(hashes), "settings": json.loads(json.dumps(settings))}
 

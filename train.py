@@ -20,12 +20,13 @@ from torch import Tensor
 
 from configurator import UserError, load, read_file, read_flag, require
 from corpus.folders import ensure_toy
-from corpus.shards import Mixture
+from corpus.shards import Mixture, checksums
 from corpus.tokenizer import Tokenizer, load_tokenizer
 from fast.muon import Muon, full_tensor
 from model import GPT, ModelConfig
 from runtime.budget import check_memory, expert_notes, preflight
 from runtime.checkpoint import model_from, open_start, sizes_of_start
+from runtime.files import digest
 from runtime.program import run
 from runtime.run_folder import PREEMPTED, RunFolder, is_done
 from runtime.world import World, distribute, sync_gradients
@@ -320,7 +321,12 @@ class Pretrain:
         self.val_rows = Mixture(loop.data, loop.data_dir, "val", *how)
         self.n_val_rows = self.val_rows.n_rows
         self.fingerprint = self.train_rows.fingerprint
-        self.extra = {"tokenizer": tokenizer.spec()}
+        contents = [checksums(rows.streams) for rows in (self.train_rows, self.val_rows)]
+        for same in contents[0].keys() & contents[1].keys():
+            what = f"{contents[1][same]} has the tokens of {contents[0][same]}"
+            raise UserError(f"{what}: validation would measure memory. Hold some text out")
+        shards = digest([sorted(content) for content in contents])
+        self.extra = {"tokenizer": tokenizer.spec(), "shards": shards}
 
     def batch(self, split: str, first: int, last: int) -> dict[str, Tensor]:
         train = split == "train"

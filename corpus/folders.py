@@ -19,7 +19,7 @@ from corpus.shards import SHARD_TOKENS, parse_mixture, write_shard
 from corpus.sources import Source, text_documents
 from corpus.tokenizer import Tokenizer, load_tokenizer, train_ranks, write_ranks
 from runtime.files import (
-    read_jsonl,
+    read_json,
     remove_if_there,
     remove_leftovers,
     sha256,
@@ -31,37 +31,52 @@ from runtime.files import (
 BATCH = 1024  # documents to encode at a time
 
 
-def read_manifest(path: str) -> tuple[dict | None, list[str]]:
-    """Return request and files of a manifest; None and [] where it is missing or damaged."""
-    try:
-        (manifest,) = read_jsonl(path)
-        return manifest["request"], [os.path.basename(name) for name in manifest["sha256"]]
-    except (UserError, LookupError, TypeError, ValueError):
-        return None, []
+def read_manifest(path: str) -> tuple[dict | None, dict[str, str]]:
+    """Return request and {file: sha256} of a manifest; None and {} where it is damaged or none."""
+    manifest = read_json(path)
+    digests = manifest.get("sha256")
+    if not isinstance(digests, dict):
+        return None, {}
+    return manifest.get("request"), {os.path.basename(name): it for name, it in digests.items()}
 
 
-def make_folder(folder: str, stage: str, request: dict, write: Callable[[str], dict]) -> None:
+def fault_of(folder: str, digests: dict[str, str]) -> str:
+    """Say which of the files that a manifest names is not what it was; "" where none is."""
+    for name, wanted in digests.items():
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            return f"{name} is missing"
+        if sha256(path) != wanted:
+            return f"{name} is damaged or was changed"
+    return ""
+
+
+def make_folder(
+    folder: str, stage: str, request: dict, write: Callable[[str], dict], force: bool = False
+) -> None:
     """Make the part of a data folder that belongs to a stage, whole or not at all.
 
     write(folder) writes the files into a new folder and returns counts for the manifest. A folder
-    whose manifest names the same request is kept.
+    whose manifest names the same request, and whose files are as they were, is kept.
     """
     remove_leftovers(os.path.dirname(folder))
     path = os.path.join(folder, f"manifest_{stage}.json")
     old_request, old_files = read_manifest(path)
-    complete = all(os.path.isfile(os.path.join(folder, name)) for name in old_files)
-    if complete and old_request == request:
-        print(f"data: {folder} ({stage}) is there already")
-        return
-    if old_request not in (None, request):
-        print(f"data: {folder} ({stage}) is made again: by another request, or older rules")
+    reason = "by another request, or older rules" * (old_request not in (None, request))
+    if old_request == request:
+        reason = "as --force says" if force else fault_of(folder, old_files)
+        if not reason:
+            print(f"data: {folder} ({stage}) is there already")
+            return
+    if reason:
+        print(f"data: {folder} ({stage}) is made again: {reason}", flush=True)
     made = unfinished(folder, "part")  # the files move over when all of them are there
     shutil.rmtree(made, ignore_errors=True)  # of a dead process that had our number
     try:
         counts = write(made)
         digests = {name: sha256(os.path.join(made, name)) for name in sorted(os.listdir(made))}
         os.makedirs(folder, exist_ok=True)
-        remove_if_there(path)  # it must not vouch for a folder that is half replaced
+        write_json(path, {"unfinished": request})  # nobody takes a folder that is half replaced
         for name in digests:
             os.replace(os.path.join(made, name), os.path.join(folder, name))
     finally:
@@ -142,18 +157,18 @@ class ToySizes:
     test: int = 500
 
 
-def make_toy(sizes: ToySizes, data_dir: str) -> None:
+def make_toy(sizes: ToySizes, data_dir: str, force: bool = False) -> None:
     """Make the folder of the toy world, unless the same world is there."""
     request = {"toy": [*astuple(sizes), toy.VERSION]}
     folder = os.path.join(data_dir, "toy")
-    make_folder(folder, "pretrain", request, lambda made: write_toy_world(made, sizes))
+    make_folder(folder, "pretrain", request, lambda made: write_toy_world(made, sizes), force)
 
 
 def ensure_toy(spec: str, data_dir: str) -> None:
     """Make the toy world where a mixture names it and it is missing. Many processes may do so."""
     manifest = os.path.join(data_dir, "toy", "manifest_pretrain.json")
     named = spec and "toy" in dict(parse_mixture(spec))
-    if named and not os.path.isfile(manifest):
+    if named and (not os.path.isfile(manifest) or read_json(manifest).get("unfinished")):
         make_toy(ToySizes(), data_dir)
 
 

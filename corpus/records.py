@@ -17,7 +17,7 @@ from corpus import schemas
 from corpus.chat import user_turn
 from corpus.schemas import Unusable, describe
 from corpus.shards import parse_mixture
-from corpus.sources import STAGES, how_to_make
+from corpus.sources import STAGES, check_made, how_to_make
 from runtime.files import read_jsonl
 
 SFT = "messages | instruction[, input], output | question, answer | prompt, completion | chosen"
@@ -137,6 +137,7 @@ def load_records(spec: str, data_dir: str, kind: str, split: str, key: str = "da
         if not existing:
             what = f"--{key}={spec}: there are no {kind} records at {paths[0]}"
             raise UserError(f"{what}: {hint}")
+        check_made(existing[:1])
         found = read_jsonl(existing[0])
         if kind == "sft" and not all(is_prepared(row, kind) for row in found):
             found = to_records(found, "sft", existing[0])

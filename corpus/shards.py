@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from configurator import UserError
-from corpus.sources import how_to_make
+from corpus.sources import check_made, how_to_make
 from corpus.tokenizer import Tokenizer
 from runtime.files import write_atomic
 
@@ -142,7 +142,8 @@ class Stream:
         self.n_rows = sum(rows)
         if self.n_rows == 0:
             total = sum(len(shard) for shard in self.shards)
-            what = f"{', '.join(paths)}: {total} tokens, fewer than seq_len + 1 = {seq_len + 1}"
+            names = ", ".join(paths[:3]) + f" and {len(paths) - 3} more" * (len(paths) > 3)
+            what = f"{names}: {total} tokens, fewer than seq_len + 1 = {seq_len + 1}"
             raise UserError(f"{what}: take more data or a smaller --seq_len")
 
     def row(self, index: int, epoch: int = 0) -> np.ndarray:
@@ -182,6 +183,7 @@ def shard_paths(folder: str, split: str) -> list[str]:
         lack = what if os.path.isdir(folder) else "no data"
         hint = how_to_make("pretrain", os.path.basename(folder))
         raise UserError(f"there is {lack} at {folder}: {hint}, or name other data (--data)")
+    check_made(paths, sha256=None)  # a shard has a checksum of its own
     return paths
 
 
@@ -255,6 +257,22 @@ class Mixture:
                     break
                 number -= stream.n_rows
         return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+def checksum_of(path: str, tokens: np.ndarray) -> int:
+    """Return the crc32 of a shard's tokens: of the header, where it has been checked."""
+    header = np.fromfile(path, "<i4", HEADER)
+    is_ours = header[:1].tolist() == [MAGIC] and header[5]
+    return int(header[7:8].view("<u4")[0]) if is_ours else zlib.crc32(tokens)
+
+
+def checksums(streams: list[Stream]) -> dict[tuple[int, int], str]:
+    """Return {(tokens, crc32 of them): path} of all shards."""
+    found = {}
+    for stream in streams:
+        for path, shard in zip(stream.paths, stream.shards, strict=True):
+            found[len(shard), checksum_of(path, shard)] = path
+    return found
 
 
 def fingerprint(spec: str, streams: list[Stream]) -> str:

@@ -1,16 +1,17 @@
 """Sources: presets of the Hugging Face hub and files of your own, read as documents or rows."""
 
+import glob
 import io
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from configurator import UserError
 from corpus.tokenizer import SPECIAL
-from runtime.files import holds_records, read_lines, read_rows
+from runtime.files import holds_records, read_json, read_lines, read_rows, sha256
 
 STAGES = ("pretrain", "sft", "dpo", "verifier", "eval")
 # Format plain or wikitext, whose documents begin at headings; for eval it stays a text
@@ -97,6 +98,35 @@ def how_to_make(stage: str, name: str) -> str:
     is_known = name == "toy" or (name in PRESETS and PRESETS[name].stage == stage)
     source = name if is_known else f"{name}=FILE"
     return f"make it with data.py {'' if is_known else f'--stage={stage} '}--sources={source}"
+
+
+def check_made(paths: list[str], sha256: Callable | None = sha256) -> None:
+    """Raise UserError where a file is not what data.py wrote, or its folder is not whole.
+
+    A file that no manifest of its folder names is the user's own. sha256(path) of a file; None
+    where something else vouches for its content.
+    """
+    made = {}
+    for folder in {os.path.dirname(path) for path in paths}:
+        for manifest in glob.glob(os.path.join(glob.escape(folder), "manifest_*.json")):
+            about = read_json(manifest)
+            if about.get("unfinished"):
+                what = f"{folder} is half replaced: data.py was killed there"
+                raise UserError(f"{what}. Run the same data.py command again")
+            digests = about.get("sha256", {})
+            if lacking := [name for name in digests if not exists_in(folder, name)]:
+                what = f"{folder} lacks {', '.join(lacking[:3])}, which data.py wrote"
+                raise UserError(f"{what}. Make it again with data.py, or remove {manifest}")
+            made |= {os.path.join(folder, name): digest for name, digest in digests.items()}
+    for path in paths if sha256 else []:
+        if made.get(path) not in (None, sha256(path)):
+            what = f"{path} is damaged or was changed: data.py wrote another file"
+            own = "If the change is yours, remove the manifest_*.json beside it"
+            raise UserError(f"{what}. Make it again with data.py. {own}")
+
+
+def exists_in(folder: str, name: str) -> bool:
+    return os.path.exists(os.path.join(folder, name))
 
 
 def hub_rows(name: str) -> Iterable[dict]:

@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import itertools
 import os
 import pickle
 import re
@@ -19,7 +20,7 @@ from runtime.files import reason_of, write_atomic
 
 FORMAT = 2  # of checkpoints; 2: optimizer state by parameter name
 NAMES = "ckpt_" + 7 * "[0-9]" + ".pt"  # other files are the user's
-KEYS = "model_config weights_hash task tokenizer"  # without which nothing can use it
+KEYS = "model_config weights_hash task"  # of every checkpoint
 NEW, SAVED = ".new", ".saved"  # in a run folder: what --force has begun; see replace_run
 
 
@@ -61,8 +62,7 @@ def read_checkpoint(path: str, whole: bool = True) -> dict:
     if checkpoint["format"] > FORMAT:
         versions = f"format {checkpoint['format']}, this code reads {FORMAT}"
         raise UserError(f"{path} was written by a newer version ({versions}): update the code")
-    if lacking := [key for key in KEYS.split() if key not in checkpoint]:
-        raise UserError(f"checkpoint {path} lacks {', '.join(lacking)}: use another")
+    check_keys(path, checkpoint, KEYS)
     if unknown := set(checkpoint["model_config"]) - {f.name for f in fields(ModelConfig)}:
         names = ", ".join(sorted(unknown))
         raise UserError(f"{path} has model settings that this code does not know: {names}")
@@ -75,6 +75,12 @@ def read_checkpoint(path: str, whole: bool = True) -> dict:
             what = f"weights {found}, and says that they are {checkpoint['weights_hash']}"
             raise UserError(f"checkpoint {path} has {what}: use another")
     return checkpoint
+
+
+def check_keys(path: str, checkpoint: dict, keys: str) -> None:
+    """Raise UserError where a checkpoint lacks one of these keys, between blanks."""
+    if lacking := [key for key in keys.split() if key not in checkpoint]:
+        raise UserError(f"checkpoint {path} lacks {', '.join(lacking)}: use another")
 
 
 def load_tensors(path: str, whole: bool = True) -> dict:
@@ -137,12 +143,12 @@ def newest_checkpoint(folder: str, log: Callable = print, whole: bool = True) ->
 
 def find_checkpoint(ref: str, whole: bool = True) -> tuple[str, dict]:
     """Return path and content of the checkpoint that a file, a run folder or a run's name means."""
-    if os.path.isfile(ref):
-        return ref, read_checkpoint(ref, whole)
-    for folder in (ref, os.path.join("out", ref)):
-        for place in ("", SAVED, NEW):
-            if found := newest_checkpoint(os.path.join(folder, place), whole=whole):
-                return found
+    found = (ref, read_checkpoint(ref, whole)) if os.path.isfile(ref) else None
+    for folder, place in itertools.product((ref, os.path.join("out", ref)), ("", SAVED, NEW)):
+        found = found or newest_checkpoint(os.path.join(folder, place), whole=whole)
+    if found:
+        check_keys(*found, "tokenizer")
+        return found
     tried = "it is no file, no run folder with ckpt_*.pt or best.pt, and no run under out/"
     raise UserError(f"no checkpoint at {ref!r}: {tried}")
 

@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import re
+import resource
 import signal
 import sys
 import traceback
@@ -23,6 +24,9 @@ def run(main: Callable) -> None:
 
     2: the user can mend it, and is told how; 130: Ctrl-C; 141: nobody reads the output any more.
     """
+    with suppress(ValueError, OSError):  # each shard that is mapped holds an open file
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # it was closed before we began

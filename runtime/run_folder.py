@@ -26,6 +26,7 @@ from configurator import UserError, as_dict, read_flag
 from runtime.checkpoint import (
     FORMAT,
     NEW,
+    check_keys,
     checkpoint_files,
     newest_checkpoint,
     replace_run,
@@ -208,11 +209,14 @@ class RunFolder:
             return 0
         path, saved = found
         check_same_run(self.folder, self.parts, saved, self.task.extra.get("init_from"))
+        check_keys(path, saved, "step best data rng optimizers")
         if saved["format"] < FORMAT:
             what = f"{path} is of format {saved['format']}, not {FORMAT}"
             raise UserError(f"{what}: its weights serve as --init_from alone. {START_OVER}")
-        if saved["data"] != self.task.fingerprint:
-            change = f"{saved['data']} -> {self.task.fingerprint}"
+        was = [saved["data"], saved.get("shards")]  # without shards: a run of before they were kept
+        now = [self.task.fingerprint, self.task.extra.get("shards") if was[1] else None]
+        if was != now:
+            change = " -> ".join("/".join(filter(None, some)) for some in (was, now))
             what = f"the data of {self.folder} has changed since {path} was written ({change})"
             raise UserError(f"{what}: restore it. {START_OVER}")
         self.first, self.best = saved["step"], saved["best"]

@@ -270,7 +270,7 @@ def test_a_checkpoint_without_what_every_program_needs_is_refused_in_words(key, 
     found = read_checkpoint(path)
     del found[key]
     torch.save(found, path)
-    fails(lambda: read_checkpoint(path), path, "lacks", key)
+    fails(lambda: load_checkpoint(path), path, "lacks", key)
 
 
 def test_weights_that_are_not_those_of_their_hash_are_refused(tmp_path):

@@ -1,5 +1,6 @@
 """A data folder is made whole or not at all, also by several processes and after a kill."""
 
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -7,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from corpus_helpers import (
@@ -175,6 +177,85 @@ def test_an_interrupted_change_is_not_taken_for_the_old_data(tmp_path, monkeypat
     monkeypatch.setattr(folders, "write_json", write)
     prepare(request(tmp_path, "pretrain/mine=a.txt"))
     assert BYTE.decode(tokens_of(tmp_path / "out/mine/train_000.bin")).startswith("old ")
+
+
+@pytest.mark.parametrize("damage", ["byte", "cut", "longer"])
+def test_a_damaged_file_is_made_again_and_not_taken_for_there(tmp_path, capsys, damage):
+    """Its name alone says nothing: a flipped byte, a lost half, another writer."""
+    jsonl(tmp_path / "x.jsonl", *({"question": f"q{i}", "answer": "#### 1"} for i in range(100)))
+    cfg = request(tmp_path, "verifier/mine=x.jsonl")
+    prepare(cfg)
+    whole = snapshot(tmp_path / "out")
+    path = tmp_path / "out" / "mine" / "problems_train.jsonl"
+    damage_file(path, damage)
+    capsys.readouterr()
+    prepare(cfg)
+    said = "is made again: problems_train.jsonl is damaged or was changed"
+    assert said in capsys.readouterr().out and snapshot(tmp_path / "out") == whole
+
+
+def damage_file(path, damage: str) -> None:
+    raw = path.read_bytes()
+    flipped = raw[:40] + bytes([raw[40] ^ 1]) + raw[41:]
+    changed = {"byte": flipped, "cut": raw[: len(raw) // 2 + 1], "longer": raw + raw}
+    path.write_bytes(changed[damage])
+
+
+@pytest.mark.parametrize("damage", ["byte", "cut", "longer"])
+def test_records_that_data_py_did_not_write_are_not_trained_on(tmp_path, damage):
+    """100 of 2,000 lines trained silently. A change of one's own needs the manifest removed."""
+    jsonl(tmp_path / "x.jsonl", *({"question": f"q{i}", "answer": "#### 1"} for i in range(100)))
+    prepare(request(tmp_path, "verifier/mine=x.jsonl"))
+    folder = tmp_path / "out" / "mine"
+    damage_file(folder / "problems_train.jsonl", damage)
+    train = ("mine", str(tmp_path / "out"), "problems", "train")
+    fails(lambda: load_records(*train), "problems_train.jsonl is damaged", "data.py", "manifest_")
+    (folder / "manifest_verifier.json").unlink()
+    jsonl(folder / "problems_train.jsonl", {"question": "my own", "answer": "#### 2"})
+    assert load_records(*train) == [{"question": "my own", "answer": "#### 2"}]
+
+
+def test_a_folder_that_lost_a_shard_is_not_trained_on(tmp_path, monkeypatch):
+    """Of a copy that ended early half the text would be the data, silently."""
+    monkeypatch.setattr(folders, "SHARD_TOKENS", 100)
+    prepare(request(tmp_path, f"pretrain/mine={write_source(tmp_path, 'txt')}"))
+    open_it = functools.partial(Mixture, "mine", str(tmp_path / "out"), "train", 8, 0, BYTE)
+    open_it()
+    (tmp_path / "out/mine/train_003.bin").unlink()
+    fails(open_it, "lacks train_003.bin", "data.py")
+
+
+def test_a_half_replaced_folder_is_not_trained_on(tmp_path, monkeypatch):
+    """New shards beside old ones are no data set. The same request again mends it."""
+    monkeypatch.setattr(folders, "SHARD_TOKENS", 100)
+    (tmp_path / "a.txt").write_text("old " * 500), (tmp_path / "b.txt").write_text("new " * 500)
+    prepare(request(tmp_path, "pretrain/mine=a.txt"))
+    with monkeypatch.context() as patch:
+        moved, replace = [], os.replace
+
+        def dies(source, target):
+            if str(target).endswith(".bin") and ".part" in str(source):
+                moved.append(target)
+                if len(moved) == 3:
+                    raise KeyboardInterrupt
+            replace(source, target)
+
+        patch.setattr(os, "replace", dies)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(request(tmp_path, "pretrain/mine=b.txt"))
+    open_it = functools.partial(Mixture, "mine", str(tmp_path / "out"), "train", 8, 0, BYTE)
+    fails(open_it, "half replaced", "same data.py command")
+    prepare(request(tmp_path, "pretrain/mine=b.txt"))
+    assert BYTE.decode(open_it().validation(0, 1)[0].tolist()).strip("new ") == ""
+
+
+def test_force_makes_a_folder_again_that_is_there(tmp_path, capsys):
+    cfg = request(tmp_path, f"pretrain/mine={write_source(tmp_path, 'txt')}")
+    prepare(cfg)
+    before = snapshot(tmp_path / "out")
+    prepare(replace(cfg, force=True))
+    assert "is made again: as --force says" in capsys.readouterr().out
+    assert snapshot(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"request": '])

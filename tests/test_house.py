@@ -65,7 +65,7 @@ ARROWS = {
     "evals.plots": ["evals.results", "evals.stats", "runtime.files"],
     "evals.results": ["evals.stats", "runtime.files", "runtime.logs"],
     "evals.stats": [],
-    "eval": ["evals", "runtime"],
+    "eval": ["corpus.sources", "evals", "runtime"],
     "bench": ["model", "train", "corpus", "inference", "runtime"],
     "bench.tuning": ["align", "bench", "corpus", "inference", "model", "runtime", "train"],
     "bench.usage": ["bench", "corpus", "evals", "inference", "model", "runtime"],

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import random
 import resource
 import shutil
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT, fails, wait
@@ -28,6 +30,8 @@ import configurator
 import train
 from configurator import UserError, key_types, load
 from corpus.folders import ensure_toy
+from corpus.shards import write_shard
+from corpus.tokenizer import load_tokenizer
 from model import GPT, ModelConfig
 from runtime import budget
 from runtime.checkpoint import (
@@ -51,7 +55,7 @@ class Rows:
     """A task of random rows of which 1 to 16 tokens are supervised. before(split, first) is called
     ahead of each batch."""
 
-    name, metrics, extra, tokens_per_row = "rows", ["loss"], {}, T
+    name, metrics, extra, tokens_per_row = "rows", ["loss"], {"tokenizer": {}}, T
 
     def __init__(self, before=None, fingerprint="rows", n_val_rows=10, spoil=None):
         self.before, self.fingerprint, self.n_val_rows, self.spoil = (
@@ -1152,6 +1156,54 @@ def more_argv(folder, data_dir, start, *more: str) -> list[str]:
     return smoke_argv(folder, data_dir, *flags)
 
 
+def byte_shards(folder, **parts: bytes) -> None:
+    """Write shards of bytes: their names without number, and their text."""
+    for split, text in parts.items():
+        ids = np.frombuffer(text, np.uint8)
+        write_shard(str(folder / "mine" / f"{split}_000.bin"), ids, load_tokenizer("byte"))
+
+
+def byte_argv(folder, *more: str) -> list[str]:
+    flags = ("--data=mine", "--tokenizer=byte", "--max_steps=4", "--save_interval=2", *more)
+    return smoke_argv(folder / "run", folder, *flags)
+
+
+def test_a_change_anywhere_in_the_data_ends_a_resume_in_words(tmp_path):
+    """Also behind the first 65,536 tokens, and in the validation split: the best would be of two
+    texts."""
+    text = bytes(random.Random(0).choices(range(32, 127), k=140_000))
+    byte_shards(tmp_path, train=text[:130_000], val=text[130_000:])
+    assert train.main(byte_argv(tmp_path)) == 0
+    (tmp_path / "run/state.json").unlink()  # as if it had not ended
+    os.remove(checkpoint_files(str(tmp_path / "run"))[0])
+    for parts in (
+        {"train": text[:129_999] + b"\n", "val": text[130_000:]},
+        {"train": text[:130_000], "val": text[130_000:-1] + b"\n"},
+    ):
+        byte_shards(tmp_path, **parts)
+        fails(lambda: train.main(byte_argv(tmp_path)), "data", "has changed", "restore it")
+    byte_shards(tmp_path, train=text[:130_000], val=text[130_000:])
+    assert train.main(byte_argv(tmp_path)) == 0
+
+
+def test_validation_on_the_training_text_is_refused(tmp_path):
+    """Its loss would fall for ever, and mean nothing."""
+    text = bytes(random.Random(0).choices(range(32, 127), k=3000))
+    byte_shards(tmp_path, train=text, val=text)
+    fails(lambda: train.main(byte_argv(tmp_path)), "val_000.bin", "train_000.bin", "memory")
+
+
+def test_more_shards_than_a_process_may_open_by_default_are_read(tmp_path):
+    """1,100 shards of 100M tokens are a usual copy of FineWeb; the default limit is 1,024 files."""
+    text = bytes(random.Random(0).choices(range(32, 127), k=1101 * 140))
+    parts = {f"train_{i:04d}": text[140 * i : 140 * i + 140] for i in range(1100)}
+    byte_shards(tmp_path, **parts, val=text[-140:])
+    argv = byte_argv(tmp_path, "--max_steps=1")
+    command = ["bash", "-c", 'ulimit -S -n 1024; exec "$@"', "-", sys.executable, "train.py"]
+    done = subprocess.run([*command, *argv], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_pretraining_goes_on_from_any_checkpoint(smoke, tmp_path, data_dir, capsys):
     """Its first validation is the last of the run before, and its schedule begins anew."""
     folder = tmp_path / "more"
@@ -1290,7 +1342,7 @@ def test_resume_passes_over_a_damaged_checkpoint_aloud(tmp_path, six, capsys):
     newest, _ = checkpoint_files(cfg.out_dir)
     flip(newest)
     go(cfg)
-    assert f"WARNING: checkpoint {newest}" in capsys.readouterr().out
+    assert f"WARNING: {newest} is damaged" in capsys.readouterr().out
     assert outcome(cfg.out_dir) == six.outcome
 
 
