@@ -23,7 +23,7 @@ from runtime.checkpoint import NEW, is_stale
 from runtime.files import digest_of_files, write_json
 from runtime.program import run
 from runtime.run_folder import PREEMPTED, command, lock, read_state
-from runtime.world import KEEP_MEMORY, die_with_parent
+from runtime.world import KEEP_MEMORY, STOP_SIGNALS, die_with_parent
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 STAGES = ("pretrain", "sft", "dpo", "verifier", "eval")  # of the whole loop; rl is by request
@@ -79,8 +79,9 @@ class Programs:
 
     def __init__(self) -> None:
         self.process, self.stopping = None, False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self.stop)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+                signal.signal(number, self.stop)
 
     def stop(self, number: int, frame: object) -> None:
         """Pass on the first request, as SIGTERM: torchrun dies of SIGUSR1. Ctrl-C again kills."""
@@ -121,6 +122,7 @@ class Programs:
         if cfg.nproc == 1:
             return self.run(program)
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cfg.nproc}"]
+        torchrun += ["--local_addr=127.0.0.1"]  # a host name that no server knows costs minutes
         code = self.run(torchrun + program)
         return PREEMPTED if read_state(folder) == "preempted" else code  # torchrun's code is 1
 
@@ -171,4 +173,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, outlives_output=True)

@@ -33,7 +33,7 @@ from runtime.checkpoint import load_checkpoint, model_from
 
 ROOT = Path(__file__).resolve().parent.parent
 # Of the peers. Ours stand in config/race_<shape>.py. nanochat: about to the loss of nanoGPT
-RACE_STEPS = {"nanoGPT": {"tiny": 2000, "small": 250}, "nanochat": {"tiny": 1000, "small": 180}}
+RACE_STEPS = {"nanoGPT": {"tiny": 2000, "small": 250}, "nanochat": {"tiny": 640, "small": 115}}
 FIRST_STEP = {"ours": "step 00000/[0-9]+ . loss", "nanoGPT": "iter 0: loss"}  # what train.py prints
 SummedLoss = Callable[[Tensor, Tensor], Tensor]  # idx (B, T), targets (B, T) -> scalar
 

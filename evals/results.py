@@ -3,7 +3,6 @@
 Reading them needs neither torch nor a checkpoint.
 """
 
-import fcntl
 import glob
 import json
 import os
@@ -12,6 +11,7 @@ from collections.abc import Callable
 
 from evals.stats import Items
 from runtime.files import digest, read_json
+from runtime.locks import locked
 from runtime.logs import append_log, read_log, rewrite_log
 
 STAGES = ("pretrain", "sft", "dpo", "rl", "verifier")  # of a pipeline, in their order
@@ -111,8 +111,7 @@ def append_results(path: str, rows: list[dict], replace: Callable | None = None)
     replace(row): whether an old row goes. seq numbers the calls: clocks may be set back.
     """
     folder = os.path.dirname(path)
-    with open(os.path.join(folder, ".results_lock"), "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(os.path.join(folder, ".results_lock"), f"{folder}/results.jsonl", wait=60):
         seq = 1 + max((row.get("seq", 0) for row in read_results(folder)), default=0)
         if replace and os.path.exists(path):
             rewrite_log(path, lambda row: is_finite(row) and not replace(row))

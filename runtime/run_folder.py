@@ -4,7 +4,6 @@ It holds config.json, metrics.jsonl, state.json (running, preempted, done or fai
 (the newest) and best.pt (the lowest validation loss).
 """
 
-import fcntl
 import json
 import math
 import os
@@ -16,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 import torch
 import torch.distributed.checkpoint.state_dict as full
@@ -34,6 +33,7 @@ from runtime.checkpoint import (
 )
 from runtime.diary import Diary
 from runtime.files import read_json, remove_if_there, write_json
+from runtime.locks import locked
 from runtime.logs import rewrite_log
 from runtime.world import StopFlag, World
 
@@ -129,39 +129,14 @@ def is_done(loop: Any, parts: tuple, world: World, origin: dict | None, files: l
 @contextmanager
 def lock(folder: str) -> Iterator[None]:
     """Hold a folder while this process lives; a second one waits, then is told who is there."""
-    path = os.path.join(folder, ".lock")
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with open(path, "a"):
-            pass
-    except OSError as error:
-        what = f"cannot use {folder} as run folder ({error})"
-        raise UserError(f"{what}: choose another --out_dir") from None
-    with open(path, "a+") as f:
-        owner, end = holder(f), time.monotonic() + WAIT
-        used = f"{folder} is in use by {owner}"
-        if owner:
-            print(f"{used}: waiting {WAIT:.0f} s for it", flush=True)
-        while owner and time.monotonic() < end:
-            time.sleep(0.1)
-            owner = holder(f)
-        if owner:
-            raise UserError(f"{used}: wait for it, or choose another --out_dir")
-        f.truncate(0)
-        job = os.environ.get("SLURM_JOB_ID")
-        where = os.uname().nodename + f", job {job}" * bool(job)
-        f.write(f"process {os.getpid()} on {where}, since {time.ctime()}")
-        f.flush()
+    with ExitStack() as stack:
+        try:
+            os.makedirs(folder, exist_ok=True)
+            stack.enter_context(locked(os.path.join(folder, ".lock"), folder, WAIT))
+        except OSError as error:
+            what = f"cannot use {folder} as run folder ({error})"
+            raise UserError(f"{what}: choose another --out_dir") from None
         yield
-
-
-def holder(f: TextIO) -> str | None:
-    """Lock an open file, or say who has locked it."""
-    try:
-        return fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        f.seek(0)
-        return f.read().strip() or "another process"
 
 
 class RunFolder:
@@ -205,6 +180,10 @@ class RunFolder:
     def resume(self, model: nn.Module, optimizers: list) -> int:
         """Load the newest checkpoint that can be read, if there is one. -> the first step to do"""
         found = newest_checkpoint(self.folder, self.world.log)
+        notes = {"settings": as_dict(*self.parts), "data": self.task.fingerprint}
+        notes |= {"shards": self.task.extra.get("shards"), "checkpoint": found and found[0]}
+        notes |= {"weights": found and found[1]["weights_hash"]}
+        self.world.agree(json.loads(json.dumps(notes)))
         if not found:
             return 0
         path, saved = found

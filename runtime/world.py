@@ -5,7 +5,9 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from types import FrameType
 from typing import Self
 
@@ -23,6 +25,9 @@ from configurator import UserError
 # Environment in which glibc keeps freed memory; by default every large tensor goes back to the
 # kernel, and the next one pays a page fault for each of its 4 KB (mallopt(3))
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
+PATIENCE = timedelta(minutes=3)  # that ranks wait for another one: longer than a save may take
+# ask for an end: a terminal that closed and a used-up limit of CPU time, too
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU)
 STOPPING = b"\nstopping: this step is finished and saved; Ctrl-C again ends at once\n"
 
 
@@ -65,6 +70,11 @@ def end_if_orphan() -> None:
                 os._exit(128 + signal.SIGKILL)
 
 
+def flatten(notes: dict) -> Iterator[tuple[str, object]]:
+    for key, value in notes.items():
+        yield from value.items() if isinstance(value, dict) else [(key, value)]
+
+
 class World:
     """This process among the others: rank, size, device, and the collectives of the loop."""
 
@@ -83,7 +93,8 @@ class World:
 
     def __enter__(self) -> Self:
         if self.size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=PATIENCE)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -114,6 +125,18 @@ class World:
         parts = [None] * self.size
         dist.all_gather_object(parts, rows)
         return [row for part in parts for row in part]
+
+    def agree(self, notes: dict) -> None:
+        """Raise UserError on every rank where the ranks' notes differ, or what stands in them."""
+        first, *others = self.gather([notes])
+        for rank, other in enumerate(others, 1):
+            flat = [dict(flatten(x)) for x in (first, other)]
+            differ = [key for key in flat[0] | flat[1] if flat[0].get(key) != flat[1].get(key)]
+            if differ:
+                values = "; ".join(f"{k}: {flat[0].get(k)!r}, {flat[1].get(k)!r}" for k in differ)
+                what = f"rank 0 and rank {rank} differ in {values}"
+                advice = "Give every node the same command and the same shared folders"
+                raise UserError(f"{what}. {advice}")
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -165,7 +188,7 @@ def sync_gradients(module: nn.Module, on: bool) -> None:
 
 
 class StopFlag:
-    """SIGTERM, SIGUSR1 or Ctrl-C asks the loop to save and stop; a second one ends it at once.
+    """SIGTERM and its like, or Ctrl-C, ask the loop to save and stop; a second ends it at once.
 
     The first may come twice within 2 s, for torchrun sends it on; to one process Ctrl-C does not.
     """
@@ -176,8 +199,9 @@ class StopFlag:
         self.relayed = "TORCHELASTIC_RUN_ID" in os.environ
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            self.previous[number] = signal.signal(number, self.handle)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+                self.previous[number] = signal.signal(number, self.handle)
         return self
 
     def __exit__(self, *exception: object) -> None:

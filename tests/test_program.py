@@ -215,6 +215,7 @@ def test_a_full_disk_under_the_output_is_said_once(start):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "No space" in done.stderr
 
 
+LASTING = ("train.py", "align.py", "eval.py", "speedrun.py")
 PROGRAMS = {
     "train": ["train.py"],
     "align": ["align.py"],
@@ -229,9 +230,10 @@ PROGRAMS = {
 
 @pytest.mark.parametrize("command", PROGRAMS.values(), ids=PROGRAMS.keys())
 def test_every_program_begins_and_ends_so(command):
-    """The last line of each is run(main), from here."""
+    """The last line of each is run(main), from here; training and evaluation outlive a pipe."""
     path = command[0] if command[0] != "-m" else command[1].replace(".", "/")
     path = path + "/__main__.py" if path == "bench" else path.removesuffix(".py") + ".py"
     text = (ROOT / path).read_text(encoding="utf-8")
     assert "from runtime.program import run\n" in text
-    assert text.endswith('\n\nif __name__ == "__main__":\n    run(main)\n')
+    lasts = ", outlives_output=True" * (command[0] in LASTING)
+    assert text.endswith(f'\n\nif __name__ == "__main__":\n    run(main{lasts})\n')

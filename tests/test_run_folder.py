@@ -1,9 +1,12 @@
 """The folder of a run: one process at a time, a state that can be read, and where it came from."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
 import sys
+import threading
 import time
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 from helpers import fails, fork, wait
 
 from configurator import UserError
-from runtime import run_folder
+from runtime import locks, run_folder
 from runtime.run_folder import lock, provenance, read_state
 
 
@@ -109,6 +112,65 @@ def test_a_process_that_stays_is_refused_after_the_wait(tmp_path, monkeypatch):
     assert 0.5 <= time.monotonic() - began < 5
     os.kill(pid, signal.SIGKILL)
     wait(pid)
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    """In a folder that others may write to it would empty any file of ours."""
+    (tmp_path / "precious.txt").write_text("mine")
+    (tmp_path / ".lock").symlink_to(tmp_path / "precious.txt")
+    fails(lambda: lock(str(tmp_path)).__enter__(), "cannot use", ".lock")
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    """A file system without flock, as Lustre by default."""
+
+    def flock(*args):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+def test_without_file_locks_a_file_stands_for_one(tmp_path, no_locks, capsys):
+    """The second process is refused by name, the end frees the folder, and it is said aloud."""
+    with lock(tmp_path):
+        assert "no file locks here" in capsys.readouterr().out
+        fails(lambda: lock(tmp_path).__enter__(), f"process {os.getpid()} on")
+    with lock(tmp_path):
+        pass
+    assert os.listdir(tmp_path) == [".lock"]
+
+
+def test_without_file_locks_a_killed_process_holds_nothing(tmp_path, no_locks):
+    """Of this machine its number tells, of another one the silence."""
+    pid = holder(tmp_path, 60)
+    fails(lambda: lock(tmp_path).__enter__(), f"process {pid} on")
+    os.kill(pid, signal.SIGKILL)
+    wait(pid)
+    with lock(tmp_path):
+        pass
+    held = tmp_path / ".lock.held"
+    held.write_text("process 1 on another-node, since yesterday")
+    fails(lambda: lock(tmp_path).__enter__(), "another-node")
+    before = time.time() - locks.SILENCE - 5
+    os.utime(held, (before, before))
+    with lock(tmp_path):
+        assert str(os.getpid()) in held.read_text()
+
+
+def test_without_file_locks_the_heartbeat_keeps_a_lock_young(tmp_path, no_locks, monkeypatch):
+    """Else a long run would be taken for dead by a node that knows no other sign of it."""
+    beats, first = [], threading.Event()
+
+    def utime(path):
+        beats.append(path)
+        first.set()
+
+    monkeypatch.setattr(locks, "BEAT", 0.01)
+    monkeypatch.setattr(os, "utime", utime)
+    with lock(tmp_path):
+        assert first.wait(20) and beats[0] == f"{tmp_path}/.lock.held"
 
 
 def test_state_is_read_or_none(tmp_path):

@@ -43,7 +43,7 @@ from runtime.checkpoint import (
 )
 from runtime.logs import read_log
 from runtime.run_folder import check_same_run, lock, read_state
-from runtime.world import World, die_with_parent
+from runtime.world import StopFlag, World, die_with_parent
 from train import LoopConfig
 
 TESTS = Path(__file__).resolve().parent
@@ -1202,6 +1202,101 @@ def test_more_shards_than_a_process_may_open_by_default_are_read(tmp_path):
     command = ["bash", "-c", 'ulimit -S -n 1024; exec "$@"', "-", sys.executable, "train.py"]
     done = subprocess.run([*command, *argv], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "shell", ['"$@" | head -1', '"$@" > /dev/full', '"$@" >&- 2>&-', '"$@" 2>&1 | true']
+)
+def test_a_run_outlives_its_output(tmp_path, data_dir, shell):
+    """Its work is in its files: a closed pipe, a full log disk, a closed terminal end nothing."""
+    command = [sys.executable, "train.py", *smoke_argv(tmp_path / "run", data_dir, "--max_steps=2")]
+    line = f"{shell}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", line, "-", *command], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert read_state(str(tmp_path / "run")) == "done" and newest_step_of(tmp_path / "run") == 2
+
+
+def newest_step_of(folder) -> int:
+    return newest_checkpoint(str(folder))[1]["step"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGXCPU])
+def test_a_closed_terminal_and_a_used_up_limit_of_cpu_time_save_like_term(tmp_path, six, number):
+    cfg = config(tmp_path / "run", **six.settings)
+    assert go(cfg, Rows(at_step(3, send(number))))["state"] == "preempted"
+    go(cfg)
+    assert outcome(cfg.out_dir) == six.outcome
+
+
+def test_a_run_under_nohup_does_not_hear_the_terminal_close(tmp_path):
+    """nohup says so by ignoring SIGHUP; who asks for the end then asks by SIGTERM."""
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopFlag() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.signal is None
+    finally:
+        signal.signal(signal.SIGHUP, old)
+
+
+RANKS_DIFFER = """
+import os, shutil, sys
+import train
+argv = sys.argv[2:]
+if os.environ["RANK"] == "1" and sys.argv[1] == "settings":
+    argv.append("--learning_rate=1e-4")
+if os.environ["RANK"] == "1" and sys.argv[1] == "folder":  # of its own, as on another node
+    argv = [arg.replace("/run", "/elsewhere") for arg in argv]
+train.run(train.main)
+""".replace("train.main)", "lambda _: train.main(argv))")
+
+
+@pytest.mark.parametrize(
+    "kind, word", [("settings", "learning_rate: 0.003, 0.0001"), ("folder", "out_dir")]
+)
+def test_ranks_that_differ_are_told_so_at_the_start(tmp_path, data_dir, kind, word):
+    """They trained to the end with other weights on each, or waited for each other for ever."""
+    script = tmp_path / "differ.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + RANKS_DIFFER)
+    run = smoke_argv(tmp_path / "run", data_dir, "--max_steps=2", "--save_interval=1")
+    if kind == "folder":
+        assert train.main(run) == 0
+        (tmp_path / "run" / "state.json").unlink()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, str(script), kind, *run], capture_output=True, text=True, timeout=120
+    )
+    assert "rank 0 and rank 1 differ in" in done.stderr and word in done.stderr, done.stderr
+
+
+STOPPED = """
+import os, signal, sys
+from datetime import timedelta
+import train
+from runtime import world
+world.PATIENCE = timedelta(seconds=6)
+if os.environ["RANK"] == "1":  # as a node that hangs
+    signal.setitimer(signal.ITIMER_REAL, 8)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGSTOP))
+train.run(train.main)
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_job_with_one_sentence(tmp_path, data_dir):
+    """Not with the traceback of a library, and not never."""
+    script = tmp_path / "stopped.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + STOPPED)
+    run = smoke_argv(tmp_path / "run", data_dir, "--max_steps=100000")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, str(script), *run], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode and "another rank has ended or does not answer" in done.stderr
+    assert "[rank0]: Traceback" not in done.stderr, done.stderr  # torchrun's own apart
+    assert read_state(str(tmp_path / "run")) == "failed"
 
 
 def test_pretraining_goes_on_from_any_checkpoint(smoke, tmp_path, data_dir, capsys):
