@@ -201,7 +201,10 @@ def check_memory(makers: tuple, cfg: Any, seq_len: int, loop: Any, world: World)
     if states + activations / 2 > there:
         what = f"{model.num_params() / 1e6:,.0f}M parameters: weights, gradients and optimizer"
         parts = f"{states / 1e9:.1f} GB, {activations / 1e9:.1f} GB for {at_once:,} tokens at once"
-        advice = "choose a smaller model or micro_batch, --recompute, or --fsdp on more GPUs"
+        rows = at_once / seq_len * (there - states) / (activations / 2)
+        advice = "choose a smaller model, or --fsdp on more GPUs"
+        if rows >= 1:
+            advice = f"--micro_batch={int(rows)} fits, or try --recompute"
         raise UserError(f"{what} need {parts}; a rank has {there / 1e9:.1f} GB here: {advice}")
 
 

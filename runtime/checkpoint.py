@@ -16,7 +16,7 @@ from torch import Tensor
 
 from configurator import UserError, as_dict
 from model import GPT, ModelConfig
-from runtime.files import reason_of, write_atomic
+from runtime.files import read_json, reason_of, write_atomic
 
 FORMAT = 2  # of checkpoints; 2: optimizer state by parameter name
 NAMES = "ckpt_" + 7 * "[0-9]" + ".pt"  # other files are the user's
@@ -167,6 +167,10 @@ def open_start(ref: str, folder: str, force: bool) -> tuple[dict, dict]:
     if target in homes or (force and inside):
         what = f"the run would start from {source}, which lies inside its own out_dir {folder}"
         raise UserError(f"{what}: choose another --out_dir, so that the checkpoint stays")
+    state = read_json(os.path.join(os.path.dirname(source), "state.json")).get("state", "done")
+    if state != "done" and os.environ.get("RANK", "0") == "0":
+        where = f"{state} at step {start.get('step', 0)}, not done"
+        print(f"NOTE: {ref} is {where}: the run starts from there")
     return start, {"ref": ref, "weights_hash": start["weights_hash"]}
 
 

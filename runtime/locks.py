@@ -69,6 +69,7 @@ def holder_by_heartbeat(path: str, stack: ExitStack) -> str | None:
             owner = f.read().strip() or "another process"
             if is_left(path, owner):
                 os.rename(path, f"{path}.dead")  # of several processes one succeeds
+                remove_if_there(f"{path}.dead")
                 return holder_by_heartbeat(path, stack)
             return owner
         return "another process"

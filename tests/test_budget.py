@@ -1,5 +1,7 @@
 """What a run costs, known before it starts. (Activations and disk: test_train.py.)"""
 
+import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -58,8 +60,21 @@ def check_fits(cfg: ModelConfig, seq_len: int, loop: LoopConfig, world: World):
 def test_a_model_that_no_memory_holds_is_refused_before_it_is_built():
     """A terabyte of weights: an attempt to make them would end this very process."""
     world, cfg = World("cpu"), ModelConfig(vocab_size=50_000, d_model=2**16, n_layer=24, n_head=512)
-    words = ("M parameters", "GB", "micro_batch", "--fsdp")
+    words = ("M parameters", "GB", "a smaller model", "--fsdp")
     fails(lambda: check_fits(cfg, 1024, loop(), world), *words)
+
+
+def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(monkeypatch):
+    """Half of the room that it needs: about half of its rows, which then are accepted."""
+    cfg = ModelConfig(vocab_size=512, d_model=64, n_head=2, n_layer=8, seq_len=256)
+    world, large = World("cpu"), loop(micro_batch=64, batch_tokens=64 * 256)
+    monkeypatch.setattr(budget, "memory_here", lambda world: 100e6)
+    text = fails(lambda: check_fits(cfg, 256, large, world), "--micro_batch=")
+    fits = int(re.search(r"--micro_batch=(\d+) fits", text)[1])
+    assert 1 <= fits < 64
+    check_fits(cfg, 256, replace(large, micro_batch=fits), world)
+    refused = replace(large, micro_batch=fits + 1)
+    fails(lambda: check_fits(cfg, 256, refused, world), f"--micro_batch={fits} fits")
 
 
 def test_memory_is_asked_for_what_the_run_needs(monkeypatch):

@@ -31,6 +31,7 @@ from runtime.checkpoint import (
     save_checkpoint,
     weights_hash,
 )
+from runtime.files import write_json
 
 SMALL = {"vocab_size": 50, "seq_len": 8, "n_layer": 1, "n_head": 2, "d_model": 16, "d_ff": 24}
 
@@ -607,6 +608,17 @@ def test_a_run_may_not_replace_what_it_starts_from(tmp_path, out, force):
         assert "--force" not in text and "--out_dir" in text
     other = open_start(str(tmp_path / "run"), str(tmp_path / "runs"), force)
     assert other[0]["weights_hash"] == other[1]["weights_hash"]
+
+
+@pytest.mark.parametrize("state", ["preempted", "running", "failed", "done", None])
+def test_a_start_that_is_not_finished_is_named(tmp_path, capsys, state):
+    """Its weights may serve, but nobody should take them for those of the whole run."""
+    write(tmp_path / "run", 3)
+    if state:
+        write_json(str(tmp_path / "run" / "state.json"), {"state": state})
+    open_start(str(tmp_path / "run"), str(tmp_path / "next"), force=False)
+    unfinished = state not in ("done", None)
+    assert (f"is {state} at step 3, not done" in capsys.readouterr().out) == unfinished
 
 
 def test_force_is_refused_above_the_start_too(tmp_path):
