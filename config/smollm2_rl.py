@@ -3,7 +3,8 @@
     python align.py config/smollm2_rl.py
 
 16 problems a step, 8 answers to each, with the calculator. The start is a 4-bit copy of the
-published model (smollm2_data.py).
+published model (smollm2_data.py). One run, an hour of one core: 8.3 -> 10.0 % of 300 test problems,
++1.7 [-1.3, 4.7] paired: nothing shown (docs/log.md, 2026-11-26).
 """
 
 mode = "rl"
