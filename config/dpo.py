@@ -15,6 +15,6 @@ micro_batch = 48
 max_steps = 80
 warmup_frac = 0.1
 schedule = "cosine"
-eval_interval = 20
+eval_interval = 8
 save_interval = 20
 eval_rows = 0

@@ -13,6 +13,6 @@ micro_batch = 32
 max_steps = 130
 momentum = 0.9  # 0.95 averages over more steps than so short a run can wait for (docs/log.md)
 learning_rate = 5e-3
-eval_interval = 65
+eval_interval = 13
 save_interval = 65
 eval_rows = 128

@@ -11,5 +11,5 @@ max_steps = 150
 momentum = 0.9
 muon_lr = 0.003
 learning_rate = 1e-3
-eval_interval = 75
+eval_interval = 15
 save_interval = 75

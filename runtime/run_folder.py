@@ -171,7 +171,9 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if self.world.main and isinstance(error, Exception):
+        # a start that was refused is no failure of a run that is done
+        own = hasattr(self, "diary") or read_state(self.folder) != "done"
+        if own and self.world.main and isinstance(error, Exception):
             reason = f"{kind.__name__}: {error}"
             with suppress(UserError):  # a full disk must not hide the message
                 write_json(self.path("state.json"), {"state": "failed", "error": reason})

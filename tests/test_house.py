@@ -16,9 +16,10 @@ FILES = sorted(name for name in LISTED if (ROOT / name).exists())
 CODE = [name for name in FILES if not name.startswith(("tests/", "config/"))]
 TREES = {name: ast.parse((ROOT / name).read_text(encoding="utf-8")) for name in FILES}
 
-FOLDERS = ("corpus", "fast", "inference", "runtime", "evals", "bench", "exchange")
+FOLDERS = ("corpus", "fast", "inference", "runtime", "evals", "bench", "exchange", "docs")
 TOP = {
     *("README.md", "LICENSE", "pyproject.toml", "requirements.txt", "requirements-peers.txt"),
+    *("CITATION.cff", "CONTRIBUTING.md", ".github"),
     *("train.py", "align.py", "model.py", "data.py", "eval.py", "configurator.py"),
     *(
         "sample.py",
@@ -72,6 +73,7 @@ ARROWS = {
     "exchange": ["corpus", "model", "runtime.checkpoint", "runtime.files", "runtime.logs"],
     "convert": ["exchange", "runtime.program"],
     "speedrun": ["runtime"],
+    "docs.figures": ["evals.results", "model", "runtime"],
 }
 OPTIONAL = {
     "transformers",

@@ -1299,6 +1299,21 @@ def test_a_rank_that_hangs_ends_the_job_with_one_sentence(tmp_path, data_dir):
     assert read_state(str(tmp_path / "run")) == "failed"
 
 
+def test_a_refused_start_leaves_a_finished_run_done(smoke, tmp_path, data_dir):
+    """Its state is that of the run, not of an attempt to change it."""
+    shutil.copytree(smoke, tmp_path / "run")
+    before = snapshot(tmp_path / "run")
+    fails(lambda: train.main(smoke_argv(tmp_path / "run", data_dir, "--seed=3")), "other settings")
+    (tmp_path / "run" / "answers.json").unlink(missing_ok=True)
+    after = snapshot(tmp_path / "run")
+    del before[".lock"], after[".lock"]
+    assert after == before and read_state(str(tmp_path / "run")) == "done"
+    fails(
+        lambda: train.main(smoke_argv(tmp_path / "run", data_dir, "--max_steps=40")), "--init_from"
+    )
+    assert read_state(str(tmp_path / "run")) == "done"
+
+
 def test_pretraining_goes_on_from_any_checkpoint(smoke, tmp_path, data_dir, capsys):
     """Its first validation is the last of the run before, and its schedule begins anew."""
     folder = tmp_path / "more"
