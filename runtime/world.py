@@ -62,12 +62,15 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
 
 
 def end_if_orphan() -> None:
-    """End a rank whose torchrun was killed together with speedrun.py while this rank started."""
-    speedrun = os.environ.get("SPEEDRUN_PID")  # of this process's grandparent
-    if speedrun and sys.platform == "linux":
-        with open(f"/proc/{os.getppid()}/stat") as f:
-            if f.read().rpartition(")")[2].split()[1] != speedrun:
-                os._exit(128 + signal.SIGKILL)
+    """End a rank whose torchrun, or its speedrun.py, was killed while this rank started."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+        return
+    with open(f"/proc/{os.getppid()}/cmdline") as f:
+        orphan = "torch" not in f.read()  # another process has inherited this one
+    with open(f"/proc/{os.getppid()}/stat") as f:
+        grandparent = f.read().rpartition(")")[2].split()[1]
+    if orphan or os.environ.get("SPEEDRUN_PID", grandparent) != grandparent:
+        os._exit(128 + signal.SIGKILL)
 
 
 def flatten(notes: dict) -> Iterator[tuple[str, object]]:

@@ -41,6 +41,7 @@ from runtime.checkpoint import (
     read_checkpoint,
     weights_hash,
 )
+from runtime.files import is_dead
 from runtime.logs import read_log
 from runtime.run_folder import check_same_run, lock, read_state
 from runtime.world import StopFlag, World, die_with_parent
@@ -1312,6 +1313,44 @@ def test_a_refused_start_leaves_a_finished_run_done(smoke, tmp_path, data_dir):
         lambda: train.main(smoke_argv(tmp_path / "run", data_dir, "--max_steps=40")), "--init_from"
     )
     assert read_state(str(tmp_path / "run")) == "done"
+
+
+RANK = """
+import os, sys
+with open("pid", "w") as f:
+    f.write(str(os.getpid()))
+os.rename("pid", "started")
+while not os.path.exists("go"):
+    pass
+from runtime.world import World
+World("cpu")
+open("alive", "w").close()
+"""
+LAUNCHER = """
+import subprocess, sys  # as torchrun, whose command line has the word torch in it
+subprocess.Popen([sys.executable, sys.argv[1]]).wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_rank_whose_torchrun_was_killed_while_it_started_ends(tmp_path, killed):
+    """The kernel tells a process of its parent's end only when it has asked before: such a rank
+    waited for the others for ever, and held the folder."""
+    (tmp_path / "rank.py").write_text(RANK)
+    env = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", LAUNCHER, "rank.py"]
+    with subprocess.Popen(command, cwd=tmp_path, env=os.environ | env) as launcher:
+        while not (tmp_path / "started").exists():
+            time.sleep(0.01)
+        if killed:
+            launcher.kill()
+            launcher.wait()
+        (tmp_path / "go").touch()
+        rank = int((tmp_path / "started").read_text())
+        while not is_dead(rank):
+            time.sleep(0.01)
+    assert (tmp_path / "alive").exists() != killed
 
 
 def test_pretraining_goes_on_from_any_checkpoint(smoke, tmp_path, data_dir, capsys):
