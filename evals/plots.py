@@ -12,12 +12,20 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.colors import PowerNorm
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from evals.results import RERANKERS
 from runtime.files import read_jsonl, write_atomic
 
+WIDTH = 6  # inches of a picture, whose 1,200 pixels are twice what a page shows
+# Okabe and Ito's palette: told apart by colour-blind readers
+BLUE, RED, GREEN, ORANGE, PURPLE = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7"
+GRAY = "#666666"
 plt.rcParams["text.parse_math"] = False  # a $ in a name or a token is a $
-RERANKER_COLORS = ("tab:blue", "tab:red", "tab:green", "tab:orange", "tab:gray")
+plt.rcParams |= {"font.size": 13, "axes.titlesize": 13, "legend.fontsize": 12}
+plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
+plt.rcParams["axes.prop_cycle"] = plt.cycler(color=(BLUE, RED, GREEN, ORANGE, PURPLE, GRAY))
+RERANKER_COLORS = (BLUE, PURPLE, ORANGE, RED, GRAY)
 STREAM_STYLES = {"rolling": "-", "kept": "--", "dense": ":", "recompute": "x"}  # by way to read
 
 
@@ -26,12 +34,13 @@ def save(figure: plt.Figure, folder: str, name: str, grid: bool = True) -> str:
     if grid:
         for axes in figure.axes:
             axes.grid(alpha=0.3)
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(fontsize=8)
+            shown = len(axes.get_legend_handles_labels()[0])
+            if shown:
+                axes.legend(edgecolor="none", framealpha=0.6, ncols=2 if shown > 4 else 1)
         figure.tight_layout()
     name = re.sub(r"[^\w.-]+", "_", name)
-    path = os.path.join(folder, name)
-    write_atomic(path, lambda f: figure.savefig(f, format="png", dpi=110))
+    path, dpi = os.path.join(folder, name), min(200, 1200 / figure.get_figwidth())
+    write_atomic(path, lambda f: figure.savefig(f, format="png", dpi=dpi))
     plt.close(figure)
     return name
 
@@ -46,18 +55,63 @@ def error_bars(rows: list[dict]) -> list[list[float]]:
     return [below, [max(0, row["high"] - row["value"]) for row in rows]]
 
 
+def label_ends(axes: plt.Axes, ends: list[tuple[float, str, str]]) -> None:
+    """Write names right of the ends of their lines, none over another.
+
+    ends: height, text and colour of each.
+    """
+    axes.autoscale_view()
+    to_axes = axes.transData + axes.transAxes.inverted()
+    heights = [to_axes.transform((1, height))[1] for height, *_ in sorted(ends)]
+    places = heights[:1]
+    for height in heights[1:]:
+        places.append(max(height, places[-1] + 0.075))
+    places = np.array(places) - np.mean(places) + np.mean(heights)
+    for place, (_, text, color) in zip(places, sorted(ends), strict=True):
+        axes.text(1.02, place, text, color=color, va="center", transform=axes.transAxes)
+
+
+def plot_changes(changes: list[tuple[str, str, dict, dict]], folder: str) -> str | None:
+    """Plot what stages did to rates: stage, what is measured, results before and after."""
+    if not changes:
+        return None
+    figure, axes = plt.subplots(figsize=(WIDTH, 1 + 0.75 * len(changes)))
+    for place, (_, _, *pair) in enumerate(changes):
+        before, after = column(pair, "value", 100)
+        color = BLUE if after >= before else RED
+        axes.plot([before, after], [place, place], color=color, lw=3, alpha=0.5)
+        axes.plot(before, place, "o", ms=9, color=color, mfc="white", mew=2)
+        axes.plot(after, place, "o", ms=9, color=color)
+        style = {"textcoords": "offset points", "ha": "center", "color": color}
+        axes.annotate(f"{after:.1f}", (after, place), (0, 8), **style)
+    names = [f"{stage}\n{what}" for stage, what, *_ in changes]
+    axes.set_yticks(range(len(names)), names, fontsize=12)
+    axes.set(xlim=(-4, 104), xticks=range(0, 101, 25), ylim=(len(changes) - 0.5, -0.5))
+    axes.set_xlabel("% before (hollow) and\nafter the stage (filled)")
+    return save(figure, folder, "stages.png")
+
+
 def plot_loss(rows: list[dict], folder: str, run: str) -> str | None:
     train = [row for row in rows if "loss" in row]
     val = [row for row in rows if "val_loss" in row]
     if not train or "sampled_per_s" in train[0]:  # RL's loss does not say how good the answers are
         return None
-    losses = column(train, "loss")
-    figure, axes = plt.subplots(figsize=(6, 3.5))
-    axes.plot(column(train, "step"), losses, lw=1, label="training")
-    axes.plot(column(val, "step"), column(val, "val_loss"), "o-", ms=3, label="validation")
+    losses, held_out = column(train, "loss"), column(val, "val_loss")
+    figure, axes = plt.subplots(figsize=(WIDTH, 3.6))
+    axes.plot(column(train, "step"), losses, lw=1.2, color=GRAY)
+    axes.plot(column(val, "step"), held_out, "o-", ms=7, color=RED)
     if max(losses) > 10 * min(losses) > 0:
         axes.set_yscale("log")
-    axes.set(xlabel="step", ylabel="loss", title=f"{run}: loss")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    ends = [(losses[-1], "training", GRAY)]
+    if val:
+        axes.set_title(f"{run}: validation loss {held_out[0]:.2f} to {held_out[-1]:.2f}")
+        ends.append((held_out[-1], "validation", RED))
+    label_ends(axes, ends)
+    of_pairs = "rewards/margins" in train[0]
+    axes.set(xlabel="step", ylabel="loss of a pair" if of_pairs else "loss (nats)")
     return save(figure, folder, f"loss_{run}.png")
 
 
@@ -66,13 +120,18 @@ def plot_dpo(rows: list[dict], folder: str, run: str) -> str | None:
     rows = [row for row in rows if "val_logps/chosen" in row]
     if not rows:
         return None
-    titles = ("log-prob of the answers", "implicit reward")
-    figure, both = plt.subplots(1, 2, figsize=(9, 3.5))
-    for axes, metric, title in zip(both, ("logps", "rewards"), titles, strict=True):
-        for side, color in (("chosen", "tab:green"), ("rejected", "tab:red")):
+    units = ("log-prob (nats)", "implicit reward")
+    figure, both = plt.subplots(2, 1, sharex=True, figsize=(WIDTH, 5.6))
+    for axes, metric, unit in zip(both, ("logps", "rewards"), units, strict=True):
+        ends = []
+        for side, color in (("chosen", BLUE), ("rejected", RED)):
             values = column(rows, f"val_{metric}/{side}")
-            axes.plot(column(rows, "step"), values, "o-", ms=3, color=color, label=side)
-        axes.set(xlabel="step", title=f"{run}: {title}")
+            axes.plot(column(rows, "step"), values, "o-", ms=7, color=color)
+            ends.append((values[-1], side, color))
+        label_ends(axes, ends)
+        axes.set_ylabel(unit)
+    both[0].set_title("Answers of held-out pairs")
+    both[1].set_xlabel("step")
     return save(figure, folder, f"{run}_curves.png")
 
 
@@ -82,38 +141,44 @@ def plot_rl(rows: list[dict], folder: str, run: str) -> str | None:
     greedy = [row for row in rows if "val_reward" in row]
     if not sampled:
         return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5))
+    figure, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(WIDTH, 5.8))
     steps = column(sampled, "step")
-    for key, color in (("reward", "tab:blue"), ("accuracy", "tab:green")):
+    for key, color in (("reward", BLUE), ("accuracy", GREEN)):
         if key == "reward" and column(sampled, key) == column(sampled, "accuracy"):
             continue
-        left.plot(steps, column(sampled, key, 100), lw=1, color=color, label=f"samples: {key}")
+        upper.plot(steps, column(sampled, key, 100), lw=1, color=color, label=f"samples: {key}")
         values = column(greedy, f"val_{key}", 100)
-        style = {"ms": 3, "color": color, "label": f"greedy, held out: {key}"}
-        left.plot(column(greedy, "step"), values, "o-", **style)
-    left.set(xlabel="step", ylabel="%", title=f"{run}: answers")
-    right.plot(steps, column(sampled, "entropy"), color="tab:red", label="nats per sampled token")
-    right.plot(steps, column(sampled, "signal"), color="tab:gray", label="share with signal")
-    right.set(xlabel="step", ylim=(0, None), title=f"{run}: what is left to learn from")
+        style = {"ms": 7, "color": color, "label": f"greedy, held out: {key}"}
+        upper.plot(column(greedy, "step"), values, "o-", **style)
+    upper.set_ylabel("answers (%)")
+    lower.plot(steps, column(sampled, "entropy"), color=RED, label="nats per sampled token")
+    lower.plot(steps, column(sampled, "signal"), color=GRAY, label="share with signal")
+    lower.set(xlabel="step", ylabel="left to learn from", ylim=(0, None))
     return save(figure, folder, f"{run}_curves.png")
 
 
-def plot_rerank(rows: list[dict], folder: str, greedy: dict | None, label: str = "") -> str:
+def plot_rerank(rows: list[dict], folder: str, greedy: dict | None, label: str = "") -> str | None:
     latest = {row["protocol"]: row for row in rows if "@" in row["protocol"]}
     ks = sorted({int(protocol.partition("@")[2]) for protocol in latest})
-    figure, axes = plt.subplots(figsize=(6, 3.5))
+    if not ks:
+        return None
+    figure, axes = plt.subplots(figsize=(WIDTH, 4.4))
+    ends = []
     for how, color in zip(RERANKERS, RERANKER_COLORS, strict=True):
         points = [latest[f"{how}@{k}"] for k in ks]
         low, high = column(points, "low", 100), column(points, "high", 100)
-        style = {"ms": 4, "color": color, "label": how.replace("_", " ")}
-        axes.plot(ks, column(points, "value", 100), "o-", **style)
-        axes.fill_between(ks, low, high, color=color, alpha=0.12, lw=0)
+        values = column(points, "value", 100)
+        axes.plot(ks, values, "o-", ms=6, color=color)
+        axes.fill_between(ks, low, high, color=color, alpha=0.1, lw=0)
+        ends.append((values[-1], how.replace("_", " "), color))
     if greedy:
-        axes.axhline(100 * greedy["value"], color="black", ls="--", lw=1, label="greedy")
+        axes.axhline(100 * greedy["value"], color="black", ls="--", lw=1)
+        ends.append((100 * greedy["value"], "greedy", "black"))
+    label_ends(axes, ends)
     axes.set_xscale("log", base=2)
     axes.set_xticks(ks, map(str, ks))
     axes.set_title(f"Choosing among samples{label} (95 % intervals)")
-    axes.set(xlabel="samples per problem", ylabel="exact match, %")
+    axes.set(xlabel="samples per problem", ylabel="right answers (%)")
     return save(figure, folder, f"best_of_n{label}.png")
 
 
@@ -123,12 +188,13 @@ def plot_calibration(rows: list[dict], folder: str, label: str = "") -> str | No
     rows = sorted(tenths.values(), key=lambda row: row["predicted"])
     if not rows:
         return None
-    x, y = column(rows, "predicted"), column(rows, "value")
-    figure, axes = plt.subplots(figsize=(4.5, 3.8))
-    axes.errorbar(x, y, error_bars(rows), fmt="o-", ms=4, capsize=2, label="verifier")
-    axes.plot([0, 1], [0, 1], "k--", lw=1, label="calibrated")
-    axes.set_title(f"Calibration{label} (95 % intervals)")
-    axes.set(xlabel="probability given by the verifier", ylabel="share of right solutions")
+    x, y = column(rows, "predicted", 100), column(rows, "value", 100)
+    bars = [[100 * length for length in lengths] for lengths in error_bars(rows)]
+    figure, axes = plt.subplots(figsize=(WIDTH, 4.4))
+    axes.errorbar(x, y, bars, fmt="o-", ms=6, capsize=3, label="verifier, 95 % intervals")
+    axes.plot([0, 100], [0, 100], "k--", lw=1, label="as it should be")
+    axes.set_title(f"Does the verifier know how sure it is{label}?")
+    axes.set(xlabel="probability given by the verifier (%)", ylabel="right solutions (%)")
     return save(figure, folder, f"calibration{label}.png")
 
 
@@ -136,30 +202,30 @@ def plot_tradeoff(points: dict[str, tuple[dict, dict]], folder: str) -> str | No
     """Plot points: model -> (loss on held-out answers, perplexity of plain text)."""
     if len(points) < 3:
         return None
-    figure, axes = plt.subplots(figsize=(6, 4))
+    figure, axes = plt.subplots(figsize=(WIDTH, 4.4))
     for name, (answers, text) in points.items():
         place = (text["value"], answers["value"])
-        axes.errorbar(*place, error_bars([answers]), fmt="o", ms=5, capsize=2)
-        axes.annotate(name, place, xytext=(6, 4), textcoords="offset points", fontsize=8)
+        axes.errorbar(*place, error_bars([answers]), fmt="o", ms=6, capsize=3)
+        axes.annotate(name, place, xytext=(6, 4), textcoords="offset points", fontsize=12)
     axes.margins(x=0.15)
-    axes.set_title("What tuning gains and what it forgets (95 % intervals)")
+    axes.set_title("Down and left is better")
     axes.set_xlabel(f"perplexity of {text['split']}, {text['protocol']}")
-    axes.set_ylabel("loss on held-out answers, nats/token")
-    axes.plot([], [], " ", label="down and left is better")
+    axes.set_ylabel("loss on held-out\nanswers (nats/token)")
     return save(figure, folder, "tradeoff.png")
 
 
 def plot_streaming(results: list[dict], folder: str) -> str:
     """Plot what a stream costs and what every head gives to the sink and to the first token."""
     rows = [row for row in results if row["task"] == "streaming"]
-    layout = [["loss"] * 3, ["ms", "share", "share"]]
-    figure, axes = plt.subplot_mosaic(layout, figsize=(12, 8.5))
+    layout = {"figsize": (8, 10), "height_ratios": (1.5, 1, 1)}
+    figure, axes = plt.subplot_mosaic([["loss"], ["share"], ["ms"]], **layout)
     draw_losses(axes["loss"], rows)
+    low, high = axes["loss"].get_ylim()
+    axes["loss"].set_ylim(low, 1.6 * high - 0.6 * low)  # room for the legend
     draw_curves(axes["ms"], stream_curves(rows, "ms_per_token"))
-    axes["ms"].set(title="Time per step (one token of each stream), ms", ylim=(0, None))
+    axes["ms"].set(title="Time per step (one token of each stream)", ylim=(0, None))
+    axes["ms"].set_ylabel("ms")
     draw_head_shares(axes["share"], rows)
-    for panel in axes.values():
-        panel.title.set_fontsize(10)
     return save(figure, folder, "streaming.png")
 
 
@@ -223,7 +289,7 @@ def draw_head_shares(axes: plt.Axes, rows: list[dict]) -> None:
                 axes.plot(column(layers, "layer"), column(layers, "value", 100), **style)
                 uniform = 100 * found[0]["uniform"]
     axes.axhline(uniform, color="black", ls="--", lw=1, label="all looked at alike")
-    axes.set_title("Attention given by the second half of the cache, %")
+    axes.set(title="Attention given by the second half of the cache", ylabel="%")
     axes.set(xlabel="layer: its heads, and a line of their means", ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True)
 

@@ -1,4 +1,4 @@
-"""The report of a run: report.md and its plots, made from result files alone.
+"""The report of a run: report.md, its plots and report.html, made from result files alone.
 
     python -m evals.report --out_dir=out/toy            # a second one goes into its own folder
     python -m evals.report --out_dir=out/toy --force    # replaces it; --no_overwrite keeps it
@@ -14,14 +14,15 @@ from dataclasses import dataclass
 
 import configurator
 from configurator import UserError
-from evals import plots, tables
-from evals.results import RERANKERS, current, matches, newest, run_folders
+from evals import html, plots, tables
+from evals.results import RERANKERS, STAGES, current, matches, newest, run_folders
 from evals.tables import format_value, table
 from runtime.files import digest_of_files, read_json, write_atomic
 from runtime.logs import read_log, read_sealed
 from runtime.program import run
 
 SOURCES = "results*.jsonl stages.json metrics.jsonl */metrics.jsonl"
+TITLES = dict(zip(STAGES, ("Pretraining", "SFT", "DPO", "RL", "The verifier"), strict=True))
 DETAILS = {  # task -> heading of the section with all of its numbers
     "published": "Published solutions of GSM8K's test problems, judged",
     "problems": "Word problems, greedily: right answers and kinds of error",
@@ -39,16 +40,14 @@ SEPARATION = {  # of right solutions from wrong ones: metric and protocol -> wor
     "brier verifier": "Brier score of the verifier",
     "calibration_error verifier": "expected calibration error",
 }
-GAINS_NOTE = """\
-Paired, item by item; bold where the interval excludes 0 and p < 0.05; p by McNemar's exact test \
-where items are right or wrong, else by bootstrap, which has a floor. With many rows some will be \
-bold by chance."""
+BOLD_NOTE = """\
+Paired by item; bold: the interval excludes 0 and p < 0.05, by McNemar's exact test where items \
+are right or wrong, else by bootstrap, which has a floor. Of many, some are bold by chance."""
 RERANK_NOTE = """\
 majority: the most common answer; likelihood: the solution that the model itself finds likeliest; \
 weighted: votes weighted by the verifier; best_of: the verifier's first choice; oracle: solved \
 when any sample is right, which no choice among them can beat."""
-SCORES_NOTE = """\
-auc: how often a right solution scores higher than a wrong one; best_of: by the verifier."""
+SCORES_NOTE = "auc: how often right solutions score above wrong ones; best_of: by the verifier."
 COST_NOTE = """\
 Seconds in all: of a training with what it samples, validates and saves, or of the tasks of an \
 evaluation; starting the programs and preparing data are not in them."""
@@ -80,6 +79,7 @@ class Run:
     stages: dict[str, dict]  # their weights, and where these come from
     logs: dict[str, list[dict]]  # metrics.jsonl of every stage
     states: dict[str, dict]  # state.json of every stage
+    changes: list[tables.Change]  # that each stage brought
     n_samples: int
 
 
@@ -94,42 +94,62 @@ def heading(run: Run) -> list[str]:
         told = f", {last['date']}. {source}; brackets are 95 % intervals."
     parts = [f"# Report of {shorten(run.folder)}", f"{origin}{told}"]
     again = "make it again with speedrun.py, or with align.py --force"
-    for name, stage in run.stages.items():
+    for key, stage in run.stages.items():
+        name = shorten(key)
         if stage["stale"]:
-            parts.append(f"**{name} is stale**: {stage['stale']}; {again}.")
+            parts.append(f"**{name} is stale**: {shorten(stage['stale'])}; {again}.")
         if stage["outdated"]:
             parts.append(f"**{name} was trained again**: run eval.py, its results are left out.")
     return parts
 
 
+def fold(title: str, *parts: str | None) -> list[str]:
+    """Return parts that are shown once their title is clicked on."""
+    return [f"<details><summary>{title}</summary>", *parts, "</details>"] if any(parts) else []
+
+
+def summary(run: Run) -> list[str]:
+    """Show what each stage changed, or of other runs all that was measured."""
+    title = "## What each stage brought"
+    if not run.changes:
+        every = tables.by_model(run.results, tables.MEASURES)
+        return [title, every] if every else []
+    paired = [change for change in run.changes if change.before]
+    rates = [change for change in paired if change.after["metric"] not in tables.DIGITS]
+    every = tables.changes_table(run.changes, run.folder)
+    note = BOLD_NOTE if ", p " in every else None
+    return [title, every, note, plots.plot_changes(rates, run.target)]
+
+
 def stages(run: Run) -> list[str]:
-    if not run.results:
-        return []
-    parts = ["## What each stage brought", tables.by_model(run.results, tables.MEASURES)]
-    gains = tables.gains_table(run.results, run.folder, run.stages)
-    return [*parts, "## Which differences are real", gains, GAINS_NOTE] if gains else parts
+    """Show the main numbers and the curves of every stage, in the order of the loop."""
+    parts = []
+    for name in dict.fromkeys((*STAGES, *run.logs)):
+        measures = tables.brought_by(name) if name in run.stages else {}
+        shown = [tables.by_model(run.results, measures)]
+        kinds = (plots.plot_loss, plots.plot_dpo, plots.plot_rl)
+        shown += [plot(run.logs.get(name, []), run.target, name) for plot in kinds]
+        shown += verifier(run) if name == "verifier" else []
+        if any(shown):
+            parts += [f"## {TITLES.get(name, shorten(name))}", *shown]
+    return parts
 
 
 def verifier(run: Run) -> list[str]:
     """Show what choosing among samples brings, and whether probabilities are what they say."""
-    found = {}  # (judged model, data set) -> rows
-    for row in run.results:
-        if row["task"] == "rerank":
-            found.setdefault((row["model"], row["data"]), []).append(row)
     parts = []
-    for (model, data), rows in found.items():
-        label = f": {model}, {data}" if len(found) > 1 else ""
-        wanted = {"task": "problems", "metric": "exact_match", "data": data}
-        greedy = newest(run.results, **wanted, model=rows[0]["stage"])
-        parts += [f"## The verifier{shorten(label)}", rerank_table(run.folder, rows, greedy)]
-        parts += [RERANK_NOTE, plots.plot_rerank(rows, run.target, greedy, label)]
-        parts.append(plots.plot_calibration(rows, run.target, label))
+    for label, rows, greedy in tables.judged(run.results):
+        parts += [f"###{shorten(label[1:])}"] if label else []
+        parts += [plots.plot_rerank(rows, run.target, greedy, label), RERANK_NOTE]
+        every = rerank_table(run.folder, rows, greedy)
+        calibration = plots.plot_calibration(rows, run.target, label)
+        parts += fold("All ways to choose, and calibration", every, calibration)
     return parts
 
 
 def rerank_table(folder: str, rows: list[dict], greedy: dict | None) -> str:
     """Return the ways to choose among most samples, then how scores separate right from wrong."""
-    k = max(int(row["protocol"].partition("@")[2] or 0) for row in rows)
+    k = tables.most_samples(rows)
     lines = [["greedy, exact match", format_value(greedy), "", str(greedy["n"])]] if greedy else []
     for how in RERANKERS:
         row = newest(rows, metric="exact_match", protocol=f"{how}@{k}")
@@ -146,15 +166,18 @@ def rerank_table(folder: str, rows: list[dict], greedy: dict | None) -> str:
 
 
 def details(run: Run) -> list[str]:
+    """Show all numbers, folded."""
+    every = tables.by_model(run.results, tables.MEASURES)
+    parts = fold("All measures", every) if run.changes else []
+    gains = tables.gains_table(run.results, run.folder, run.stages)
+    parts += fold("Which differences are real", gains, BOLD_NOTE) if gains else []
     rows = [row for row in run.results if "@" not in row["protocol"]]  # a choice, see verifier()
     rows = [row for row in rows if row["metric"] != "calibration"]  # tenths, in its plot
-    parts = []
+    notes = {"published": SCORES_NOTE, "problems": mistakes(run.results)}
     for task, title in DETAILS.items():
         if newest(rows, task=task):
-            parts += [f"## {title}", tables.details(rows, task)]
-            parts += [SCORES_NOTE] if task == "published" else []
-            parts += [mistakes(run.results)] if task == "problems" else []
-    return parts
+            parts += fold(title, tables.details(rows, task), notes.get(task))
+    return [*parts, *cost(run)]
 
 
 def mistakes(results: list[dict]) -> str:
@@ -180,13 +203,12 @@ def sinks(run: Run) -> list[str]:
         parts += [STREAMING_NOTE, plots.plot_streaming(run.results, run.target)]
     rows = [row for row in run.results if row["task"] == "attention"]
     shown = sorted({(row["model"], int(row["protocol"].split()[1])) for row in rows})
-    if shown:
-        parts.append("## Attention maps")
+    parts += ["## Attention maps"] if shown else []
     return parts + [plots.plot_attention(rows, run.folder, run.target, *which) for which in shown]
 
 
-def curves(run: Run) -> list[str]:
-    """Show losses against steps, and what tuning gains and forgets."""
+def tradeoff(run: Run) -> list[str]:
+    """Show what tuning gains and forgets, where there are several runs of it."""
     measures = {"task": "text_perplexity", "metric": "perplexity"}
     last = newest(run.results, **measures) or {}
     measures |= {key: last.get(key) for key in ("split", "protocol")}  # of one text
@@ -196,11 +218,8 @@ def curves(run: Run) -> list[str]:
         text = newest(run.results, model=model, **measures)
         if answers and text and model != "untrained":
             points[model] = (answers, text)
-    images = [plots.plot_tradeoff(points, run.target)]
-    for name, log in run.logs.items():
-        kinds = (plots.plot_loss, plots.plot_dpo, plots.plot_rl)
-        images += [plot(log, run.target, name) for plot in kinds]
-    return ["## Curves", *images] if any(images) else []
+    image = plots.plot_tradeoff(points, run.target)
+    return ["## What tuning gains and forgets", image] if image else []
 
 
 def samples(run: Run) -> list[str]:
@@ -219,7 +238,7 @@ def samples(run: Run) -> list[str]:
     for asked in shared[: run.n_samples]:
         lines = [f"**`{shorten(asked, 400)}`** (right: `{shorten(first[asked]['answer'])}`)"]
         for stage, own in answers.items():
-            lines.append(f"- **{stage}**: `{shorten(own[asked]['solutions'][0]['text'])}`")
+            lines.append(f"- **{shorten(stage)}**: `{shorten(own[asked]['solutions'][0]['text'])}`")
         blocks.append("\n".join(lines))
     return ["## The same problems at every stage", *blocks] if blocks else []
 
@@ -259,14 +278,13 @@ def cost(run: Run) -> list[str]:
     lines.append(["evaluation", *[""] * 5, f"{evaluation:.0f}"])
     lines.append(["all", *[""] * 5, f"{total + evaluation:.0f}"])
     heads = ["run", "steps", "tokens", "FLOPs", "tokens/s", "seconds of steps", "seconds in all"]
-    parts = ["## Cost", table(heads, lines), COST_NOTE]
     hashes = [[name, stage["weights_hash"]] for name, stage in run.stages.items()]
-    weights = table(["stage", "sha256 of the weights"], hashes)
-    return [*parts, "## Weights", weights] if hashes else parts
+    weights = table(["stage", "sha256 of the weights"], hashes) if hashes else ""
+    return fold("Cost", table(heads, lines), COST_NOTE) + fold("Weights", weights)
 
 
 # Each returns Markdown blocks and names of images, or nothing
-SECTIONS = (heading, stages, verifier, details, sinks, curves, samples, cost)
+SECTIONS = (heading, summary, stages, tradeoff, sinks, samples, details)
 
 
 def write_report(folder: str, target: str, n_samples: int) -> str:
@@ -279,7 +297,8 @@ def write_report(folder: str, target: str, n_samples: int) -> str:
         raise UserError(f"{folder} holds no results: run eval.py --out_dir={folder} first")
     logs = {name: read_log(os.path.join(place, "metrics.jsonl")) for name, place in places.items()}
     states = {name: read_json(os.path.join(place, "state.json")) for name, place in places.items()}
-    run = Run(folder, target, results, stages, logs, states, n_samples)
+    changes = tables.changes(results, stages)
+    run = Run(folder, target, results, stages, logs, states, changes, n_samples)
     parts = []
     for section in SECTIONS:
         parts += [part for part in section(run) if part]
@@ -287,6 +306,8 @@ def write_report(folder: str, target: str, n_samples: int) -> str:
     made_from = f"<!-- made from {SOURCES}: {digest_of_files(folder, SOURCES)} -->"
     text = "\n\n".join([*parts, made_from]) + "\n"
     path = os.path.join(target, "report.md")
+    page = html.page(text, target).encode(errors="replace")
+    write_atomic(os.path.join(target, "report.html"), lambda f: f.write(page))
     write_atomic(path, lambda f: f.write(text.encode(errors="replace")))
     return path
 

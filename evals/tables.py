@@ -3,6 +3,7 @@
 import math
 import os
 from itertools import pairwise
+from typing import NamedTuple
 
 from configurator import UserError
 from evals.results import current, items_of, matches, newest
@@ -30,6 +31,12 @@ MEASURES = {  # of the first tables: heading -> fields
     "2-grams in no other answer": fields("chats", "distinct_2", "greedy"),
     "SST-2, zero-shot": fields("sst2", "accuracy", "zero-shot"),
     "DialogSum, ROUGE-L": fields("dialogsum", "rougeL", "greedy"),
+}
+BROUGHT = {  # stage -> headings of what it is there for, and of what it may cost
+    "pretrain": ("val loss (nats/token)",),
+    "sft": ("problems, exact match", "stops by itself"),
+    "dpo": ("prefers chosen, log-prob", "tales on topic and kind", "problems, exact match"),
+    "rl": ("problems, exact match", "problems, any of 8 samples right", "stops by itself"),
 }
 LOSSES = ("val_loss", "response_loss", "bits_per_byte")
 SCORES = ("auc", "brier", "calibration_error", "loss_within_context", "loss_beyond_context")
@@ -61,6 +68,15 @@ def format_value(row: dict | None, sign: str = "") -> str:
     return f"{value}{unit} [{', '.join(ends)}]{few}"
 
 
+class Change(NamedTuple):
+    """What a stage did to one number."""
+
+    stage: str  # with the name of its start
+    what: str
+    before: dict | None  # the result of its start
+    after: dict
+
+
 def table(heads: list[str], rows: list[list[str]]) -> str:
     lines = [list(map(escape, cells)) for cells in (heads, *rows)]
     lines.insert(1, ["---"] * len(heads))
@@ -90,7 +106,7 @@ def by_model(results: list[dict], measures: dict[str, dict]) -> str:
         trivial = [f"{format_value(found[x])} ({x})" for x in found if x not in columns]
         values = [format_value(found.get(name)) for name in columns]
         rows.append([heading, n, "; ".join(trivial), *values])
-    return table(["", "n", "trivial answer", *columns], rows)
+    return table(["", "n", "trivial answer", *columns], rows) if rows else ""
 
 
 def split_by_data(results: list[dict], measures: dict[str, dict]) -> dict[str, dict]:
@@ -179,15 +195,73 @@ def paired_cell(before: dict | None, after: dict | None, folder: str, other: str
     return f"**{text}**" if is_real else text
 
 
-def gains_table(results: list[dict], folder: str, stages: dict[str, dict]) -> str:
-    """Return what each stage changed against the one it was made from, if that is still there."""
-    own = [row["stage"] for row in results if not row.get("baseline")]
-    names = list(dict.fromkeys(own))
-    pairs = []
-    for before, after in pairwise(names):
+def starts(results: list[dict], stages: dict[str, dict]) -> dict[str, str | None]:
+    """Return the stages that are not stale, and what each is compared with.
+
+    That is the stage it was made from, or the one before it where that has no results.
+    """
+    names = list(dict.fromkeys(row["stage"] for row in results if not row.get("baseline")))
+    found = {}
+    for before, after in pairwise([None, *names]):
         start = stages[after]["start"]
         if not stages[after]["stale"]:
-            pairs.append((start if start in names else before, after))
+            found[after] = start if start in names else before
+    return found
+
+
+def brought_by(stage: str) -> dict[str, dict]:
+    """Return the measures of BROUGHT; none of a stage that is not named there."""
+    return {heading: MEASURES[heading] for heading in BROUGHT.get(stage, ())}
+
+
+def changes(results: list[dict], stages: dict[str, dict]) -> list[Change]:
+    """Return what each stage changed of what it is there for, in the order of the loop."""
+    found = []
+    for stage, start in starts(results, stages).items():
+        name = f"{stage} from {start}" if start else stage
+        for heading, wanted in split_by_data(results, brought_by(stage)).items():
+            pair = [newest(results, model=model, **wanted) for model in (start, stage)]
+            found.append(Change(name, heading, *pair))
+    for label, rows, greedy in judged(results):
+        pair = [newest(rows, metric="auc", protocol=how) for how in ("likelihood", "best_of")]
+        found.append(Change("verifier", f"AUC, by likelihood and by verifier{label}", *pair))
+        k = most_samples(rows)
+        best = newest(rows, metric="exact_match", protocol=f"best_of@{k}")
+        found.append(Change("verifier", f"problems, greedy and best of {k}{label}", greedy, best))
+    return [change for change in found if change.after]
+
+
+def judged(results: list[dict]) -> list[tuple[str, list[dict], dict | None]]:
+    """Return whose samples a verifier chose among: words for it, its rows, its greedy result."""
+    found = {}  # (judged model, data set) -> rows
+    for row in results:
+        if row["task"] == "rerank":
+            found.setdefault((row["model"], row["data"]), []).append(row)
+    parts = []
+    for (model, data), rows in found.items():
+        label = f": {model}, {data}" if len(found) > 1 else ""
+        wanted = MEASURES["problems, exact match"] | {"data": data}
+        parts.append((label, rows, newest(results, **wanted, model=rows[0]["stage"])))
+    return parts
+
+
+def most_samples(rows: list[dict]) -> int:
+    return max(int(row["protocol"].partition("@")[2] or 0) for row in rows)
+
+
+def changes_table(changes: list[Change], folder: str) -> str:
+    lines = []
+    for stage, what, before, after in changes:
+        values = [format_value(row).partition(" [")[0] for row in (before, after)]
+        delta = paired_cell(before, after, folder)
+        lines.append([stage, what, *values, delta, str(after["n"])])
+    return table(["stage", "what", "before", "after", "difference, paired", "n"], lines)
+
+
+def gains_table(results: list[dict], folder: str, stages: dict[str, dict]) -> str:
+    """Return what each stage changed against the one that it is compared with, in all measures."""
+    pairs = [(before, after) for after, before in starts(results, stages).items() if before]
+    names = {name for pair in pairs for name in pair}
     rows = []
     for heading, wanted in split_by_data(results, MEASURES).items():
         found = {name: newest(results, model=name, **wanted) for name in names}

@@ -85,5 +85,6 @@ def read_sealed(path: str) -> list | None:
         *lines, end = f.read().splitlines(keepends=True)
         if json.loads(end)["seal"] == hashlib.sha256(b"".join(lines)).hexdigest():
             return list(map(json.loads, lines))
-    print(f"WARNING: {path} has changed since it was written, and is not used", flush=True)
+    what = "has changed since it was written, or is older than the seals of such files"
+    print(f"WARNING: {path} {what}: it is not used", flush=True)
     return None

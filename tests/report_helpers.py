@@ -4,7 +4,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from evals import report
+from evals import plots, report
 from evals.results import STAGES, item_key
 from evals.stats import proportion
 from runtime.files import write_json, write_jsonl
@@ -29,6 +29,12 @@ RERANKED = {
     "best_of": 0.258,
     "oracle": 0.399,
 }
+
+
+def leave_out_plots(monkeypatch) -> None:
+    """Draw nothing but what a test asks for: a plot takes longer than the rest of a report."""
+    for name in ("plot_loss", "plot_rerank", "plot_changes"):
+        monkeypatch.setattr(plots, name, lambda *args: None)
 
 
 def row(task, model, metric, protocol, value, width=0.05, n=40, **more) -> dict:

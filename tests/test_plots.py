@@ -15,15 +15,16 @@ def test_every_image_in_the_report_exists_and_shows_something(tmp_path):
     """A broken link or a blank plot is found by no one but the reader; curves follow numbers."""
     text = text_of(write_run(tmp_path))
     names = re.findall(r"!\[\]\((.*?)\)", text)
-    assert sorted(names) == ["best_of_n.png", "loss_dpo.png", "loss_pretrain.png"]
+    assert sorted(names) == ["best_of_n.png", "loss_dpo.png", "loss_pretrain.png", "stages.png"]
     for name in names:
         image = matplotlib.image.imread(tmp_path / name)
+        assert image.shape[1] == 1200 and (tmp_path / name).stat().st_size < 200_000
         assert (
             min(image.shape[:2]) > 200
             and len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 3
         )
     before = {name: (tmp_path / name).read_bytes() for name in names}
-    results = [{**r, "value": 0.3} if r["protocol"] == "best_of@2" else r for r in hand_made()]
+    results = [{**r, "value": 0.3} if "best_of@" in r["protocol"] else r for r in hand_made()]
     write_run(tmp_path, results, metrics_rows()[:-2])
     assert report.main([f"--out_dir={tmp_path}", "--force"]) == 0
     assert all((tmp_path / name).read_bytes() != content for name, content in before.items())
@@ -78,3 +79,26 @@ def test_an_rl_run_gets_its_curves(tmp_path, judged):
     before = (tmp_path / "rl_curves.png").read_bytes()
     plots.plot_rl(rows, str(tmp_path), "rl")
     assert (tmp_path / "rl_curves.png").read_bytes() != before
+
+
+def test_names_beside_their_lines_do_not_cover_each_other():
+    """Five ways to choose may end within a point of each other; the highest is named on top."""
+    figure, axes = plots.plt.subplots()
+    axes.plot([0, 1], [0, 100])
+    plots.label_ends(axes, [(50.0, "b", "red"), (49.9, "a", "red"), (50.1, "c", "red")])
+    found = {text.get_text(): text.get_position()[1] for text in axes.texts}
+    plots.plt.close(figure)
+    assert found["b"] - found["a"] > 0.07 < found["c"] - found["b"]
+    assert found["b"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_axes_of_losses_have_plain_numbers(tmp_path, monkeypatch):
+    """Nobody reads 6 x 10^-1 as 0.6."""
+    kept = []
+    monkeypatch.setattr(plots.plt, "close", kept.append)
+    rows = [{"step": step, "loss": loss} for step, loss in enumerate((6.0, 2.0, 0.3))]
+    plots.plot_loss(rows, str(tmp_path), "sft")
+    monkeypatch.undo()
+    labels = [label.get_text() for label in kept[0].axes[0].get_yticklabels(which="both")]
+    plots.plt.close(kept[0])
+    assert {"0.5", "1", "2", "5"} <= set(labels) and not any("10" in x for x in labels[1:-1])

@@ -5,17 +5,16 @@ import re
 
 import pytest
 from helpers import fails
-from report_helpers import hand_made, metrics_rows, row, text_of, write_run
+from report_helpers import hand_made, leave_out_plots, metrics_rows, row, text_of, write_run
 
-from evals import plots, report
+from evals import report
 from runtime.files import write_json, write_jsonl
 from runtime.logs import write_sealed
 
 
 @pytest.fixture
 def no_plots(monkeypatch):
-    monkeypatch.setattr(plots, "plot_loss", lambda rows, folder, run: None)
-    monkeypatch.setattr(plots, "plot_rerank", lambda rows, folder, greedy, label: "best_of_n.png")
+    leave_out_plots(monkeypatch)
 
 
 def test_the_report_shows_the_values_of_the_files(tmp_path, no_plots):
@@ -45,6 +44,78 @@ def test_the_report_shows_the_values_of_the_files(tmp_path, no_plots):
         "8,111",
     ):
         assert shown in text, shown
+
+
+def test_the_summary_comes_first_with_the_values_of_the_files(tmp_path, no_plots):
+    """A row per stage and measure: before, after and n are those of results.jsonl."""
+    text = text_of(write_run(tmp_path))
+    assert text.index("## What each stage brought") == text.index("## ")
+    first = re.search(r"(\| .*\n)+", text)[0].splitlines()
+    found = [tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in first[2:]]
+
+    def value(task, model, protocol, metric="exact_match"):
+        wanted = {"task": task, "model": model, "metric": metric, "protocol": protocol}
+        (one,) = [r for r in hand_made() if wanted.items() <= r.items()]
+        is_rate = metric not in ("val_loss", "auc")
+        return f"{100 * one['value']:.1f} %" if is_rate else one["value"], str(one["n"])
+
+    loss = [value("val_loss", model, "windows", "val_loss") for model in ("untrained", "pretrain")]
+    auc = [value("rerank", "dpo", how, "auc") for how in ("likelihood", "best_of")]
+    greedy = [value("problems", model, "greedy") for model in ("pretrain", "dpo")]
+    best, chosen = value("rerank", "dpo", "best_of@4"), value("preference", "dpo", "logprob", RATE)
+    tales, dpo = value("tales", "dpo", "sampled", "on_topic_and_kind"), "dpo from pretrain"
+    losses, aucs = [f"{x:.4f}" for x, _ in loss], [f"{x:.3f}" for x, _ in auc]
+    assert found == [
+        ("pretrain from untrained", "val loss (nats/token)", *losses, "", loss[1][1]),
+        (dpo, "prefers chosen, log-prob", "", chosen[0], "", chosen[1]),
+        (dpo, "tales on topic and kind", "", tales[0], "", tales[1]),
+        (dpo, "problems, exact match", greedy[0][0], greedy[1][0], "", greedy[1][1]),
+        ("verifier", "AUC, by likelihood and by verifier", *aucs, "", auc[1][1]),
+        ("verifier", "problems, greedy and best of 4", greedy[1][0], best[0], "", best[1]),
+    ]
+
+
+RATE = "accuracy"
+
+
+def test_stages_come_in_the_order_of_the_loop_and_long_tables_are_folded(tmp_path, no_plots):
+    """Whoever reads the first screen alone has read what the run brought."""
+    write_jsonl(str(tmp_path / "verifier" / "metrics.jsonl"), metrics_rows())
+    write_jsonl(str(tmp_path / "other" / "metrics.jsonl"), metrics_rows())
+    text = text_of(write_run(tmp_path))
+    assert re.findall("^## (.*)", text, re.M) == [
+        *("What each stage brought", "Pretraining", "DPO", "The verifier"),
+        "The same problems at every stage",
+    ]
+    folded = re.findall("^<details><summary>(.*)</summary>$", text, re.M)
+    assert folded == [
+        *("All ways to choose, and calibration", "All measures"),
+        *("Word problems, greedily: right answers and kinds of error", "Perplexity by protocol"),
+        *("Cost", "Weights"),
+    ]
+    assert text.count("\n</details>\n") == len(folded)
+    shown = re.sub("<details>.*?</details>", "", text, flags=re.S)
+    assert "hash-pretrain" not in shown and "8,111" not in shown and "bits per byte" not in shown
+    assert text.splitlines()[-1].startswith("<!-- made from ")
+
+
+def test_a_stage_is_compared_with_the_one_it_started_from(tmp_path, no_plots):
+    """Two of one start: not the second with the first. What is stale brought nothing."""
+    stages = {"pretrain": {"weights_hash": "hash-pretrain"}}
+    for name in ("sft", "dpo"):
+        start = {"start": "pretrain", "start_hash": "hash-pretrain"}
+        stages[name] = {"weights_hash": f"hash-{name}", **start}
+    values = {"pretrain": 0.1, "sft": 0.5, "dpo": 0.7}
+    rows = [row("problems", name, "exact_match", "greedy", x) for name, x in values.items()]
+    write_json(str(tmp_path / "stages.json"), stages)
+    folder = write_run(tmp_path, rows)
+    words = "| dpo from pretrain | problems, exact match | 10.0 % | 70.0 % |"
+    assert words in text_of(folder)
+    stages["dpo"]["start_hash"] = "older"
+    write_json(str(tmp_path / "stages.json"), stages)
+    (tmp_path / "report.md").unlink()
+    text = text_of(folder)
+    assert "| dpo from" not in text and "| sft from pretrain |" in text
 
 
 def test_no_number_in_the_report_is_written_by_hand(tmp_path, no_plots):
@@ -266,7 +337,7 @@ def test_every_verifier_has_its_own_table_and_plots(tmp_path):
     rows = [r for r in hand_made() if r["task"] == "rerank"]
     others = [{**r, "model": "dpo judged by v|2", "value": r["value"] / 2} for r in rows]
     text = text_of(write_run(tmp_path, rows + others))
-    assert "## The verifier: dpo, \n" in text and "## The verifier: dpo judged by v|2, \n" in text
+    assert "### dpo, \n" in text and "### dpo judged by v|2, \n" in text
     assert text.count("best_of, samples = 4") == 2
     assert "| AUC of the verifier | 0.692 [0.642, 0.717] |  | 45 solutions |" in text
     assert "| AUC of the verifier | 0.346 [0.642, 0.717] |  | 45 solutions |" in text

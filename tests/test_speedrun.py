@@ -355,6 +355,7 @@ def assert_complete(folder: Path):
     images = re.findall(r"!\[\]\((.*?)\)", text)
     assert set(images) == {
         "best_of_n.png",
+        "stages.png",
         "calibration.png",
         "dpo_curves.png",
         *(f"loss_{stage}.png" for stage in speedrun.STAGES[:-1]),

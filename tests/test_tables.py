@@ -7,10 +7,9 @@ import pytest
 from helpers import fails
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from report_helpers import row, text_of, with_items, write_run
+from report_helpers import leave_out_plots, row, text_of, with_items, write_run
 
 import eval as evaluation
-from evals import plots
 from evals.results import item_key
 from evals.stats import mean, proportion
 from evals.tables import compare, table
@@ -19,8 +18,7 @@ from runtime.files import write_json
 
 @pytest.fixture
 def no_plots(monkeypatch):
-    monkeypatch.setattr(plots, "plot_loss", lambda rows, folder, run: None)
-    monkeypatch.setattr(plots, "plot_rerank", lambda rows, folder, greedy, label: "best_of_n.png")
+    leave_out_plots(monkeypatch)
 
 
 def test_bits_per_byte_below_one_are_no_percentage(tmp_path, no_plots):
@@ -164,7 +162,7 @@ def test_an_interval_of_few_items_says_so(tmp_path, no_plots, n, said):
     rows = [row("problems", model, "exact_match", "greedy", 0) for model in items]
     text = text_of(write_run(tmp_path, with_items(tmp_path, rows, items)))
     words = f"] (only {n})"
-    assert text.count(words) == (5 if said else 0)  # twice in two tables, and the difference
+    assert text.count(words) == (8 if said else 0)  # three tables, two differences
     assert "-0.0 %" not in text and "[-0.0" not in text
 
 
