@@ -136,6 +136,20 @@ def test_an_error_of_the_system_says_where_in_the_code(monkeypatch, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("InvalidCxxCompiler: No working C++ compiler found", "install g++, or --compile=False"),
+        ("[gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]", "another rank"),
+        ("Timed out waiting 180000ms for recv operation to complete", "does not answer"),
+    ],
+)
+def test_what_torch_says_of_compilers_and_peers_is_said_in_words(monkeypatch, capsys, text, words):
+    """Its own text is a page, and the cause stands elsewhere."""
+    code, message = outcome_of(monkeypatch, capsys, RuntimeError(text))
+    assert code == 2 and words in message
+
+
 def test_ctrl_c_ends_quietly_with_130(monkeypatch, capsys):
     """The code that shells give to it; what was printed before it is not lost."""
     assert outcome_of(monkeypatch, capsys, KeyboardInterrupt()) == (130, "")
