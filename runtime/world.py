@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import signal
 import sys
 import time
@@ -66,7 +67,7 @@ def end_if_orphan() -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
         return
     with open(f"/proc/{os.getppid()}/cmdline") as f:
-        orphan = "torch" not in f.read()  # another process has inherited this one
+        orphan = not re.search("torch|launch", f.read())  # another process has inherited this one
     with open(f"/proc/{os.getppid()}/stat") as f:
         grandparent = f.read().rpartition(")")[2].split()[1]
     if orphan or os.environ.get("SPEEDRUN_PID", grandparent) != grandparent:
