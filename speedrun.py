@@ -23,7 +23,7 @@ from runtime.checkpoint import NEW, is_stale
 from runtime.files import digest_of_files, write_json
 from runtime.program import run
 from runtime.run_folder import PREEMPTED, command, lock, read_state
-from runtime.world import KEEP_MEMORY, STOP_SIGNALS, die_with_parent
+from runtime.world import KEEP_MEMORY, die_with_parent, on_stop_signals
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 STAGES = ("pretrain", "sft", "dpo", "verifier", "eval")  # of the whole loop; rl is by request
@@ -79,9 +79,7 @@ class Programs:
 
     def __init__(self) -> None:
         self.process, self.stopping = None, False
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
-                signal.signal(number, self.stop)
+        on_stop_signals(self.stop)
 
     def stop(self, number: int, frame: object) -> None:
         """Pass on the first request, as SIGTERM: torchrun dies of SIGUSR1. Ctrl-C again kills."""

@@ -16,7 +16,7 @@ import numpy as np
 from configurator import UserError
 from corpus import toy
 from corpus.shards import SHARD_TOKENS, parse_mixture, write_shard
-from corpus.sources import Source, text_documents
+from corpus.sources import Source, read_manifest, text_documents
 from corpus.tokenizer import Tokenizer, load_tokenizer, train_ranks, write_ranks
 from runtime.files import (
     read_json,
@@ -29,15 +29,6 @@ from runtime.files import (
 )
 
 BATCH = 1024  # documents to encode at a time
-
-
-def read_manifest(path: str) -> tuple[dict | None, dict[str, str]]:
-    """Return request and {file: sha256} of a manifest; None and {} where it is damaged or none."""
-    manifest = read_json(path)
-    digests = manifest.get("sha256")
-    if not isinstance(digests, dict):
-        return None, {}
-    return manifest.get("request"), {os.path.basename(name): it for name, it in digests.items()}
 
 
 def fault_of(folder: str, digests: dict[str, str]) -> str:

@@ -100,6 +100,15 @@ def how_to_make(stage: str, name: str) -> str:
     return f"make it with data.py {'' if is_known else f'--stage={stage} '}--sources={source}"
 
 
+def read_manifest(path: str) -> tuple[dict | None, dict[str, str]]:
+    """Return request and {file: sha256} of a manifest; None and {} where it is damaged or none."""
+    manifest = read_json(path)
+    digests = manifest.get("sha256")
+    if not isinstance(digests, dict):
+        return None, {}
+    return manifest.get("request"), {os.path.basename(name): it for name, it in digests.items()}
+
+
 def check_made(paths: list[str], sha256: Callable | None = sha256) -> None:
     """Raise UserError where a file is not what data.py wrote, or its folder is not whole.
 
@@ -109,24 +118,21 @@ def check_made(paths: list[str], sha256: Callable | None = sha256) -> None:
     made = {}
     for folder in {os.path.dirname(path) for path in paths}:
         for manifest in glob.glob(os.path.join(glob.escape(folder), "manifest_*.json")):
-            about = read_json(manifest)
-            if about.get("unfinished"):
+            if read_json(manifest).get("unfinished"):
                 what = f"{folder} is half replaced: data.py was killed there"
                 raise UserError(f"{what}. Run the same data.py command again")
-            digests = about.get("sha256", {})
-            if lacking := [name for name in digests if not exists_in(folder, name)]:
-                what = f"{folder} lacks {', '.join(lacking[:3])}, which data.py wrote"
+            _, digests = read_manifest(manifest)
+            own = {os.path.join(folder, name): digest for name, digest in digests.items()}
+            if lacking := [path for path in own if not os.path.exists(path)]:
+                names = ", ".join(map(os.path.basename, lacking[:3]))
+                what = f"{folder} lacks {names}, which data.py wrote"
                 raise UserError(f"{what}. Make it again with data.py, or remove {manifest}")
-            made |= {os.path.join(folder, name): digest for name, digest in digests.items()}
+            made |= own
     for path in paths if sha256 else []:
         if made.get(path) not in (None, sha256(path)):
             what = f"{path} is damaged or was changed: data.py wrote another file"
             own = "If the change is yours, remove the manifest_*.json beside it"
             raise UserError(f"{what}. Make it again with data.py. {own}")
-
-
-def exists_in(folder: str, name: str) -> bool:
-    return os.path.exists(os.path.join(folder, name))
 
 
 def hub_rows(name: str) -> Iterable[dict]:

@@ -17,18 +17,15 @@ import matplotlib.pyplot as plt
 import torch
 
 from configurator import load
+from evals.plots import BLUE, GRAY, GREEN, ORANGE, RED
 from evals.results import newest, read_results
 from model import rotary_angles, rotate
 from runtime.files import read_json, read_jsonl, write_json
 from runtime.logs import read_log
 from runtime.program import run
 
-matplotlib.use("Agg")
 IMG = Path(__file__).resolve().parent / "img"
-# Okabe and Ito's palette: told apart by colour-blind readers, and on a dark page
-BLUE, ORANGE, GREEN, RED, GRAY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
-plt.rcParams |= {"font.size": 15, "axes.spines.top": False, "axes.spines.right": False}
-plt.rcParams |= {"svg.hashsalt": "modern-llm", "svg.fonttype": "path", "axes.grid": False}
+plt.rcParams |= {"font.size": 15, "svg.hashsalt": "modern-llm", "svg.fonttype": "path"}
 DRAWN: dict[str, Callable] = {}
 
 

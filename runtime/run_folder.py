@@ -182,10 +182,9 @@ class RunFolder:
     def resume(self, model: nn.Module, optimizers: list) -> int:
         """Load the newest checkpoint that can be read, if there is one. -> the first step to do"""
         found = newest_checkpoint(self.folder, self.world.log)
-        notes = {"settings": as_dict(*self.parts), "data": self.task.fingerprint}
+        notes = as_dict(*self.parts) | {"data read": self.task.fingerprint}
         notes |= {"shards": self.task.extra.get("shards"), "checkpoint": found and found[0]}
-        notes |= {"weights": found and found[1]["weights_hash"]}
-        self.world.agree(json.loads(json.dumps(notes)))
+        self.world.agree(notes | {"weights": found and found[1]["weights_hash"]})
         if not found:
             return 0
         path, saved = found

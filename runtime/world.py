@@ -6,11 +6,11 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -74,11 +74,6 @@ def end_if_orphan() -> None:
         os._exit(128 + signal.SIGKILL)
 
 
-def flatten(notes: dict) -> Iterator[tuple[str, object]]:
-    for key, value in notes.items():
-        yield from value.items() if isinstance(value, dict) else [(key, value)]
-
-
 class World:
     """This process among the others: rank, size, device, and the collectives of the loop."""
 
@@ -131,13 +126,12 @@ class World:
         return [row for part in parts for row in part]
 
     def agree(self, notes: dict) -> None:
-        """Raise UserError on every rank where the ranks' notes differ, or what stands in them."""
+        """Raise UserError on every rank where the ranks' notes, of the same keys, differ."""
         first, *others = self.gather([notes])
         for rank, other in enumerate(others, 1):
-            flat = [dict(flatten(x)) for x in (first, other)]
-            differ = [key for key in flat[0] | flat[1] if flat[0].get(key) != flat[1].get(key)]
+            differ = [key for key in first if first[key] != other[key]]
             if differ:
-                values = "; ".join(f"{k}: {flat[0].get(k)!r}, {flat[1].get(k)!r}" for k in differ)
+                values = "; ".join(f"{key}: {first[key]!r}, {other[key]!r}" for key in differ)
                 what = f"rank 0 and rank {rank} differ in {values}"
                 advice = "Give every node the same command and the same shared folders"
                 raise UserError(f"{what}. {advice}")
@@ -191,6 +185,12 @@ def sync_gradients(module: nn.Module, on: bool) -> None:
         module.set_requires_gradient_sync(on)
 
 
+def on_stop_signals(handle: Callable) -> dict[int, Any]:
+    """Let handle(number, frame) take the signals that ask for an end. -> the handlers before it"""
+    heard = [n for n in STOP_SIGNALS if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores one
+    return {number: signal.signal(number, handle) for number in heard}
+
+
 class StopFlag:
     """SIGTERM and its like, or Ctrl-C, ask the loop to save and stop; a second ends it at once.
 
@@ -203,9 +203,7 @@ class StopFlag:
         self.relayed = "TORCHELASTIC_RUN_ID" in os.environ
 
     def __enter__(self) -> Self:
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
-                self.previous[number] = signal.signal(number, self.handle)
+        self.previous = on_stop_signals(self.handle)
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -249,6 +249,14 @@ def test_a_half_replaced_folder_is_not_trained_on(tmp_path, monkeypatch):
     assert BYTE.decode(open_it().validation(0, 1)[0].tolist()).strip("new ") == ""
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"sha256": [1]}', '{"sha256": 3}', "null"])
+def test_a_damaged_manifest_vouches_for_nothing(tmp_path, text):
+    """It is JSON that people edit: its folder is read as if it had none, without a traceback."""
+    prepare(request(tmp_path, f"pretrain/mine={write_source(tmp_path, 'txt')}"))
+    (tmp_path / "out/mine/manifest_pretrain.json").write_text(text)
+    assert Mixture("mine", str(tmp_path / "out"), "train", 8, 0, BYTE).n_rows > 0
+
+
 def test_force_makes_a_folder_again_that_is_there(tmp_path, capsys):
     cfg = request(tmp_path, f"pretrain/mine={write_source(tmp_path, 'txt')}")
     prepare(cfg)
