@@ -187,7 +187,8 @@ def sync_gradients(module: nn.Module, on: bool) -> None:
 
 def on_stop_signals(handle: Callable) -> dict[int, Any]:
     """Let handle(number, frame) take the signals that ask for an end. -> the handlers before it"""
-    heard = [n for n in STOP_SIGNALS if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores one
+    under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    heard = [n for n in STOP_SIGNALS if n != signal.SIGHUP or not under_nohup]
     return {number: signal.signal(number, handle) for number in heard}
 
 

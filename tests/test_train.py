@@ -1244,6 +1244,18 @@ def test_a_run_under_nohup_does_not_hear_the_terminal_close(tmp_path):
         signal.signal(signal.SIGHUP, old)
 
 
+def test_a_job_in_the_background_hears_all_that_it_is_sent():
+    """A shell starts it with Ctrl-C ignored; who sends it that signal by name means it."""
+    old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopFlag() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.signal == signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, old)
+
+
 RANKS_DIFFER = """
 import os, shutil, sys
 import train
