@@ -82,10 +82,12 @@ class DPOConfig:
     label_smoothing: float = 0.0  # share of pairs labelled the wrong way round (cDPO); not for ipo
     rpo_alpha: float = 0.0  # weight of the NLL of the chosen answer, per token (RPO)
     simpo_gamma: float | None = None  # simpo: target margin of the rewards; None = beta / 2
+    replay: float = 0.0  # packed rows of SFT's chats per pair, against forgetting them
+    replay_data: str | None = None  # these chats; None = what the checkpoint was tuned on
 
     def __post_init__(self):
         ranges = {"(0, inf)": "beta", "[0, inf)": "rpo_alpha simpo_gamma"}
-        ranges["[0, 0.5)"] = "label_smoothing"
+        ranges |= {"[0, 0.5)": "label_smoothing", "[0, 1]": "replay"}
         require(self, ranges, {"loss_type": ("sigmoid", "ipo", "simpo")})
         if self.loss_type != "simpo" and self.simpo_gamma == 0.5:
             self.simpo_gamma = None  # an older run has it with every loss
@@ -260,8 +262,20 @@ class DPO:
         start = weights_hash(setup.model.state_dict()) if has_reference else True
         self.fingerprint = digest([self.pairs, start])
         self.reference = self.reference_logprobs(setup, start) if has_reference else None
+        if self.cfg.replay:
+            self.open_chats(setup)
         if self.cfg.loss_type == "sigmoid" and (loop.force or not checkpoint_files(loop.out_dir)):
             self.check_start(setup)
+
+    def open_chats(self, setup: Setup) -> None:
+        """Pack the chats that are replayed, as SFT does."""
+        loop, spec, log, T = setup.loop, self.cfg.replay_data, setup.world.log, setup.seq_len
+        rows = records.load_records(spec, loop.data_dir, "sft", "train")
+        chats = [chat.chat_document(row["messages"], setup.tokenizer) for row in rows]
+        chats = chat.drop_too_long(chats, lambda x: len(x["ids"]) - 1, T, "dpo chats", log)
+        self.chats = chat.Packed(chats, T, self.pad, loop.seed + 1)
+        self.fingerprint = digest([self.fingerprint, chats])
+        log(f"dpo: {self.cfg.replay:g} rows of chats of {spec} beside each pair, in training alone")
 
     def reference_logprobs(self, setup: Setup, start: str) -> dict[str, Tensor]:
         """Return {split: (2, n)} log-probs under the starting weights, from the file or new."""
@@ -314,12 +328,29 @@ class DPO:
             numbers = [shards.shuffled_index(i, n, self.seed)[1] for i in numbers]
         kept = self.reference
         reference = kept[split][:, numbers] if kept else torch.zeros(2, len(numbers))
-        return {**self.tensors(split, numbers), "reference": reference}
+        batch = {**self.tensors(split, numbers), "reference": reference}
+        if split == "train" and self.cfg.replay:
+            places = [math.floor(i * self.cfg.replay + 1e-9) for i in (first, last)]
+            chats = self.chats.batch(self.chats.shuffled(*places))
+            batch |= {f"chats_{key}": x for key, x in chats.items()}
+        return batch
 
     def units(self, batch: dict) -> int:
         return batch["reference"].size(1)
 
+    def replayed_nll(self, model: GPT, batch: dict) -> Tensor | float:
+        """Return the NLL per token of each row of chats, summed; their weight is that of a pair.
+
+        As PPO-ptx mixes pretraining text in (arXiv 2203.02155, equation 2).
+        """
+        if not len(batch.get("chats_idx", ())):
+            return 0.0
+        x, targets = model.hidden(batch["chats_idx"], batch["chats_docs"]), batch["chats_targets"]
+        nll = -model.logprobs(x, targets).sum(-1) / (targets >= 0).sum(-1).clamp(min=1)
+        return nll.sum() / self.cfg.replay
+
     def loss(self, model: GPT, batch: dict) -> tuple[Tensor, dict]:
+        replayed = self.replayed_nll(model, batch)  # before the pairs: a MoE keeps its last routing
         policy = sequence_logprobs(model, batch)  # (2, B)
         reference, lengths = batch["reference"], batch["lengths"]
         loss = preference_loss(policy, reference, lengths, self.cfg)
@@ -331,7 +362,7 @@ class DPO:
         right = (chosen > rejected).float()
         values = (loss, right, chosen - rejected, chosen, rejected, *policy)
         sums = {name: x.sum() for name, x in zip(self.metrics, values, strict=True)}
-        return sums["loss"], sums
+        return sums["loss"] + replayed, sums
 
 
 class RL:
@@ -600,7 +631,7 @@ def main(argv: list[str]) -> int:
     spec = start["tokenizer"]
     tokenizer = load_tokenizer(align.tokenizer or spec["name"], loop.data_dir, spec)
     chat.check_template(start, tokenizer, align.init_from)
-    if align.mode == "sft" and mode.replay and mode.replay_data is None:
+    if getattr(mode, "replay", 0) and mode.replay_data is None:
         mode.replay_data = start["train_config"].get("data")  # before it is compared with the run's
         if mode.replay_data is None:
             raise UserError(f"{align.init_from} does not say its data: give --replay_data=NAME")

@@ -1,12 +1,14 @@
-"""DPO on the toy world, with RPO's term on the chosen answers.
+"""DPO on the toy world, with RPO's term on the chosen answers, and SFT's chats beside the pairs.
 
-Without that term these became less likely too, and the tales worse (docs/log.md).
+Without that term the chosen answers became less likely too, and the tales worse. Without the chats
+the model forgot problems, for the pairs have tales alone (docs/log.md).
 """
 
 mode = "dpo"
 out_dir = "out/toy/dpo"
 init_from = "out/toy/sft"
 rpo_alpha = 1.0
+replay = 0.25
 optimizer = "adamw"
 learning_rate = 3e-4
 beta = 0.1

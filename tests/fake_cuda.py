@@ -85,6 +85,9 @@ def pretend(library: str) -> None:
     torch._functorch.config.graphsafe_rng_functionalization = False
 
 
+CHATS = ("idx", "targets", "docs")
+
+
 def task_of(mode: str, B: int = B):
     """Return a task without data, and a batch of it on the device that is the default."""
     import torch
@@ -94,6 +97,7 @@ def task_of(mode: str, B: int = B):
 
     ids = torch.zeros(B, T, dtype=torch.long)
     batch = {"idx": ids, "targets": ids}
+    mode, _, chats = mode.partition(" beside ")
     if mode == "pretrain":
         return Pretrain.__new__(Pretrain), batch
     batch["docs"] = ids
@@ -103,6 +107,8 @@ def task_of(mode: str, B: int = B):
     if mode == "dpo":
         halves = torch.zeros(2, B // 2)
         batch |= {"reference": halves, "lengths": halves + 1}
+        task.cfg.replay = 0.5 if chats else 0.0
+        batch |= {f"chats_{key}": batch[key][: B // 4] for key in CHATS if chats}
     if mode == "rl":
         task.reference, task.metrics = None, ["reward"]
         task.setup = SimpleNamespace(align=SimpleNamespace(max_new_tokens=T))

@@ -816,6 +816,47 @@ def test_replayed_rows_are_whole_rows_of_text_at_their_share_and_chats_are_all_s
     assert task.fingerprint != plain.fingerprint
 
 
+def test_dpo_replays_chats_beside_the_pairs(tmp_path):
+    """A row of chats for every second pair, each with the weight of a pair's mean NLL.
+
+    The metrics, and validation, are those of the pairs alone.
+    """
+    data_dir = world(tmp_path / "data")
+    plain = build(config(tmp_path, "dpo", data_dir), tiny())
+    given = {"replay": 0.5, "replay_data": "mini", "force": True}
+    task = build(config(tmp_path, "dpo", data_dir, **given), tiny())
+    assert task.fingerprint != plain.fingerprint
+    assert not any(key.startswith("chats") for key in task.batch("val", 0, 1))
+    batch, model = task.batch("train", 0, 4), tiny()
+    alone = torch.cat([task.batch("train", i, i + 1)["chats_idx"] for i in range(4)])
+    assert len(alone) == 2 and torch.equal(batch["chats_idx"], alone)
+    objective, sums = task.loss(model, batch)
+    pairs = {key: x for key, x in batch.items() if not key.startswith("chats")}
+    without, same_sums = task.loss(model, pairs)
+    assert sums == same_sums
+    by_hand = 0.0
+    for row in range(2):
+        one = [batch[f"chats_{key}"][row : row + 1] for key in ("idx", "targets", "docs")]
+        by_hand += model(*one) / (one[1] >= 0).sum() / 0.5
+    assert objective.item() == pytest.approx((without + by_hand).item(), rel=1e-5)
+
+
+def test_dpo_replays_what_its_start_was_tuned_on(tmp_path, capsys):
+    """Without --replay_data these are the chats of the checkpoint; too long ones are counted."""
+    start = save_start(tmp_path / "start", tiny(), train_config={"data": "mini"})
+    argv = [f"--init_from={start}", f"--data_dir={world(tmp_path / 'data')}"]
+    argv += ["--mode=dpo", "--data=mini", "--device=cpu", "--dtype=float32", "--replay=0.25"]
+    argv += [
+        "--batch_tokens=512",
+        "--max_steps=2",
+        "--n_answers=0",
+        f"--out_dir={tmp_path / 'run'}",
+    ]
+    assert align.main(argv) == 0
+    assert "0.25 rows of chats of mini beside each pair" in capsys.readouterr().out
+    assert align.main(argv) == 0 and "is done: nothing to do" in capsys.readouterr().out
+
+
 def test_a_finished_run_with_replay_started_again_is_done(tmp_path, capsys):
     """What is replayed by default comes from the checkpoint, at the second start too."""
     start = save_start(tmp_path / "start", tiny(), train_config={"data": "text"})
@@ -1259,7 +1300,7 @@ def test_missing_start_and_unknown_choices_are_errors_in_words(tmp_path):
     [
         ("sft", "--beta=3", "unknown key 'beta'"),
         ("sft", "--n_samples=2", "unknown key 'n_samples'"),
-        ("dpo", "--replay=0.5", "unknown key 'replay'"),
+        ("rl", "--replay=0.5", "unknown key 'replay'"),
         ("verifier", "--rpo_alpha=1", "unknown key 'rpo_alpha'"),
         ("dpo", "--level=token", "unknown key 'level'"),
     ],

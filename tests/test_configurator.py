@@ -394,7 +394,8 @@ def test_help_lists_every_key_with_type_default_and_comment(capsys, flag):
 
 PROGRAMS = {
     "train": (train.ModelConfig, train.LoopConfig, train.PretrainConfig),
-    "align": (train.LoopConfig, align.AlignConfig, *align.MODES["sft"], *align.MODES["dpo"]),
+    "align": (train.LoopConfig, align.AlignConfig, *align.MODES["sft"]),
+    "dpo": align.MODES["dpo"],
     "verifier": align.MODES["verifier"],
     "eval": (EvalConfig,),
     "data": (data.DataConfig,),

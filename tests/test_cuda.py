@@ -250,7 +250,7 @@ def test_replayed_steps_on_the_card_give_the_same_text(card, monkeypatch, case):
 # Compilation
 
 
-@pytest.mark.parametrize("mode", ["pretrain", "sft", "dpo", "rl", "verifier"])
+@pytest.mark.parametrize("mode", ["pretrain", "sft", "dpo", "dpo beside chats", "rl", "verifier"])
 def test_each_shape_is_compiled_once(mode):
     """Training, validation and the last part of a batch: a graph each, and none in a second step.
 

@@ -34,9 +34,9 @@ TOP = {
         *FOLDERS,
     ),
 }
-BUDGETS = {"model.py": 380, "train.py": 380, "align.py": 626, "data.py": 300, "eval.py": 200}
+BUDGETS = {"model.py": 380, "train.py": 380, "align.py": 660, "data.py": 300, "eval.py": 200}
 BUDGETS |= {"configurator.py": 212}
-LARGEST, ALL = 330, 13220
+LARGEST, ALL = 330, 13300
 
 # Who may import whom; a folder may import itself, everyone but fast may import configurator
 ARROWS = {
