@@ -3,6 +3,7 @@
 python -m docs.figures                                   # draws all of them anew
 python -m docs.figures --toy=out/1337,out/1,out/2 --streams=out/smollm2 --race=bench.jsonl
                                                          # takes the numbers from runs first
+python -m docs.figures --maps=out/sinks,out/plain --experts=out/balanced,out/free
 """
 
 import json
@@ -15,11 +16,15 @@ from statistics import mean
 import matplotlib
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.colors import PowerNorm
 
 from configurator import load
+from corpus.shards import Mixture
+from corpus.tokenizer import load_tokenizer
 from evals.plots import BLUE, GRAY, GREEN, ORANGE, RED
 from evals.results import newest, read_results
 from model import rotary_angles, rotate
+from runtime.checkpoint import load_checkpoint, model_from
 from runtime.files import read_json, read_jsonl, write_json
 from runtime.logs import read_log
 from runtime.program import run
@@ -36,6 +41,8 @@ class FiguresConfig:
     toy: tuple[str, ...] = ()  # folders of default runs, one per seed
     streams: str | None = None  # folder of a run with results of the task streaming
     race: str | None = None  # the JSON lines of bench --tasks=race
+    maps: tuple[str, ...] = ()  # with eval.py's attention/: a run with sinks, one without
+    experts: tuple[str, ...] = ()  # MoE runs with and without the balance loss
     out: str = str(IMG)  # where the pictures go
 
 
@@ -76,8 +83,8 @@ def toy_numbers(folders: list[str]) -> dict:
         ]
         choices[how] = [mean(values) for values in points]
     log = read_log(f"{folders[0]}/dpo/metrics.jsonl")
-    rows = [row for row in log if "rewards/margins" in row]
-    margins = [[row["step"], row["rewards/chosen"], row["rewards/rejected"]] for row in rows]
+    keys = ("step", "val_rewards/chosen", "val_rewards/rejected")
+    margins = [[row[key] for key in keys] for row in log if keys[-1] in row]
     return {"brought": brought, "choices": choices, "margins": margins}
 
 
@@ -102,6 +109,25 @@ def race_numbers(path: str) -> dict:
     return {f"{row['shape']} {row['system']}": [row[key] for key in keys] for row in rows}
 
 
+def map_numbers(folder: str) -> list[list[float]]:
+    """Return the mean over layers and heads of a sentence's map: (T, T + 1), the sink last."""
+    (kept,) = read_jsonl(f"{folder}/attention/pretrain_1.jsonl")
+    return torch.tensor(kept["maps"]).mean((0, 1)).round(decimals=4).tolist()
+
+
+@torch.no_grad()
+def expert_numbers(run: str) -> list[list[float]]:
+    """Return each layer's share of tokens for each expert, over 64 rows of the validation text."""
+    checkpoint = load_checkpoint(run)
+    model, given = model_from(checkpoint), checkpoint["train_config"]
+    tokenizer = load_tokenizer(given["tokenizer"], given["data_dir"])
+    T = model.cfg.seq_len
+    val = Mixture(given["data"], given["data_dir"], "val", T, 0, tokenizer)
+    model.hidden(val.validation(0, 64)[:, :-1])
+    used = torch.stack([block.mlp.routing[0] for block in model.blocks])  # (L, N, E)
+    return used.mean(1).round(decimals=4).tolist()
+
+
 # ------------------------------------------------------------------------------------------------
 # Pictures
 
@@ -109,31 +135,33 @@ def race_numbers(path: str) -> dict:
 @figure
 def loop(axes: plt.Axes, numbers: dict) -> None:
     """The whole loop: a box per stage, and under it what it brought, mean of the runs."""
-    axes.figure.set_size_inches(11, 3.4)
+    axes.figure.set_size_inches(8.6, 3)
+    axes.set_position([0, 0, 1, 1])
     axes.axis("off")
-    axes.set(xlim=(0, 100), ylim=(0, 30))
+    axes.set(xlim=(-1, 101), ylim=(0, 30))
     what = {
         "pretrain": ("24,000 tales", "loss, nats", "{:.2f}"),
-        "SFT": ("2,287 dialogues", "problems solved", "{:.0%}"),
-        "DPO": ("2,000 pairs", "tales of the kind asked", "{:.0%}"),
-        "verifier": ("8,000 solutions", "best of 8 solved", "{:.0%}"),
+        "SFT": ("2,287 dialogues", "problems\nsolved", "{:.0%}"),
+        "DPO": ("2,000 pairs", "tales of the\nkind asked", "{:.0%}"),
+        "verifier": ("8,000 solutions", "best of 8\nsolved", "{:.0%}"),
     }
-    width, gap = 21, 5.3
+    width, gap = 22, 4
     for i, (name, (data, metric, form)) in enumerate(what.items()):
-        x, color = i * (width + gap), (BLUE, GREEN, ORANGE, RED)[i]
+        x, color = i * (width + gap), (GRAY, BLUE, GREEN, RED)[i]
         box = {"facecolor": color, "edgecolor": "none", "boxstyle": "round,pad=0,rounding_size=1"}
         axes.add_patch(matplotlib.patches.FancyBboxPatch((x, 17), width, 12, **box))
         middle = x + width / 2
         white = {"color": "white", "ha": "center", "va": "center"}
-        axes.text(middle, 24.8, name, **white, fontsize=20, weight="bold")
-        axes.text(middle, 20, data, **white, fontsize=14)
+        axes.text(middle, 25, name, **white, fontsize=20, weight="bold")
+        axes.text(middle, 20.3, data, **white, fontsize=15)
         before, after = map(mean, zip(*numbers["toy"]["brought"][name], strict=True))
         text = f"{form.format(before)} → {form.format(after)}"
-        axes.text(middle, 10, text, ha="center", fontsize=20, color=color, weight="bold")
-        axes.text(middle, 4.5, metric, ha="center", fontsize=14, color=GRAY)
+        how = {"ha": "center", "va": "top", "fontsize": 18, "linespacing": 1}
+        axes.text(middle, 14.5, text, color=color, weight="bold", **how)
+        axes.text(middle, 9, metric, color=GRAY, **how)
         if i:
             arrow = {"arrowstyle": "-|>", "lw": 2.5, "color": GRAY}
-            axes.annotate("", (x - 0.4, 23), (x - gap + 0.4, 23), arrowprops=arrow)
+            axes.annotate("", (x - 0.2, 23), (x - gap + 0.2, 23), arrowprops=arrow)
 
 
 @figure
@@ -172,8 +200,44 @@ def first_token(axes: plt.Axes, numbers: dict) -> None:
 
 
 @figure
+def maps(axes: plt.Axes, numbers: dict) -> None:
+    """Where the tokens of a sentence look, with sinks and without, mean of layers and heads."""
+    with_sinks, without = map(torch.tensor, numbers["maps"])
+    with_sinks = with_sinks.roll(1, dims=1)  # the sink stands before the first token
+    panels = {"with sinks": with_sinks, "without": without[:, :-1]}
+    canvas = axes.figure
+    canvas.clear()
+    canvas.set_size_inches(10, 4.9)
+    for place, (name, weights) in zip(canvas.subplots(1, 2), panels.items(), strict=True):
+        first = weights.size(1) - len(weights)  # columns before the first token
+        edges = (0.5 - first, len(weights) + 0.5, len(weights) + 0.5, 0.5)
+        how = {"cmap": "Blues", "norm": PowerNorm(0.5, 0, 1), "extent": edges}
+        image = place.imshow(weights, **how)
+        share = weights[8:, 0].mean()
+        said = f"the {'sink' if first else 'first token'} has {share:.0%}"
+        place.text(0.97, 0.93, f"{name}:\n{said}", transform=place.transAxes, ha="right", va="top")
+        place.set(xlabel="looks at token" + ", 0 = sink" * first, ylabel="token")
+    canvas.colorbar(image, ax=canvas.axes, shrink=0.8, label="weight")
+
+
+@figure
+def experts(axes: plt.Axes, numbers: dict) -> None:
+    """How many tokens each expert gets, in each layer, with and without the balance loss."""
+    runs = dict(zip(("with the balance loss", "without"), numbers["experts"], strict=True))
+    n_expert = len(numbers["experts"][0][0])
+    for (name, layers), color, shift in zip(runs.items(), (BLUE, RED), (-0.15, 0.15), strict=True):
+        for i, shares in enumerate(layers, 1):
+            y = [100 * share for share in shares]
+            axes.plot([i + shift] * len(y), y, "o", color=color, alpha=0.8, label=name * (i == 1))
+    axes.axhline(100 / n_expert, color=GRAY, lw=0.8)
+    axes.set(xlabel="layer", ylabel="tokens of an expert, %", ylim=(0, None))
+    axes.set_xticks(range(1, len(layers) + 1))
+    axes.legend(frameon=False)
+
+
+@figure
 def dpo(axes: plt.Axes, numbers: dict) -> None:
-    """The rewards of chosen and rejected answers while DPO learns, seed 1337."""
+    """The rewards of held-out chosen and rejected answers while DPO learns, seed 1337."""
     steps, *rewards = zip(*numbers["toy"]["margins"], strict=True)
     for values, color, name in zip(rewards, (BLUE, RED), ("chosen", "rejected"), strict=True):
         axes.plot(steps, values, color=color, lw=2)
@@ -218,7 +282,8 @@ def draw_all(numbers: dict, folder: str) -> list[str]:
     for name, draw in DRAWN.items():
         canvas, axes = plt.subplots(figsize=(7, 4.4))
         draw(axes, numbers)
-        canvas.tight_layout()
+        if axes.axison:
+            canvas.tight_layout()
         path = Path(folder, f"{name}.svg")
         path.parent.mkdir(parents=True, exist_ok=True)
         canvas.savefig(path, facecolor="white", metadata={"Date": None})
@@ -237,6 +302,10 @@ def main(argv: list[str]) -> int:
         numbers["streams"] = stream_numbers(cfg.streams)
     if cfg.race:
         numbers["race"] = race_numbers(cfg.race)
+    if cfg.maps:
+        numbers["maps"] = [map_numbers(folder) for folder in cfg.maps]
+    if cfg.experts:
+        numbers["experts"] = [expert_numbers(run) for run in cfg.experts]
     write_json(str(kept), json.loads(json.dumps(numbers)))
     for path in draw_all(numbers, cfg.out):
         print(path)

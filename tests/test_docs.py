@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent  # helpers cannot be imported when
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 CODE_SPAN = r"`(?:[^`\n]|\n(?!\n))+`"
 BLOCK = re.compile(r"^```.*?^```$", re.M | re.S)
-NO_PROSE = re.compile(rf"^```.*?^```$|^    .*?$|{CODE_SPAN}|\$\$.*?\$\$", re.M | re.S)
+NO_PROSE = re.compile(rf"^```.*?^```$|^    .*?$|{CODE_SPAN}", re.M | re.S)
 LINK = re.compile(r"\[[^\]]*\]\(([^()\s]+)\)")
 LINES = re.compile(r"L(\d+)(?:-L(\d+))?")
 EXCERPT = re.compile(
@@ -54,6 +54,19 @@ def test_every_link_leads_to_a_file_and_a_heading_or_a_line_of_it(page):
             assert 1 <= first <= last <= len(path.read_text().splitlines()), target
         elif anchor:
             assert anchor in anchors(path.read_text(encoding="utf-8")), target
+
+
+@pages
+def test_formulas_are_written_so_that_markdown_leaves_them_alone(page):
+    """It eats the backslash before a mark, and a formula in a line must end in that line.
+
+    So whatever needs more stands in a block that is fenced as math.
+    """
+    prose = NO_PROSE.sub("", page.read_text(encoding="utf-8"))
+    assert "$$" not in prose
+    for paragraph in prose.split("\n\n"):
+        for formula in paragraph.split("$")[1::2]:
+            assert "\n" not in formula and not re.search(r"\\[^\sA-Za-z]", formula), formula
 
 
 @pages

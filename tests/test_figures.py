@@ -49,7 +49,7 @@ def toy_run(folder, value: float) -> str:
         rows += [result("rerank", "exact_match", protocol, "dpo", value) for protocol in many]
     folder.mkdir()
     append_results(str(folder / "results.jsonl"), rows)
-    rewards = {"rewards/margins": 1.0, "rewards/chosen": value, "rewards/rejected": -1.0}
+    rewards = {"val_rewards/chosen": value, "val_rewards/rejected": -1.0}
     write_jsonl(str(folder / "dpo" / "metrics.jsonl"), [{"step": 3, **rewards}])
     return str(folder)
 
