@@ -75,7 +75,7 @@ ARROWS = {
     "exchange": ["corpus", "model", "runtime.checkpoint", "runtime.files", "runtime.logs"],
     "convert": ["exchange", "runtime.program"],
     "speedrun": ["runtime"],
-    "docs": ["evals.plots", "evals.results", "model", "runtime"],
+    "docs": ["corpus", "evals.plots", "evals.results", "model", "runtime"],
 }
 OPTIONAL = {
     "transformers",
