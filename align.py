@@ -275,6 +275,7 @@ class DPO:
         chats = chat.drop_too_long(chats, lambda x: len(x["ids"]) - 1, T, "dpo chats", log)
         self.chats = chat.Packed(chats, T, self.pad, loop.seed + 1)
         self.fingerprint = digest([self.fingerprint, chats])
+        self.tokens_per_row += round(self.cfg.replay * T)
         log(f"dpo: {self.cfg.replay:g} rows of chats of {spec} beside each pair, in training alone")
 
     def reference_logprobs(self, setup: Setup, start: str) -> dict[str, Tensor]:

@@ -826,6 +826,8 @@ def test_dpo_replays_chats_beside_the_pairs(tmp_path):
     given = {"replay": 0.5, "replay_data": "mini", "force": True}
     task = build(config(tmp_path, "dpo", data_dir, **given), tiny())
     assert task.fingerprint != plain.fingerprint
+    T = tiny().cfg.seq_len
+    assert task.tokens_per_row == plain.tokens_per_row + T // 2  # of a pair: a step's tokens count
     assert not any(key.startswith("chats") for key in task.batch("val", 0, 1))
     batch, model = task.batch("train", 0, 4), tiny()
     alone = torch.cat([task.batch("train", i, i + 1)["chats_idx"] for i in range(4)])
