@@ -15,6 +15,7 @@ from statistics import mean
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from matplotlib.colors import PowerNorm
 
@@ -73,9 +74,8 @@ def toy_numbers(folders: list[str]) -> dict:
         what = {"task": task, "metric": metric, "protocol": protocol}
         brought[name] = [[value_of(run, **what, model=m) for m in models] for run in runs]
     verifier = {"task": "rerank", "metric": "exact_match"}
-    before = [value_of(r, task="problems", metric="exact_match", model="dpo") for r in runs]
-    after = [value_of(run, **verifier, protocol="best_of@8") for run in runs]
-    brought["verifier"] = [list(pair) for pair in zip(before, after, strict=True)]
+    chosen = [f"best_of@{n}" for n in (1, 8)]
+    brought["verifier"] = [[value_of(r, **verifier, protocol=p) for p in chosen] for r in runs]
     choices = {}
     for how in ("majority", "likelihood", "best_of", "oracle"):
         points = [
@@ -110,9 +110,10 @@ def race_numbers(path: str) -> dict:
 
 
 def map_numbers(folder: str) -> list[list[float]]:
-    """Return the mean over layers and heads of a sentence's map: (T, T + 1), the sink last."""
+    """Return the mean map of the first layer's heads on a sentence: (T, T + 1), the sink last."""
     (kept,) = read_jsonl(f"{folder}/attention/pretrain_1.jsonl")
-    return torch.tensor(kept["maps"]).mean((0, 1)).round(decimals=4).tolist()
+    weights = torch.tensor(kept["maps"][0], dtype=torch.float64).mean(0)  # over heads
+    return weights.round(decimals=4).tolist()
 
 
 @torch.no_grad()
@@ -120,9 +121,9 @@ def expert_numbers(run: str) -> list[list[float]]:
     """Return each layer's share of tokens for each expert, over 64 rows of the validation text."""
     checkpoint = load_checkpoint(run)
     model, given = model_from(checkpoint), checkpoint["train_config"]
-    tokenizer = load_tokenizer(given["tokenizer"], given["data_dir"])
-    T = model.cfg.seq_len
-    val = Mixture(given["data"], given["data_dir"], "val", T, 0, tokenizer)
+    data, data_dir, spec = given["data"], given["data_dir"], checkpoint["tokenizer"]
+    tokenizer = load_tokenizer(spec["name"], data_dir, spec)
+    val = Mixture(data, data_dir, "val", model.cfg.seq_len, 0, tokenizer)
     model.hidden(val.validation(0, 64)[:, :-1])
     used = torch.stack([block.mlp.routing[0] for block in model.blocks])  # (L, N, E)
     return used.mean(1).round(decimals=4).tolist()
@@ -143,7 +144,7 @@ def loop(axes: plt.Axes, numbers: dict) -> None:
         "pretrain": ("24,000 tales", "loss, nats", "{:.2f}"),
         "SFT": ("2,287 dialogues", "problems\nsolved", "{:.0%}"),
         "DPO": ("2,000 pairs", "tales of the\nkind asked", "{:.0%}"),
-        "verifier": ("8,000 solutions", "best of 8\nsolved", "{:.0%}"),
+        "verifier": ("8,000 solutions", "one sample,\nits choice of 8", "{:.0%}"),
     }
     width, gap = 22, 4
     for i, (name, (data, metric, form)) in enumerate(what.items()):
@@ -201,23 +202,22 @@ def first_token(axes: plt.Axes, numbers: dict) -> None:
 
 @figure
 def maps(axes: plt.Axes, numbers: dict) -> None:
-    """Where the tokens of a sentence look, with sinks and without, mean of layers and heads."""
-    with_sinks, without = map(torch.tensor, numbers["maps"])
-    with_sinks = with_sinks.roll(1, dims=1)  # the sink stands before the first token
+    """Where the tokens of a sentence look in the first layer, with sinks and without."""
+    with_sinks, without = map(np.array, numbers["maps"])
+    with_sinks = np.roll(with_sinks, 1, axis=1)  # the sink stands before the first token
     panels = {"with sinks": with_sinks, "without": without[:, :-1]}
     canvas = axes.figure
     canvas.clear()
     canvas.set_size_inches(10, 4.9)
     for place, (name, weights) in zip(canvas.subplots(1, 2), panels.items(), strict=True):
-        first = weights.size(1) - len(weights)  # columns before the first token
+        first = weights.shape[1] - len(weights)  # columns before the first token
         edges = (0.5 - first, len(weights) + 0.5, len(weights) + 0.5, 0.5)
         how = {"cmap": "Blues", "norm": PowerNorm(0.5, 0, 1), "extent": edges}
-        image = place.imshow(weights, **how)
+        place.imshow(weights, **how)
         share = weights[8:, 0].mean()
         said = f"the {'sink' if first else 'first token'} has {share:.0%}"
         place.text(0.97, 0.93, f"{name}:\n{said}", transform=place.transAxes, ha="right", va="top")
         place.set(xlabel="looks at token" + ", 0 = sink" * first, ylabel="token")
-    canvas.colorbar(image, ax=canvas.axes, shrink=0.8, label="weight")
 
 
 @figure

@@ -2,9 +2,11 @@
 
 import re
 
+import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import BYTE, ROOT, save_start, tiny
 
+from corpus.shards import write_shard
 from docs import figures
 from evals.results import append_results
 from runtime.files import read_json, write_jsonl
@@ -73,3 +75,26 @@ def test_streams_and_races_are_read(tmp_path):
     row = {"task": "race", "shape": "tiny", "system": "ours", "seconds_of_each": [2]}
     write_jsonl(str(tmp_path / "race.jsonl"), [row | {"val_loss_of_each": [1.5]}])
     assert figures.race_numbers(str(tmp_path / "race.jsonl")) == {"tiny ours": [[2], [1.5]]}
+
+
+def test_a_map_is_the_mean_of_the_first_layers_heads(tmp_path):
+    """As eval.py keeps it: layers, heads, tokens, and the sink as the last column."""
+    maps = [[[[1.0, 0.0, 0.0], [0.2, 0.4, 0.4]], [[0.5, 0.0, 0.5], [0.4, 0.2, 0.4]]], []]
+    write_jsonl(str(tmp_path / "attention" / "pretrain_1.jsonl"), [{"maps": maps}])
+    found = figures.map_numbers(str(tmp_path))
+    assert np.allclose(found, [[0.75, 0.0, 0.25], [0.3, 0.3, 0.4]])
+
+
+def test_experts_share_all_tokens(tmp_path):
+    """An expert that the router never prefers gets none."""
+    model = tiny(n_expert=4, n_expert_active=2)
+    for block in model.blocks:
+        block.mlp.router.weight.data.zero_()  # all scores alike: two of the four are taken
+    data = {"data": "text", "data_dir": str(tmp_path / "data")}
+    run = save_start(tmp_path / "run", model, train_config=data)
+    T = model.cfg.seq_len
+    write_shard(str(tmp_path / "data/text/val_000.bin"), np.arange(3 * T + 1) % 250, BYTE)
+    layers = figures.expert_numbers(run)
+    assert len(layers) == model.cfg.n_layer
+    for shares in layers:
+        assert sorted(shares) == [0.0, 0.0, 0.5, 0.5]
