@@ -632,7 +632,10 @@ def main(argv: list[str]) -> int:
     spec = start["tokenizer"]
     tokenizer = load_tokenizer(align.tokenizer or spec["name"], loop.data_dir, spec)
     chat.check_template(start, tokenizer, align.init_from)
-    if getattr(mode, "replay", 0) and mode.replay_data is None:
+    replay, given = getattr(mode, "replay", 0), getattr(mode, "replay_data", None)
+    if given and not replay:
+        raise UserError(f"replay_data={given} is not used without a share: give --replay=0.25 too")
+    if replay and given is None:
         mode.replay_data = start["train_config"].get("data")  # before it is compared with the run's
         if mode.replay_data is None:
             raise UserError(f"{align.init_from} does not say its data: give --replay_data=NAME")

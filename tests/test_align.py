@@ -844,7 +844,7 @@ def test_dpo_replays_chats_beside_the_pairs(tmp_path):
 
 
 def test_dpo_replays_what_its_start_was_tuned_on(tmp_path, capsys):
-    """Without --replay_data these are the chats of the checkpoint; too long ones are counted."""
+    """Without --replay_data these are the chats of the checkpoint; it alone is refused."""
     start = save_start(tmp_path / "start", tiny(), train_config={"data": "mini"})
     argv = [f"--init_from={start}", f"--data_dir={world(tmp_path / 'data')}"]
     argv += ["--mode=dpo", "--data=mini", "--device=cpu", "--dtype=float32", "--replay=0.25"]
@@ -854,6 +854,9 @@ def test_dpo_replays_what_its_start_was_tuned_on(tmp_path, capsys):
         "--n_answers=0",
         f"--out_dir={tmp_path / 'run'}",
     ]
+    for mode in ("sft", "dpo"):
+        alone = [f"--mode={mode}", "--replay_data=mini", "--replay=0"]
+        fails(lambda alone=alone: align.main([*argv, *alone]), "replay_data=mini is not used")
     assert align.main(argv) == 0
     assert "0.25 rows of chats of mini beside each pair" in capsys.readouterr().out
     assert align.main(argv) == 0 and "is done: nothing to do" in capsys.readouterr().out

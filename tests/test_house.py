@@ -34,7 +34,7 @@ TOP = {
         *FOLDERS,
     ),
 }
-BUDGETS = {"model.py": 380, "train.py": 380, "align.py": 660, "data.py": 300, "eval.py": 200}
+BUDGETS = {"model.py": 380, "train.py": 380, "align.py": 665, "data.py": 300, "eval.py": 200}
 BUDGETS |= {"configurator.py": 212}
 LARGEST, ALL = 330, 13300
 
