@@ -168,17 +168,14 @@ class Setup(NamedTuple):  # what a task is made from
 class PackedTask:  # several documents share a row
     def pack_splits(self, found: dict, what: str, setup: Setup) -> None:
         """Pack the documents {split: [...]} into rows; those longer than a row are dropped."""
-        log, T = setup.world.log, setup.seq_len
+        log, T, pad, seed = setup.world.log, setup.seq_len, setup.tokenizer.pad, setup.loop.seed
         self.packed = {}
         for split, rows in found.items():
             name = f"{self.name} {split} {what}"
-            kept = chat.drop_too_long(rows, lambda x: len(x["ids"]) - 1, T, name, log)
-            packed = chat.Packed(kept, T, setup.tokenizer.pad, setup.loop.seed)
-            log(f"{name}: {len(kept)} in {len(packed.rows)} rows of {T}")
-            self.packed[split] = packed
+            self.packed[split] = chat.packed(rows, T, pad, seed, name, log)
         self.tokens_per_row = T
-        self.n_val_rows = len(packed.rows)
-        all_kept = {split: packed.documents for split, packed in self.packed.items()}
+        self.n_val_rows = len(self.packed["val"].rows)
+        all_kept = {split: rows.documents for split, rows in self.packed.items()}
         self.fingerprint = digest([all_kept, T])
 
     def batch(self, split: str, first: int, last: int) -> dict[str, Tensor]:
@@ -213,7 +210,7 @@ class SFT(PackedTask):
         if split == "val" or not self.replay:
             return super().batch(split, first, last)
         # n_text[i]: how many of the rows before row first + i are text
-        n_text = [math.floor(i * self.replay + 1e-9) for i in range(first, last + 1)]
+        n_text = [chat.n_replayed(i, self.replay) for i in range(first, last + 1)]
         is_text = torch.tensor(n_text).diff() > 0  # (B,)
         chats = super().batch("train", first - n_text[0], last - n_text[-1])
         if not is_text.any():
@@ -272,9 +269,8 @@ class DPO:
         loop, spec, log, T = setup.loop, self.cfg.replay_data, setup.world.log, setup.seq_len
         rows = records.load_records(spec, loop.data_dir, "sft", "train")
         chats = [chat.chat_document(row["messages"], setup.tokenizer) for row in rows]
-        chats = chat.drop_too_long(chats, lambda x: len(x["ids"]) - 1, T, "dpo chats", log)
-        self.chats = chat.Packed(chats, T, self.pad, loop.seed + 1)
-        self.fingerprint = digest([self.fingerprint, chats])
+        self.chats = chat.packed(chats, T, self.pad, loop.seed + 1, "dpo chats", log)
+        self.fingerprint = digest([self.fingerprint, self.chats.documents])
         self.tokens_per_row += round(self.cfg.replay * T)
         log(f"dpo: {self.cfg.replay:g} rows of chats of {spec} beside each pair, in training alone")
 
@@ -331,7 +327,7 @@ class DPO:
         reference = kept[split][:, numbers] if kept else torch.zeros(2, len(numbers))
         batch = {**self.tensors(split, numbers), "reference": reference}
         if split == "train" and self.cfg.replay:
-            places = [math.floor(i * self.cfg.replay + 1e-9) for i in (first, last)]
+            places = [chat.n_replayed(i, self.cfg.replay) for i in (first, last)]
             chats = self.chats.batch(self.chats.shuffled(*places))
             batch |= {f"chats_{key}": x for key, x in chats.items()}
         return batch

@@ -6,6 +6,7 @@ searched for in text, so no text can speak as another role.
 
 import bisect
 import itertools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -177,6 +178,21 @@ class Packed:
         """Return the numbers of rows first to last of an endless shuffled sequence."""
         draws = range(first, last)
         return [shuffled_index(draw, len(self.rows), self.seed)[1] for draw in draws]
+
+
+def packed(
+    documents: list[dict], seq_len: int, pad: int, seed: int, what: str, log: Callable
+) -> Packed:
+    """Return documents packed into rows; those longer than a row are dropped, and counted."""
+    kept = drop_too_long(documents, lambda x: len(x["ids"]) - 1, seq_len, what, log)
+    found = Packed(kept, seq_len, pad, seed)
+    log(f"{what}: {len(kept)} in {len(found.rows)} rows of {seq_len}")
+    return found
+
+
+def n_replayed(n_rows: int, share: float) -> int:
+    """Return how many replayed rows belong to the first n_rows of training."""
+    return math.floor(n_rows * share + 1e-9)
 
 
 def with_text(chats: dict[str, Tensor], rows: Tensor, is_text: Tensor) -> dict[str, Tensor]:

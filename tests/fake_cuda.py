@@ -85,9 +85,6 @@ def pretend(library: str) -> None:
     torch._functorch.config.graphsafe_rng_functionalization = False
 
 
-CHATS = ("idx", "targets", "docs")
-
-
 def task_of(mode: str, B: int = B):
     """Return a task without data, and a batch of it on the device that is the default."""
     import torch
@@ -105,10 +102,11 @@ def task_of(mode: str, B: int = B):
     configs = {"dpo": align.DPOConfig, "rl": align.RLConfig, "verifier": align.VerifierConfig}
     task.cfg = configs.get(mode, object)()
     if mode == "dpo":
+        if chats:
+            task.cfg.replay = 0.5
+            batch |= {f"chats_{key}": x[: B // 4] for key, x in batch.items()}
         halves = torch.zeros(2, B // 2)
         batch |= {"reference": halves, "lengths": halves + 1}
-        task.cfg.replay = 0.5 if chats else 0.0
-        batch |= {f"chats_{key}": batch[key][: B // 4] for key in CHATS if chats}
     if mode == "rl":
         task.reference, task.metrics = None, ["reward"]
         task.setup = SimpleNamespace(align=SimpleNamespace(max_new_tokens=T))
