@@ -36,9 +36,10 @@ def real(name: str) -> str:
 
 
 def snapshot(folder) -> dict[str, bytes]:
-    """Return the content of every file in a folder."""
+    """Return the content of every file in a folder; a lock's says who came last and when."""
     files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    content = {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    return {name: b"" if name.endswith("lock") else x for name, x in content.items()}
 
 
 def jsonl(path, *rows):
